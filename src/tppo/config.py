@@ -169,6 +169,8 @@ class Reward:
     """Weight of the global (response) loss, Eq. 3."""
     class_ratio: float = 3.0
     """Most allowed ratio between relevant and irrelevant tokens in the local loss, either way."""
+    class_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """w_c of Eq. 1: weights of separator, irrelevant and relevant tokens in the local loss."""
     global_estimator: Literal["expected", "straight_through"] = "expected"
     """How Eq. 2's argmax is made differentiable."""
     evals_per_epoch: int = 2
@@ -194,6 +196,11 @@ class RL:
     """Passes over each rollout."""
     learning_rate: float = 1e-5
     """Learning rate of the policy (paper: 5e-6)."""
+    value_learning_rate: float = 1e-3
+    """Learning rate of the value head."""
+    value_gradient: Literal["head", "trunk"] = "head"
+    """head: the value head is a probe on the policy's hidden states; trunk: its loss trains the policy's
+    weights too."""
     warmup_updates: int = 2
     """Updates over which the learning rate rises to its value."""
     kl_coef: float = 0.05
@@ -215,7 +222,10 @@ class RL:
     reward_values: Literal["centered", "paper"] = "centered"
     """Value of an irrelevant / relevant token: centered -1/+1, paper 1/2. Class 0 and end-of-sequence: 0."""
     reward_estimator: Literal["expected", "argmax"] = "expected"
-    """Token reward from class probabilities: expectation over classes 1 and 2, or the most likely class."""
+    """Token reward from class probabilities: the expected value over the classes, or the most likely class's."""
+    returns: Literal["matched", "as_is"] = "matched"
+    """Scale of ppo's sentence-level reward: `matched` multiplies it by the suggested length, so that the best
+    return is as large as tppo's and one kl_coef means the same for both; `as_is` leaves it at one token's."""
     length_penalty_alpha: float = 2.0
     """alpha of Eq. 4; 0 turns the length-weighted penalty off."""
     length_penalty_on: Literal["positive", "paper"] = "positive"

@@ -1,0 +1,239 @@
+"""The command line: a subcommand per stage, nothing else.
+
+Every command takes the whole recipe (`--config recipe.yaml`), so one file serves them all; its help shows only
+the sections the stage reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import jsonargparse
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from tppo import __version__
+from tppo.config import Recipe
+from tppo.errors import UserError
+from tppo.run import RunFolder, all_stages, run_stage
+
+COMMANDS = {
+    "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
+    "synthetic": "write the seeded synthetic log",
+    "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
+    "sft": "examples -> a language model fine-tuned on the true next queries",
+    "sample": "draw query lists from the SFT model: the responses to be labelled",
+    "label": "judge every word and every response for relevance",
+    "reward": "labels -> token-level reward model and its sentence-level rival",
+    "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
+    "evaluate": "judge SFT and every tuned policy on users never trained on",
+    "report": "one self-contained HTML page: verdict, tables, curves, samples",
+    "serve": "suggestions over HTTP, with a page that shows the models beside each other",
+}
+MODULES = {
+    "synthetic": "tppo.logs.synthetic",
+    "prepare": "tppo.logs.prepare",
+    "sft": "tppo.policy.sft",
+    "sample": "tppo.policy.sample",
+    "label": "tppo.judge.label",
+    "reward": "tppo.reward.train",
+    "rl": "tppo.rl.stage",
+    "evaluate": "tppo.evaluate.stage",
+    "report": "tppo.evaluate.report",
+}
+SHARED = ("run_dir", "seed", "algorithms", "task")
+EXAMPLES = {
+    "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
+    "  tppo run recipes/demo.yaml --redo reward",
+    "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
+    "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
+}
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Types and defaults beside every option; the example keeps its line breaks."""
+
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def stage_parser(command: str) -> ArgumentParser:
+    """The parser of one subcommand."""
+    example = EXAMPLES.get(command, f"tppo {command} --config recipes/demo.yaml")
+    parser = ArgumentParser(
+        prog=f"tppo {command}",
+        description=COMMANDS[command],
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
+    if command != "serve":
+        parser.add_argument(
+            "--redo",
+            type=list[str],
+            default=[],
+            help="stages to make anew, with all that follows from them (their folders are deleted)",
+        )
+    parser.add_class_arguments(Recipe)
+    if command != "run":
+        _hide_other_sections(parser, command)
+    return parser
+
+
+def _hide_other_sections(parser: ArgumentParser, command: str) -> None:
+    shown = {*SHARED, command, "config", "redo", "help", "print_config"}
+    for action in parser._actions:
+        if action.dest.split(".")[0] not in shown:
+            action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        if group._group_actions and all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+
+
+def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """Recipe and the stages to redo.
+
+    Raises:
+        UserError: a setting that does not exist or does not fit, with the nearest name.
+    """
+    parser = stage_parser(command)
+    arguments = list(arguments)
+    if command == "run" and arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    try:
+        namespace = parser.parse_args(arguments)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+    redo = namespace.get("redo") or []
+    recipe = parser.instantiate_classes(_without(namespace, "config", "redo"))
+    return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__}), redo
+
+
+def _without(namespace: Namespace, *keys: str) -> Namespace:
+    namespace = namespace.clone()
+    for key in keys:
+        namespace.pop(key, None)
+    return namespace
+
+
+def _did_you_mean(parser: ArgumentParser, message: str) -> str:
+    known = [action.dest for action in parser._actions]
+    for word in message.replace("'", " ").replace('"', " ").replace("--", " ").replace("=", " ").split():
+        if "_" in word or "." in word or word.isalpha():
+            close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+            if close and word not in known:
+                return f"\nDid you mean {close[0]}?"
+    return ""
+
+
+def run_one(recipe: Recipe, stage: str) -> bool:
+    """Run a stage in this process unless it is done. True when work was done."""
+    section = stage.partition("_")[0]
+    module = importlib.import_module(MODULES[section])
+    return run_stage(recipe, stage, module.run)
+
+
+def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
+    """Every stage in a process of its own, so that memory returns to the machine and peaks can be told apart."""
+    from tppo.progress import console
+
+    run = RunFolder(recipe)
+    run.root.mkdir(parents=True, exist_ok=True)
+    resolved = run.root / "recipe.yaml"
+    resolved.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+    stages = all_stages(recipe)
+    if unknown := set(redo) - set(stages):
+        raise UserError(f"--redo {sorted(unknown)}: this recipe's stages are {stages}")
+    for stage in redo:
+        run.discard_from(stage)
+    for number, stage in enumerate(stages, start=1):
+        head = f"[{number}/{len(stages)}] {stage}"
+        if run.is_done(stage):
+            console.print(f"{head}: done before, skipped")
+            continue
+        console.rule(head)
+        section, _, algorithm = stage.partition("_")
+        command = [sys.executable, "-m", "tppo", section, "--config", str(resolved)]
+        if algorithm:
+            command += ["--rl.algorithm", algorithm]
+        start = time.monotonic()
+        status = subprocess.call(command)
+        if status:
+            raise UserError(f"stage {stage} stopped (exit status {status}); mend it and give the same command again")
+        console.print(f"{head}: {time.monotonic() - start:.0f} s")
+    from tppo.evaluate.report import print_summary
+
+    print_summary(run)
+    console.print(f"report: {run.path('report') / 'report.html'}")
+    console.print(f"serve:  tppo serve --config {resolved}")
+
+
+def dispatch(command: str, arguments: Sequence[str]) -> None:
+    recipe, redo = parse_recipe(command, arguments)
+    if command == "run":
+        run_all(recipe, redo)
+    elif command == "serve":
+        from tppo.serve.app import serve
+
+        serve(recipe)
+    else:
+        stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
+        for name in redo:
+            RunFolder(recipe).discard_from(name)
+        if command == "rl" and recipe.rl.algorithm not in recipe.algorithms:
+            recipe = replace(recipe, algorithms=[*recipe.algorithms, recipe.rl.algorithm])
+        if not run_one(recipe, stage):
+            print(f"{RunFolder(recipe).path(stage)} is finished already; --redo {stage} makes it anew")
+
+
+def help_text() -> str:
+    lines = [
+        "tppo: from a search log to a model that writes the queries a user is about to type.",
+        "",
+        "usage: tppo COMMAND [--config recipe.yaml] [--section.field value ...]",
+        "",
+        *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+        "",
+        "Each command has its own --help and --print_config. Start with: tppo run recipes/demo.yaml",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if command == "--version":
+        print(f"tppo {__version__}")
+        return
+    try:
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean `tppo {close[0]}`?" if close else ""
+            raise UserError(f"there is no command {command!r}{hint}\n\n{help_text()}")
+        dispatch(command, arguments)
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(f"{error.filename or 'the system'}: {os.strerror(error.errno)}. Finished stages stay valid", 3)
+    except KeyboardInterrupt:
+        _fail("interrupted; give the same command again to go on", 130)
+
+
+def _fail(message: str, status: int) -> Any:
+    print(f"tppo: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,63 @@
+"""The PPO losses, as pure tensor functions of (B, T) tensors.
+
+Each returns sums over the tokens of a micro-batch divided by `num_tokens`, the number of response tokens of
+the whole minibatch. Losses of micro-batches therefore simply add up, and 1 x 32 equals 8 x 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor
+    """Scalar, to be minimised."""
+    clip_fraction: Tensor
+    """Share of tokens where the clipped term was the active one."""
+
+
+class ValueLoss(NamedTuple):
+    loss: Tensor
+    """Scalar, to be minimised."""
+    clip_fraction: Tensor
+    """Share of tokens where the clipped term was the active one."""
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    response_mask_BT: Tensor,
+    clip_range: float,
+    num_tokens: Tensor | int,
+) -> PolicyLoss:
+    """Eq. 6, negated: -min(r A, clip(r, 1 - eps, 1 + eps) A), with Eq. 7's ratio r against the old policy.
+
+    The paper's pi_ref in Eq. 7 is the policy that sampled the rollout (old), not the frozen SFT reference.
+    """
+    ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
+    unclipped_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_range, 1 + clip_range)
+    loss = (torch.maximum(unclipped_BT, clipped_BT) * response_mask_BT).sum() / num_tokens
+    clip_fraction = ((clipped_BT > unclipped_BT) * response_mask_BT).sum() / num_tokens
+    return PolicyLoss(loss, clip_fraction.detach())
+
+
+def value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    response_mask_BT: Tensor,
+    clip_range: float,
+    num_tokens: Tensor | int,
+) -> ValueLoss:
+    """Clipped squared error, 0.5 max((V - R)^2, (V_clipped - R)^2), as in TRL and verl."""
+    clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range, clip_range)
+    error_BT = (values_BT - returns_BT) ** 2
+    clipped_error_BT = (clipped_BT - returns_BT) ** 2
+    loss = 0.5 * (torch.maximum(error_BT, clipped_error_BT) * response_mask_BT).sum() / num_tokens
+    clip_fraction = ((clipped_error_BT > error_BT) * response_mask_BT).sum() / num_tokens
+    return ValueLoss(loss, clip_fraction.detach())

@@ -1,0 +1,113 @@
+"""The reward of a query-generation rollout: both reward models score it, one of them pays.
+
+Scoring with both costs little and puts the curves of every algorithm on the same two scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tppo.config import RL, Task
+from tppo.errors import UserError
+from tppo.reward.align import token_spans
+from tppo.reward.models import SentenceRewardModel, TokenRewardModel
+from tppo.rl.rewards import masked_mean, token_level_rewards
+from tppo.rl.rollout import Rollout
+from tppo.rl.trainer import RewardResult
+from tppo.tables import RESPONSES, Example, read_table
+from tppo.text import ParsedResponse, parse_response
+
+
+class QueryReward:
+    """Reward function of the RL stage (see `tppo.rl.trainer.RewardFunction`)."""
+
+    def __init__(
+        self,
+        token_model: TokenRewardModel,
+        sentence_model: SentenceRewardModel,
+        examples: Sequence[Example],
+        config: RL,
+        task: Task,
+        suggested_length: float,
+    ) -> None:
+        self.token_model = token_model
+        self.sentence_model = sentence_model
+        self.examples = examples
+        self.config = config
+        self.task = task
+        self.suggested_length = suggested_length
+
+    def __call__(self, rollout: Rollout) -> RewardResult:
+        histories = [self.examples[i].history for i in rollout.prompt_index]
+        responses = [generation.response for generation in rollout.generations]
+        mask_BT = rollout.batch.response_mask
+        class_probs_BT3 = pad_class_probs(self.token_model.score(histories, responses, rollout.spans), mask_BT)
+        sentence_score_B = torch.tensor(self.sentence_model.score(histories, responses), dtype=torch.float32)
+        parsed = [
+            parse_response(generation.response, generation.finished, self.task.num_queries)
+            for generation in rollout.generations
+        ]
+        rewards_BT = token_level_rewards(
+            self.config,
+            class_probs_BT3,
+            sentence_score_B,
+            format_reward(parsed, self.config, self.task),
+            mask_BT,
+            self.suggested_length,
+        )
+        # Class 0 tokens carry no judgement; a response of class 0 tokens only has none to average.
+        judged_BT = (class_probs_BT3.argmax(-1) > 0) & mask_BT
+        relevance_BT = class_probs_BT3[..., 2] / class_probs_BT3[..., 1:].sum(-1).clamp(min=1e-6)
+        metrics = {
+            "token_relevance": masked_mean(relevance_BT, judged_BT).item() if judged_BT.any() else float("nan"),
+            "sentence_reward_mean": sentence_score_B.mean().item(),
+            "queries": float(np.mean([len(response.queries) for response in parsed])),
+            "unparseable": float(np.mean([response.problem is not None for response in parsed])),
+        }
+        return RewardResult(rewards_BT, metrics, class_probs_BT3.argmax(-1))
+
+
+def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:
+    """Per-response (T_i, 3) arrays -> (B, T, 3); padding is class 0 with certainty."""
+    padded_BT3 = torch.zeros(*response_mask_BT.shape, 3)
+    padded_BT3[..., 0] = 1.0
+    for row, probs in enumerate(class_probs):
+        assert len(probs) == int(response_mask_BT[row].sum()), "one class distribution per response token"
+        padded_BT3[row, : len(probs)] = torch.from_numpy(np.asarray(probs))
+    return padded_BT3
+
+
+def format_reward(parsed: Sequence[ParsedResponse], config: RL, task: Task) -> Tensor:
+    """Reward for keeping to the task, the same for every algorithm, (B,)."""
+    return torch.tensor(
+        [
+            (config.bad_format_reward if response.problem else 0.0)
+            + config.missing_query_reward * max(0, task.num_queries - len(response.queries))
+            for response in parsed
+        ],
+        dtype=torch.float32,
+    )
+
+
+def median_suggested_length(sample_folder: Path, tokenizer: Any, task: Task) -> float:
+    """sl of Eq. 4: median token length of a sampled query x number of queries.
+
+    A query's separator (or end-of-sequence) is counted with it, since Eq. 4's position l counts those tokens too.
+    """
+    lengths: list[int] = []
+    for row in read_table(sample_folder / "responses.parquet", RESPONSES).to_pylist():
+        spans = token_spans(tokenizer, row["response_ids"])
+        parsed = parse_response(row["response"], row["finished"], task.num_queries)
+        for query in range(len(parsed.queries)):
+            words = [word for word in parsed.words if word.query == query]
+            start, end = words[0].start, words[-1].end
+            lengths.append(1 + sum(s < end and e > start for s, e in spans))
+    if not lengths:
+        raise UserError(f"{sample_folder}/responses.parquet holds no query: set rl.suggested_length yourself")
+    return float(np.median(lengths)) * task.num_queries

@@ -1,0 +1,141 @@
+"""From class probabilities to advantages: everything between the reward model and the policy loss.
+
+Pure tensor functions. Shapes: B responses, T response tokens, 3 classes (0 masked, 1 irrelevant, 2 relevant).
+`response_mask_BT` is True on the generated tokens, end-of-sequence included; outside it every reward,
+advantage and return is exactly 0.
+
+Departures from the paper, each forced by a gap or a trap in it (DESIGN section 4):
+1. An irrelevant token is worth -1, not 1 (`reward_values="paper"` restores 1/2).
+2. The length-weighted penalty shrinks positive rewards only; a shrunk negative one would be a gain.
+3. KL to the frozen SFT policy enters the reward of every token (k1 estimate), the field's usual place.
+4. Rewards for format (unparseable, too few queries) are added at the last token, for every algorithm alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tppo.config import RL
+
+TOKEN_VALUES = {"centered": (0.0, -1.0, 1.0), "paper": (0.0, 1.0, 2.0)}
+"""Value of classes 0, 1, 2."""
+
+
+def class_rewards(class_probs_BT3: Tensor, values: str, estimator: str) -> Tensor:
+    """Reward of every token from its class probabilities, (B, T, 3) -> (B, T).
+
+    `expected`: sum_c p_c value_c. `argmax`: the value of the most likely class (the paper's R_phi).
+    """
+    value_3 = torch.tensor(TOKEN_VALUES[values], dtype=class_probs_BT3.dtype)
+    if estimator == "argmax":
+        return value_3[class_probs_BT3.argmax(-1)]
+    if estimator == "expected":
+        return class_probs_BT3 @ value_3
+    raise ValueError(f"unknown rl.reward_estimator {estimator!r}: use 'expected' or 'argmax'")
+
+
+def length_weight(num_tokens: int, suggested_length: float, alpha: float) -> Tensor:
+    """Eq. 4 at the positions l = 1..T: about 1 up to `suggested_length`, 1/2 at suggested_length + 6/alpha."""
+    position_T = torch.arange(1, num_tokens + 1, dtype=torch.float64)
+    return torch.sigmoid(6 - alpha * (position_T - suggested_length)).float()
+
+
+def apply_length_penalty(rewards_BT: Tensor, suggested_length: float, alpha: float, on: str) -> Tensor:
+    """Eq. 5: R' = lwp(l) R, on positive rewards only (`on="positive"`) or on all (`on="paper"`)."""
+    if alpha == 0:
+        return rewards_BT
+    weighted_BT = rewards_BT * length_weight(rewards_BT.shape[1], suggested_length, alpha)
+    return torch.where(rewards_BT > 0, weighted_BT, rewards_BT) if on == "positive" else weighted_BT
+
+
+def last_token_index(response_mask_BT: Tensor) -> Tensor:
+    """Index of the last response token, (B,). Every response has at least one token."""
+    assert response_mask_BT.any(-1).all(), "a response without any token"
+    return response_mask_BT.sum(-1) - 1
+
+
+def at_last_token(value_B: Tensor, response_mask_BT: Tensor) -> Tensor:
+    """Place one value per response at its last token, (B,) -> (B, T)."""
+    return torch.zeros(response_mask_BT.shape, dtype=value_B.dtype).scatter_(
+        1, last_token_index(response_mask_BT)[:, None], value_B[:, None]
+    )
+
+
+def token_level_rewards(
+    config: RL,
+    class_probs_BT3: Tensor | None,
+    sentence_score_B: Tensor | None,
+    format_reward_B: Tensor,
+    response_mask_BT: Tensor,
+    suggested_length: float,
+) -> Tensor:
+    """The reward of every token without KL, (B, T). Only this function knows which algorithm is running.
+
+    - tppo: the token rewards where they arise.
+    - ppo_sum: their sum at the last token (same information, sparse placement).
+    - ppo: the sentence-level score in [0, 1] at the last token, on the same value scale as a token
+      (`reward_values`) and, with `returns="matched"`, times the suggested length, so that the best return
+      is as large as tppo's and one beta means the same for both.
+    """
+    if config.algorithm == "ppo":
+        assert sentence_score_B is not None
+        _, low, high = TOKEN_VALUES[config.reward_values]
+        scale = suggested_length if config.returns == "matched" else 1.0
+        rewards_BT = at_last_token((low + (high - low) * sentence_score_B) * scale, response_mask_BT)
+    else:
+        assert class_probs_BT3 is not None
+        rewards_BT = class_rewards(class_probs_BT3, config.reward_values, config.reward_estimator)
+    rewards_BT = apply_length_penalty(
+        rewards_BT * response_mask_BT, suggested_length, config.length_penalty_alpha, config.length_penalty_on
+    )
+    if config.algorithm == "ppo_sum":
+        rewards_BT = at_last_token(rewards_BT.sum(-1), response_mask_BT)
+    return rewards_BT + at_last_token(format_reward_B, response_mask_BT)
+
+
+def kl_k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
+    """k1 = log pi - log pi_ref of the sampled tokens: an unbiased estimate of the KL, in nats, (B, T)."""
+    return logprobs_BT - ref_logprobs_BT
+
+
+class Advantages(NamedTuple):
+    advantages: Tensor
+    """(B, T), 0 outside the response."""
+    returns: Tensor
+    """(B, T), targets of the value function, 0 outside the response."""
+
+
+def gae(rewards_BT: Tensor, values_BT: Tensor, response_mask_BT: Tensor, gamma: float, lam: float) -> Advantages:
+    """Generalised advantage estimation (Schulman et al. 2016) over the response tokens.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}; the value after the last token
+    is 0: the episode is over, also when the token limit ended it.
+    """
+    values_BT = values_BT * response_mask_BT
+    rewards_BT = rewards_BT * response_mask_BT
+    advantages_BT = torch.zeros_like(rewards_BT)
+    next_advantage_B = torch.zeros_like(rewards_BT[:, 0])
+    next_value_B = torch.zeros_like(next_advantage_B)
+    for t in reversed(range(rewards_BT.shape[1])):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        next_advantage_B = (delta_B + gamma * lam * next_advantage_B) * response_mask_BT[:, t]
+        next_value_B = values_BT[:, t]
+        advantages_BT[:, t] = next_advantage_B
+    return Advantages(advantages_BT, (advantages_BT + values_BT) * response_mask_BT)
+
+
+def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return (values_BT * mask_BT).sum() / mask_BT.sum()
+
+
+def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean 0 and (unbiased) variance 1 over the masked entries, 0 elsewhere (as verl's `masked_whiten`)."""
+    count = mask_BT.sum()
+    mean = masked_mean(values_BT, mask_BT)
+    if count < 2:
+        return (values_BT - mean) * mask_BT
+    variance = masked_mean((values_BT - mean) ** 2, mask_BT) * count / (count - 1)
+    return (values_BT - mean) * torch.rsqrt(variance + 1e-8) * mask_BT

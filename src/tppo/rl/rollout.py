@@ -1,0 +1,64 @@
+"""A rollout: responses of the old policy, as text with character spans and as padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tppo.policy.generate import Generation, generate
+from tppo.reward.align import token_spans
+from tppo.rl.policy import TokenBatch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to a batch of prompts: what a reward function sees (texts, ids, spans) and what the model sees."""
+
+    prompt_index: list[int]
+    """Which prompt each response answers."""
+    generations: list[Generation]
+    spans: list[list[tuple[int, int]]]
+    """Character span of every response token in `generations[i].response`."""
+    batch: TokenBatch
+
+
+def roll_out(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    prompt_index: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Rollout:
+    """Sample one response to each prompt from exactly softmax(logits / temperature)."""
+    chosen = [prompts[i] for i in prompt_index]
+    generations = generate(
+        model,
+        tokenizer,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=len(chosen),
+    )
+    spans = [token_spans(tokenizer, generation.response_ids) for generation in generations]
+    return Rollout(list(prompt_index), generations, spans, pad_batch(generations, tokenizer.pad_token_id))
+
+
+def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
+    """Left-pad the prompts, right-pad the responses. Padding is known by its place, never by its id."""
+    prompt_width = max(len(generation.prompt_ids) for generation in generations)
+    response_width = max(len(generation.response_ids) for generation in generations)
+    input_ids = torch.full((len(generations), prompt_width + response_width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, generation in enumerate(generations):
+        assert generation.response_ids, "a response without any token"
+        start, end = prompt_width - len(generation.prompt_ids), prompt_width + len(generation.response_ids)
+        input_ids[row, start:end] = torch.tensor(generation.prompt_ids + generation.response_ids)
+        attention_mask[row, start:end] = True
+    return TokenBatch(input_ids, attention_mask, attention_mask[:, prompt_width:].clone())
