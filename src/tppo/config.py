@@ -39,11 +39,11 @@ class Columns:
     """Which column of a CSV, TSV, JSONL or Parquet log holds what. Not used for the AOL format."""
 
     user_id: str = "user_id"
-    """User identifier (hashed with a key before anything is written)."""
+    """User identifier. Only its hash is stored, keyed with TPPO_HASH_KEY or a key in the cache folder."""
     time: str = "time"
-    """Timestamp: ISO 8601 or `YYYY-MM-DD HH:MM:SS`."""
+    """Timestamp: ISO 8601 such as `YYYY-MM-DD HH:MM:SS`; with a time zone it is converted to UTC."""
     kind: str = "kind"
-    """Event kind: search, click, purchase or visit."""
+    """Event kind: search, click, purchase or visit. Empty: no such column, every row is a search."""
     text: str = "text"
     """Query text for a search; title or URL for the other kinds."""
 
@@ -63,7 +63,7 @@ class Prepare:
     windows_per_user: int = 8
     """Most examples taken from one user (the newest windows are kept). 1 gives one example per user."""
     window_stride: int = 3
-    """New queries between the ends of two windows of one user; below task.num_queries windows share targets."""
+    """New queries between the ends of a user's windows; below task.num_queries windows share targets."""
     reward_eval_share: float = 0.1
     """Share of users held out to evaluate the reward models."""
     eval1_share: float = 0.1
@@ -71,13 +71,13 @@ class Prepare:
     eval2_share: float = 0.1
     """Share of users held out for evaluation, later in time than every training example."""
     eval2_time_share: float = 0.2
-    """The last share of the log's time span, from which only eval2 takes its targets."""
+    """The newest share of the log's events (whole hours), from which only eval2 takes its targets."""
     min_users_per_target: int = 1
     """Drop target queries that fewer users ever searched (k-anonymity); 1 keeps all."""
     max_text_chars: int = 120
     """Longer event texts are rejected (with a reason)."""
     memory_limit: str = "2GB"
-    """DuckDB's memory limit; it spills to disk beyond it."""
+    """DuckDB's memory limit; beyond it, it spills to disk. Python and libraries need about 200 MB more."""
     threads: int = 2
     """DuckDB threads."""
 
@@ -91,7 +91,7 @@ class SFT:
     max_examples: int = 4000
     """Training examples used, drawn with the seed; 0 means all."""
     max_eval_examples: int = 200
-    """Examples of the reward_eval users for the evaluation loss."""
+    """Examples of the reward_eval users for the evaluation loss; 0 means no evaluation."""
     tuning: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters that are merged into the saved model."""
     lora_r: int = 16
@@ -102,7 +102,7 @@ class SFT:
     """Passes over the training examples."""
     batch_size: int = 16
     """Examples in an optimiser step."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = 16
     """Examples in a forward pass; lower it when memory runs out."""
     warmup_share: float = 0.05
     """Share of the steps used to warm the learning rate up."""

@@ -1,0 +1,1 @@
+"""Rates, comparisons, intervals and the report."""

@@ -1,0 +1,167 @@
+"""Charts of the report: small inline SVGs by matplotlib whose colours are the page's CSS variables.
+
+matplotlib draws with stand-in colours that are then replaced by `currentColor` and `var(--...)`, so one chart
+suits light and dark pages. Text in a chart is fixed labels and numbers only, never text of the log.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+SERIES = ("sft", "ppo", "ppo_sum", "tppo", "targets", "other_user")
+_INK, _QUIET, _LINE = "#010101", "#020202", "#030303"
+_COLOURS = {name: f"#0a000{number}" for number, name in enumerate(SERIES)}
+_CSS = {
+    _INK: "currentColor",
+    _QUIET: "var(--quiet)",
+    _LINE: "var(--line)",
+    **{colour: f"var(--{name})" for name, colour in _COLOURS.items()},
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tppo",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _QUIET,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _QUIET,
+    "ytick.labelcolor": _QUIET,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: series name (its colour), legend label, points, and optionally half the height of its band."""
+
+    name: str
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    band: Sequence[float | None] | None = None
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point with its interval on one row of an interval chart."""
+
+    name: str
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def line_chart(lines: Sequence[Line], title: str, x_label: str, *, dots: bool = False) -> Markup | None:
+    """Curves over a common axis; None when no line has a measured point. `dots` marks the last point."""
+    drawn = [line for line in lines if any(_number(y) is not None for y in line.y)]
+    if not drawn:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(4.7, 2.7)
+        for line in drawn:
+            colour = _COLOURS[line.name]
+            y = [math.nan if (number := _number(value)) is None else number for value in line.y]
+            style = (0, (3, 2)) if line.dashed else "-"
+            marker = "o" if sum(not math.isnan(value) for value in y) == 1 else None
+            axes.plot(line.x, y, color=colour, label=line.label, linestyle=style, marker=marker, markersize=4)
+            if dots:
+                axes.plot(line.x[-1:], y[-1:], color=colour, marker="o", markersize=4.5)
+            if line.band is not None:
+                half = [math.nan if (number := _number(value)) is None else number for value in line.band]
+                low = [a - b for a, b in zip(y, half, strict=True)]
+                high = [a + b for a, b in zip(y, half, strict=True)]
+                axes.fill_between(line.x, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.set_xlabel(x_label)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=not dots))
+        # Above the curves, where it hides nothing.
+        axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.99), ncols=len(drawn), fontsize=8, borderpad=0,
+                    handlelength=1.4, columnspacing=1.0)  # fmt: skip
+        axes.set_title(title, y=1.13, pad=0)
+        return _svg(figure, title)
+
+
+def interval_chart(intervals: Sequence[Interval], title: str, zero: bool = False) -> Markup | None:
+    """Points with intervals, in per cent, one row each, first on top; `zero` draws a line at 0."""
+    if not intervals:
+        return None
+    with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure, axes = _figure(8.8, 0.65 + 0.36 * len(intervals))
+        for row, interval in enumerate(intervals):
+            colour, value = _COLOURS[interval.name], 100 * interval.value
+            if interval.low is not None and interval.high is not None:
+                axes.plot([100 * interval.low, 100 * interval.high], [row, row], color=colour, linewidth=2.4,
+                          solid_capstyle="round")  # fmt: skip
+            axes.plot([value], [row], "o", color=colour, markersize=6.5)
+            axes.annotate(f"{value:.1f}", (value, row), (0, 6), textcoords="offset points", ha="center",
+                          va="bottom", fontsize=8)  # fmt: skip
+        axes.set_yticks(range(len(intervals)), [interval.label for interval in intervals])
+        axes.tick_params(axis="y", length=0, labelcolor=_INK, labelsize=9)
+        axes.set_ylim(len(intervals) - 0.5, -0.75)
+        axes.spines["left"].set_visible(False)
+        if zero:
+            axes.axvline(0, color=_QUIET, linewidth=1)
+        else:
+            axes.set_xlim(left=0, right=max(axes.get_xlim()[1], 1))
+        axes.set_xlabel(title)
+        return _svg(figure, title)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" role="img" aria-label="LABEL">',
+        svg,
+        count=1,
+    )
+    svg = svg.replace('aria-label="LABEL"', f'aria-label="{escape(label)}"', 1)
+    svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif")  # the fonts of the page
+    for stand_in, colour in _CSS.items():
+        svg = svg.replace(stand_in, colour)
+    return Markup(svg)
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

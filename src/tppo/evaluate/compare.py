@@ -1,0 +1,147 @@
+"""From rows of generations.parquet to metrics.json: the tables of the report.
+
+Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so the
+bootstrap over users stays one of independent clusters).
+
+Win-tie-lose (the paper compares models response by response): the score of a response is its sentence
+label (0 or 1) plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses
+score 0. The higher score wins, scores within 1e-6 tie; examples where the judge abstained on either
+are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tppo.config import Recipe
+from tppo.evaluate.metrics import CORPUS, PER_RESPONSE, corpus_metrics
+from tppo.evaluate.stats import UserBootstrap, win_tie_lose
+from tppo.seeding import stream_seed
+
+Rows = list[dict[str, Any]]
+
+# Each model is compared with those after it, the farthest (SFT) first.
+MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "sft")
+DISPLAY = {
+    "sft": "SFT",
+    "ppo": "PPO",
+    "ppo_sum": "PPO (token sum)",
+    "tppo": "TPPO",
+    "targets": "True next queries",
+    "other_user": "Another user's next queries",
+}
+POOLED = "all"
+
+
+def build_metrics(rows: Rows, recipe: Recipe) -> dict[str, Any]:
+    """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair)."""
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    scopes = {split: [split] for split in splits}
+    if len(splits) > 1:
+        scopes = {POOLED: splits, **scopes}
+    other = "history" if recipe.reward.rubric == "targets" else "targets"
+    result: dict[str, Any] = {
+        "headline": f"relevant_{recipe.reward.rubric}",
+        "check": f"relevant_{other}",
+        "scopes": list(scopes),
+        "models": [m for m in DISPLAY if any(row["model"] == m for row in rows)],
+        "rows": [],
+        "differences": [],
+        "wins": [],
+        "abstained": [],
+    }
+    for scope, members in scopes.items():
+        _add_scope(result, scope, [row for row in rows if row["split"] in members], recipe)
+    return result
+
+
+def _add_scope(result: dict[str, Any], scope: str, rows: Rows, recipe: Recipe) -> None:
+    by_model = {model: [r for r in rows if r["model"] == model] for model in result["models"]}
+    by_model = {model: found for model, found in by_model.items() if found}
+    first = next(iter(by_model.values()))
+    examples = [row["example_id"] for row in first]
+    bootstrap = UserBootstrap(
+        [row["user_id"] for row in first],
+        recipe.evaluate.bootstrap_samples,
+        stream_seed(recipe.seed, "bootstrap", scope),
+    )
+    for model, found in by_model.items():
+        indexed = {row["example_id"]: row for row in found}
+        by_model[model] = [indexed.get(example, {}) for example in examples]
+        assert len(indexed) == len(found), f"{model} answered an example twice"
+        assert indexed.keys() <= set(examples), f"{model} answered other examples"
+        result["rows"] += _model_rows(scope, model, by_model[model], bootstrap)
+        for rubric in ("targets", "history"):
+            count = sum(row["status_" + rubric] == "abstained" for row in found)
+            result["abstained"].append({"scope": scope, "model": model, "rubric": rubric, "count": count})
+    compared = [model for model in MODEL_ORDER if model in by_model]
+    for number, a in enumerate(compared):
+        for b in reversed(compared[number + 1 :]):
+            _add_pair(result, scope, a, b, by_model, bootstrap)
+
+
+def _model_rows(scope: str, model: str, rows: Rows, bootstrap: UserBootstrap) -> Rows:
+    table = [
+        {
+            "scope": scope,
+            "model": model,
+            "metric": metric.name,
+            **bootstrap.mean([row.get(metric.name) for row in rows]).as_dict(),
+        }
+        for metric in PER_RESPONSE
+    ]
+    # No interval: drawing users with replacement repeats their words: biased downwards.
+    corpus = corpus_metrics([row["queries"] for row in rows if row])
+    users = len({row["user_id"] for row in rows if row})
+    table += [
+        {
+            "scope": scope,
+            "model": model,
+            "metric": metric.name,
+            "value": corpus[metric.name],
+            "low": None,
+            "high": None,
+            "examples": sum(bool(row) for row in rows),
+            "users": users,
+        }
+        for metric in CORPUS
+    ]
+    return table
+
+
+def _add_pair(
+    result: dict[str, Any], scope: str, a: str, b: str, by_model: dict[str, Rows], bootstrap: UserBootstrap
+) -> None:
+    for metric in PER_RESPONSE:
+        estimate = bootstrap.difference(_column(by_model[a], metric.name), _column(by_model[b], metric.name))
+        result["differences"].append(
+            {"scope": scope, "model": a, "than": b, "metric": metric.name, **estimate.as_dict()}
+        )
+    for rubric in ("targets", "history"):
+        wins = win_tie_lose(bootstrap, paired_scores(by_model[a], rubric), paired_scores(by_model[b], rubric))
+        result["wins"].append(
+            {
+                "scope": scope,
+                "model": a,
+                "than": b,
+                "rubric": rubric,
+                "win": wins.win,
+                "tie": wins.tie,
+                "lose": wins.lose,
+                "net": wins.net.as_dict(),
+            }
+        )
+
+
+def paired_scores(rows: Sequence[dict[str, Any]], rubric: str) -> list[float | None]:
+    """Sentence label + share of relevant words of each response, 0 to 2; None where the judge abstained."""
+    scores: list[float | None] = []
+    for row in rows:
+        label, share = row.get(f"relevant_{rubric}"), row.get(f"words_{rubric}")
+        scores.append(None if label is None or share is None else label + share)
+    return scores
+
+
+def _column(rows: Rows, name: str) -> list[float | None]:
+    return [row.get(name) for row in rows]

@@ -1,0 +1,109 @@
+"""Training curves of a run folder: RL algorithms, reward models, SFT. A missing file has no chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from tppo.errors import UserError
+from tppo.evaluate.charts import Line, line_chart
+from tppo.evaluate.compare import DISPLAY
+from tppo.run import RunFolder
+
+RL_CHARTS = (
+    ("sentence_reward_mean", "Relevance by the sentence reward model"),
+    ("token_relevance", "Relevance by the token reward model"),
+    ("kl", "KL from SFT, nats per response"),
+    ("response_length", "Response length, tokens"),
+    ("queries", "Queries per response"),
+    ("unparseable", "Unparseable share"),
+    ("entropy", "Entropy, nats per token"),
+    ("policy_loss", "Policy loss"),
+    ("value_loss", "Value loss"),
+    ("clip_fraction", "Clipped share of tokens"),
+)
+REWARD_CHARTS = (
+    ("auc", "Held-out AUC on its own task"),
+    ("sentence_auc", "Held-out AUC on whole responses"),
+    ("weighted_auc", "Held-out weighted AUC (3 classes)"),
+    ("loss", "Held-out loss"),
+)
+
+
+def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
+    return read_jsonl(run.path(f"rl_{model}") / "metrics.jsonl")
+
+
+def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
+    """Training curves: the reward of each algorithm on its own scale, then all algorithms overlaid."""
+    rows = {model: found for model in policies if model != "sft" and (found := rl_rows(run, model))}
+    own = []
+    for model, found in rows.items():
+        line = Line(
+            model,
+            DISPLAY[model],
+            column(found, "update"),
+            column(found, "reward_mean"),
+            column(found, "reward_std"),
+        )
+        own.append(line_chart([line], f"Reward of {DISPLAY[model]}, mean ± std", "update"))
+    spread = [Line(m, DISPLAY[m], column(f, "update"), column(f, "reward_std")) for m, f in rows.items()]
+    own.append(line_chart(spread, "Standard deviation of the reward", "update"))
+    shared = []
+    for name, title in RL_CHARTS:
+        lines = [Line(m, DISPLAY[m], column(f, "update"), column(f, name)) for m, f in rows.items()]
+        shared.append(line_chart(lines, title, "update"))
+    frontier = [
+        Line(m, DISPLAY[m], column(f, "kl"), column(f, "sentence_reward_mean")) for m, f in rows.items()
+    ]
+    shared.append(
+        line_chart(frontier, "Relevance bought per nat of KL", "KL from SFT, nats per response", dots=True)
+    )
+    missing = [DISPLAY[model] for model in policies if model != "sft" and model not in rows]
+    return {"own": [c for c in own if c], "shared": [c for c in shared if c], "missing": missing}
+
+
+def reward_charts(run: RunFolder) -> list[Markup]:
+    """Held-out curves of the token-level reward model (TPPO's colour) and its sentence-level rival."""
+    rows = [row for row in read_jsonl(run.path("reward") / "metrics.jsonl") if row["split"] == "reward_eval"]
+    charts = []
+    for name, title in REWARD_CHARTS:
+        lines = []
+        for kind, colour, label in (("token", "tppo", "token level"), ("sentence", "ppo", "sentence level")):
+            found = [row for row in rows if row["model"] == kind]
+            lines.append(Line(colour, label, column(found, "step"), column(found, name)))
+        charts.append(line_chart(lines, title, "step"))
+    return [chart for chart in charts if chart]
+
+
+def sft_chart(run: RunFolder) -> Markup | None:
+    rows = read_jsonl(run.path("sft") / "metrics.jsonl")
+    lines = [
+        Line("sft", label, [r["step"] for r in found], column(found, name), dashed=name == "eval_loss")
+        for name, label in (("loss", "training"), ("eval_loss", "held out"))
+        if (found := [row for row in rows if row.get(name) is not None and "step" in row])
+    ]
+    return line_chart(lines, "SFT loss, nats per response token", "step")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a missing file has none."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number} is not valid JSON ({error}): redo the stage that wrote it"
+            ) from None
+    return rows
+
+
+def column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return [row.get(name) for row in rows]

@@ -1,0 +1,189 @@
+"""What is measured on one response, and on all responses of a model.
+
+Every number of one response lands in a column of generations.parquet, so that any table of the report can
+be computed again from that file. `None` means "cannot be measured here" and is never replaced by 0.
+
+Unparseable responses (see `tppo.text.parse_response`) count as 0 in relevance and in the comparison with the
+true next queries: an answer that cannot be shown helps nobody. Form (length, copies, diversity) is measured
+on whatever text was written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from tppo.text import Event, normalise_query
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables: its name in generations.parquet and metrics.json, and how to read it."""
+
+    name: str
+    label: str
+    unit: Literal["rate", "number"]
+    better: Literal["higher", "lower", "neither"]
+    doc: str
+
+
+RELEVANCE = (
+    Metric(
+        "relevant_targets",
+        "Relevant to what the user really searched next",
+        "rate",
+        "higher",
+        "share of responses the judge calls relevant to the true next queries (sentence template)",
+    ),
+    Metric(
+        "words_targets",
+        "Relevant words, against what the user searched next",
+        "rate",
+        "higher",
+        "share of a response's words judged relevant to the true next queries (token template), mean",
+    ),
+    Metric(
+        "relevant_history",
+        "Relevant to the history",
+        "rate",
+        "higher",
+        "share of responses the judge calls relevant to the user's history (sentence template)",
+    ),
+    Metric(
+        "words_history",
+        "Relevant words, against the history",
+        "rate",
+        "higher",
+        "share of a response's words judged relevant to the history (token template), mean",
+    ),
+)
+TRUTH = (
+    Metric("hit", "Hit", "rate", "higher", "at least one query equals a true next query exactly"),
+    Metric(
+        "overlap", "Overlap", "rate", "higher", "share of the true next queries that were written exactly"
+    ),
+    Metric(
+        "token_f1",
+        "Word F1",
+        "rate",
+        "higher",
+        "mean over the true next queries of the best word F1 of any query",
+    ),
+    Metric(
+        "similarity",
+        "Similarity",
+        "number",
+        "higher",
+        "judge's score of the response against the true next queries (mean of the best cosines)",
+    ),
+)
+FORM = (
+    Metric(
+        "unparseable",
+        "Unparseable",
+        "rate",
+        "lower",
+        "empty, cut off by the token limit, or too many queries",
+    ),
+    Metric(
+        "response_tokens",
+        "Tokens",
+        "number",
+        "neither",
+        "response length in tokens, end-of-sequence included",
+    ),
+    Metric("queries_written", "Queries", "number", "neither", "queries in a response"),
+    Metric(
+        "words_per_query", "Words per query", "number", "neither", "words in a query, mean of the response"
+    ),
+    Metric(
+        "copied_queries",
+        "Copied queries",
+        "rate",
+        "lower",
+        "share of queries equal to a search of the history",
+    ),
+    Metric(
+        "copied_words", "Words from the history", "rate", "neither", "share of words that the history holds"
+    ),
+    Metric(
+        "repeated_queries",
+        "Repeated queries",
+        "rate",
+        "lower",
+        "share of queries equal to an earlier one in the response",
+    ),
+)
+CORPUS = (
+    Metric("distinct_1", "Distinct words", "rate", "higher", "different words / words, over all responses"),
+    Metric(
+        "distinct_2",
+        "Distinct word pairs",
+        "rate",
+        "higher",
+        "different neighbouring words / pairs, over all",
+    ),
+    Metric("distinct_queries", "Distinct queries", "rate", "higher", "different queries / queries, over all"),
+)
+PER_RESPONSE = (*RELEVANCE, *TRUTH, *FORM)
+BY_NAME = {metric.name: metric for metric in (*PER_RESPONSE, *CORPUS)}
+
+
+def word_f1(query: str, target: str) -> float:
+    """Harmonic mean of word precision and recall, words counted with multiplicity. 0 when either is empty."""
+    a, b = Counter(query.split()), Counter(target.split())
+    common = sum((a & b).values())
+    return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
+
+
+def truth_metrics(queries: Sequence[str], targets: Sequence[str], usable: bool) -> dict[str, float]:
+    """hit, overlap and token_f1 of a response against the true next queries (both already normalised).
+
+    `usable` False (unparseable) gives 0 for all three.
+    """
+    assert targets, "an example without targets is no example"
+    if not usable:
+        return {"hit": 0.0, "overlap": 0.0, "token_f1": 0.0}
+    written = set(queries)
+    found = [target in written for target in targets]
+    best = [max((word_f1(query, target) for query in queries), default=0.0) for target in targets]
+    return {
+        "hit": float(any(found)),
+        "overlap": sum(found) / len(found),
+        "token_f1": sum(best) / len(best),
+    }
+
+
+def form_metrics(queries: Sequence[str], history: Sequence[Event]) -> dict[str, float | None]:
+    """Copy and repetition shares, queries and words per query; None where there is nothing to divide by."""
+    words = [word for query in queries for word in query.split()]
+    searches = {normalise_query(event.text) for event in history if event.kind == "search"}
+    known = {word for event in history for word in normalise_query(event.text).split()}
+    return {
+        "queries_written": float(len(queries)),
+        "words_per_query": len(words) / len(queries) if queries else None,
+        "copied_queries": _share(query in searches for query in queries),
+        "copied_words": _share(word in known for word in words),
+        "repeated_queries": _share(query in queries[:number] for number, query in enumerate(queries)),
+    }
+
+
+def corpus_metrics(responses: Iterable[Sequence[str]]) -> dict[str, float | None]:
+    """distinct_1, distinct_2 (pairs within a query) and distinct_queries over all responses of a model."""
+    queries = [query for response in responses for query in response]
+    words = [query.split() for query in queries]
+    singles = [word for query in words for word in query]
+    pairs = [pair for query in words for pair in pairwise(query)]
+    return {
+        "distinct_1": len(set(singles)) / len(singles) if singles else None,
+        "distinct_2": len(set(pairs)) / len(pairs) if pairs else None,
+        "distinct_queries": len(set(queries)) / len(queries) if queries else None,
+    }
+
+
+def _share(flags: Iterable[bool]) -> float | None:
+    values = list(flags)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,265 @@
+"""Numbers of metrics.json in words: cells, the verdict, the cautions, the Markdown summary.
+
+A number that was not measured is written "not measured", never 0. Verdicts are computed from intervals only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tppo.evaluate.compare import DISPLAY, POOLED
+from tppo.evaluate.metrics import BY_NAME, FORM, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.stats import FEW_USERS, Estimate, verdict
+
+NOT_MEASURED = "not measured"
+SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
+SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
+TONES = {
+    "an improvement": "good",
+    "worse": "bad",
+    "no difference shown": "flat",
+    NOT_MEASURED: "none",
+    "higher": "flat",
+    "lower": "flat",
+}
+# A model that moves this many nats per response from the SFT model is far from what the log taught it.
+FAR_NATS = 10.0
+DIVERSITY_LOSS = 0.1
+
+AGAINST = {
+    "relevant_targets": "relevant to what the user really searched next",
+    "relevant_history": "relevant to the history",
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json with look-ups."""
+
+    data: dict[str, Any]
+
+    @property
+    def scopes(self) -> list[str]:
+        return self.data["scopes"]
+
+    @property
+    def policies(self) -> list[str]:
+        return [model for model in self.data["models"] if model not in ("targets", "other_user")]
+
+    def cell(self, scope: str, model: str, metric: str) -> Estimate:
+        return _find(self.data["rows"], scope=scope, model=model, metric=metric)
+
+    def difference(self, scope: str, model: str, than: str, metric: str) -> Estimate:
+        return _find(self.data["differences"], scope=scope, model=model, than=than, metric=metric)
+
+    def pairs(self, scope: str) -> list[tuple[str, str]]:
+        found = [(row["model"], row["than"]) for row in self.data["wins"] if row["scope"] == scope]
+        return list(dict.fromkeys(found))
+
+    def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
+        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric}
+        return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
+
+
+def _find(rows: list[dict[str, Any]], **wanted: str) -> Estimate:
+    for row in rows:
+        if wanted.items() <= row.items():
+            return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
+    return Estimate(None, None, None, 0, 0)
+
+
+def number(value: float | None, unit: str = "number") -> str:
+    """ "62.1" for a rate (per cent) and "12.34" for a number."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{100 * value:.1f}" if unit == "rate" else f"{value:.2f}"
+
+
+def interval(estimate: Estimate, unit: str = "number", signed: bool = False) -> str:
+    """ "[55.0, 68.2]", or an empty string when there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    sign = signed_number if signed else number
+    return f"[{sign(estimate.low, unit)}, {sign(estimate.high, unit)}]"
+
+
+def signed_number(value: float | None, unit: str = "number") -> str:
+    """As `number` with a sign; a zero has none."""
+    if value is None:
+        return NOT_MEASURED
+    text = f"{100 * value:+.1f}" if unit == "rate" else f"{value:+.2f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+-")
+
+
+def shift(estimate: Estimate, metric: Metric) -> str:
+    """ "+6.3 points [1.2, 11.0]"."""
+    if estimate.value is None:
+        return NOT_MEASURED
+    points = " points" if metric.unit == "rate" else ""
+    shown = interval(estimate, metric.unit, signed=True)
+    return f"{signed_number(estimate.value, metric.unit)}{points} {shown or '(interval not measured)'}"
+
+
+def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
+    """One entry per pair of models: the claim, its numbers, and what the other measures say."""
+    headline, check = BY_NAME[metrics.data["headline"]], BY_NAME[metrics.data["check"]]
+    rubric = headline.name.removeprefix("relevant_")
+    entries = []
+    for model, than in metrics.pairs(scope):
+        difference = metrics.difference(scope, model, than, headline.name)
+        outcome = verdict(difference)
+        wins = metrics.wins(scope, model, than, rubric)
+        other = metrics.difference(scope, model, than, check.name)
+        others = [("Check, " + AGAINST[check.name], shift(other, check), verdict(other))]
+        for name in ("hit", "token_f1"):
+            found = metrics.difference(scope, model, than, name)
+            others.append((f"{BY_NAME[name].label}, no judge", shift(found, BY_NAME[name]), verdict(found)))
+        entries.append(
+            {
+                "model": model,
+                "than": than,
+                "title": f"{DISPLAY[model]} minus {DISPLAY[than]}",
+                "shift": shift(difference, headline),
+                "outcome": outcome,
+                "tone": TONES[outcome],
+                "win": None if wins is None or wins["win"] is None else wins,
+                "others": [(label, text, said, TONES[said]) for label, text, said in others],
+            }
+        )
+    return entries
+
+
+def lead(metrics: Metrics, scope: str) -> list[str]:
+    """The first sentences of the report: what the intervals allow to claim, then the shares themselves."""
+    headline = metrics.data["headline"]
+    against = AGAINST[headline]
+    shares = []
+    for model in metrics.policies[::-1]:
+        estimate = metrics.cell(scope, model, headline)
+        value = NOT_MEASURED if estimate.value is None else f"{number(estimate.value, 'rate')}%"
+        shares.append(f"{DISPLAY[model]} {value} {interval(estimate, 'rate')}".strip())
+    sentences = []
+    for outcome, words in (
+        ("an improvement", "is better than"),
+        ("worse", "is worse than"),
+        ("no difference shown", "shows no difference from"),
+    ):
+        for model in metrics.policies[::-1]:
+            than = [
+                e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome
+            ]
+            if than:
+                sentences.append(f"{DISPLAY[model]} {words} {_listed([DISPLAY[name] for name in than])}.")
+    return [*sentences, f"Answers {against}: {', '.join(shares)}."]
+
+
+def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) -> list[str]:
+    """What a reader has to know before acting on the verdict; each computed from the numbers."""
+    notes: list[str] = []
+    headline = metrics.data["headline"]
+    for model in [name for name in metrics.policies[::-1] if name != "sft"]:
+        notes += _model_cautions(metrics, scope, model)
+        kl = final_kl.get(model)
+        if kl is not None and kl > FAR_NATS:
+            notes.append(f"{DISPLAY[model]} ended {kl:.1f} nats per response away from SFT, which is far.")
+    users = metrics.cell(scope, "sft", headline).users
+    if users < FEW_USERS:
+        notes.append(f"Only {users} users were evaluated: intervals over so few users are too narrow.")
+    abstained = sum(row["count"] for row in metrics.data["abstained"] if row["scope"] == scope)
+    if abstained:
+        notes.append(
+            f"The judge abstained {abstained} times; those answers are left out of the relevance numbers."
+        )
+    notes.append(
+        "Each model was trained once: intervals cover the choice of users, not the luck of a training run."
+    )
+    # The evaluate stage loads the judge of the label stage, so this always holds.
+    notes.append(
+        "The judge here is the one whose labels trained the reward models, so relevance may be learnt to "
+        "suit it. Hit and word F1 use no judge; trust a gain more when they agree."
+    )
+    return notes
+
+
+def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:
+    def change(name: str) -> tuple[str, str]:
+        metric, difference = BY_NAME[name], metrics.difference(scope, model, "sft", name)
+        return verdict(difference, metric.better), shift(difference, metric)
+
+    title, notes = DISPLAY[model], []
+    for name, bad, words in (
+        ("copied_queries", "worse", "repeats searches of the history more often than SFT"),
+        ("copied_words", "higher", "takes more words from the history than SFT"),
+        ("repeated_queries", "worse", "repeats itself more often than SFT"),
+        ("queries_written", "lower", "writes fewer queries than SFT"),
+        ("unparseable", "worse", "gives more unparseable answers than SFT"),
+    ):
+        outcome, text = change(name)
+        if outcome == bad:
+            notes.append(f"{title} {words}: {text}.")
+    ours = metrics.cell(scope, model, "distinct_2").value
+    theirs = metrics.cell(scope, "sft", "distinct_2").value
+    if ours is not None and theirs and ours < (1 - DIVERSITY_LOSS) * theirs:
+        notes.append(
+            f"{title} is less varied than SFT: {number(ours, 'rate')}% of its word pairs are distinct, "
+            f"SFT's {number(theirs, 'rate')}%."
+        )
+    gained = change(metrics.data["headline"])[0] == "an improvement"
+    confirmed = any(change(name)[0] == "an improvement" for name in ("hit", "token_f1"))
+    if gained and not confirmed:
+        notes.append(
+            f"{title}'s gain over SFT is the judge's: hit and word F1, which need no judge, do not show it."
+        )
+    if gained and change(metrics.data["check"])[0] == "worse":
+        notes.append(f"{title} gains in the headline but loses {AGAINST[metrics.data['check']]}.")
+    return notes
+
+
+def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
+    """The tables of the report in Markdown: numbers only, no text of the log, so it may be shared."""
+    scope = metrics.scopes[0]
+    lines = ["# Evaluation", "", *lead(metrics, scope), ""]
+    lines += [f"- {name}: {value}" for name, value in facts]
+    for part in metrics.scopes:
+        for title, group in (("Relevance", RELEVANCE), ("True next queries", TRUTH), ("Form", FORM)):
+            lines += ["", f"## {title}, {SCOPES[part]}", "", *_markdown_table(metrics, part, group)]
+        lines += ["", f"## Differences, {SCOPES[part]}", ""]
+        lines += ["| | headline | check | hit | word F1 |", "|---|---|---|---|---|"]
+        for model, than in metrics.pairs(part):
+            cells = [
+                shift(metrics.difference(part, model, than, name), BY_NAME[name])
+                for name in (metrics.data["headline"], metrics.data["check"], "hit", "token_f1")
+            ]
+            lines.append(f"| {DISPLAY[model]} minus {DISPLAY[than]} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            f"## Win, tie, lose, {SCOPES[part]}",
+            "",
+            "| | against | win | tie | lose |",
+            "|---|---|---|---|---|",
+        ]
+        for row in metrics.data["wins"]:
+            if row["scope"] == part:
+                shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
+                lines.append(
+                    f"| {DISPLAY[row['model']]} vs {DISPLAY[row['than']]} | {row['rubric']} | {shares} |"
+                )
+    return "\n".join([*lines, ""])
+
+
+def _markdown_table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> list[str]:
+    heads = [metric.label + (" %" if metric.unit == "rate" else "") for metric in group]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(group) + 1) + "|"]
+    for model in metrics.data["models"]:
+        cells = []
+        for metric in group:
+            estimate = metrics.cell(scope, model, metric.name)
+            cells.append(f"{number(estimate.value, metric.unit)} {interval(estimate, metric.unit)}".strip())
+        lines.append(f"| {DISPLAY[model]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

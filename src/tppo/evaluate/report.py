@@ -1,0 +1,315 @@
+"""The report stage: one self-contained HTML page, and the tables alone as Markdown.
+
+report.html holds rows of the log (samples) and stays with the run; summary.md holds numbers only. Texts of
+the log are untrusted: the template escapes everything except our own charts, and the page runs no
+script at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+from rich.box import SIMPLE
+from rich.table import Table
+
+from tppo.config import Recipe
+from tppo.errors import UserError
+from tppo.evaluate import present
+from tppo.evaluate.charts import Interval, interval_chart
+from tppo.evaluate.compare import DISPLAY
+from tppo.evaluate.curves import read_jsonl, reward_charts, rl_charts, rl_rows, sft_chart
+from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.present import Metrics
+from tppo.evaluate.stage import GENERATIONS
+from tppo.evaluate.stats import verdict
+from tppo.progress import console
+from tppo.run import RunFolder, all_stages
+from tppo.seeding import rng
+from tppo.tables import load_examples, read_table
+
+SAMPLES = 12
+TOKEN_SAMPLES = 4
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Write report.html and summary.md."""
+    metrics = load_metrics(run)
+    scope = metrics.scopes[0]
+    final_kl = {model: _last(rl_rows(run, model), "kl") for model in metrics.policies if model != "sft"}
+    context = {
+        "lead": present.lead(metrics, scope),
+        "scope_label": present.SCOPES[scope],
+        "verdicts": present.verdicts(metrics, scope),
+        "cautions": present.cautions(metrics, scope, final_kl),
+        "chart_headline": headline_chart(metrics, scope),
+        "chart_differences": difference_chart(metrics, scope),
+        "scopes": [scope_tables(metrics, name) for name in metrics.scopes],
+        "against": {name: present.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "judge": metrics.data["judge"],
+        "models": [(model, DISPLAY[model]) for model in metrics.policies],
+        "rl_charts": rl_charts(run, metrics.policies),
+        "reward_charts": reward_charts(run),
+        "sft_chart": sft_chart(run),
+        "samples": samples(recipe, run, metrics),
+        "token_samples": token_samples(run, metrics.policies),
+        "facts": [
+            (stage, flatten((run.manifest(stage) or {}).get("facts", {})))
+            for stage in ("prepare", "label", "reward")
+        ],
+        "costs": costs(recipe, run),
+        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
+        "seed": recipe.seed,
+        "run_name": run.root.name,
+        "versions": (run.manifest("evaluate") or {}).get("versions", {}),
+        "python": (run.manifest("evaluate") or {}).get("python"),
+        "finished": (run.manifest("evaluate") or {}).get("finished"),
+        "counts": (run.manifest("evaluate") or {}).get("facts", {}),
+        "bootstrap_samples": recipe.evaluate.bootstrap_samples,
+        "temperature": recipe.evaluate.temperature,
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *TRUTH, *FORM, *CORPUS)},
+    }
+    (folder / "report.html").write_text(render(context), encoding="utf-8")
+    facts = [
+        ("examples", str(metrics.cell(scope, "sft", metrics.data["headline"]).examples)),
+        ("users", str(metrics.cell(scope, "sft", metrics.data["headline"]).users)),
+        ("judge", metrics.data["judge"]),
+        ("seed", str(recipe.seed)),
+        ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
+    ]
+    (folder / "summary.md").write_text(present.summary_markdown(metrics, facts), encoding="utf-8")
+    return {"verdict": context["lead"], "cautions": context["cautions"]}
+
+
+def render(context: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(context)
+
+
+def load_metrics(run: RunFolder) -> Metrics:
+    path = run.require("evaluate") / "metrics.json"
+    try:
+        return Metrics(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give `--redo evaluate` to make it anew") from None
+
+
+def print_summary(run: RunFolder) -> None:
+    """The headline of a finished run on the console."""
+    metrics = load_metrics(run)
+    scope = metrics.scopes[0]
+    headline, check = metrics.data["headline"], metrics.data["check"]
+    heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %",
+             "unparseable": "unparseable %"}  # fmt: skip
+    table = Table(
+        title=f"{present.SCOPES[scope]}: {present.AGAINST[headline]}; check: {present.AGAINST[check]}",
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", min_width=15)
+    for name in heads:
+        table.add_column(heads[name], justify="right", no_wrap=True)
+    for model in metrics.data["models"]:
+        texts = []
+        for name in heads:
+            cell, unit = metrics.cell(scope, model, name), BY_NAME[name].unit
+            shown = present.interval(cell, unit) if name == headline and model in metrics.policies else ""
+            texts.append(f"{present.number(cell.value, unit)} {shown}".strip().replace("[", "\\["))
+        table.add_row(DISPLAY[model], *texts)
+    console.print(table)
+    for sentence in present.lead(metrics, scope)[:-1]:
+        console.print(sentence)
+
+
+def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
+    headline = metrics.data["headline"]
+    cells = [(model, metrics.cell(scope, model, headline)) for model in metrics.data["models"]]
+    intervals = [
+        Interval(model, DISPLAY[model], cell.value, cell.low, cell.high)
+        for model, cell in cells
+        if cell.value is not None
+    ]
+    return interval_chart(intervals, f"Answers {present.AGAINST[headline]}, % (95% interval)")
+
+
+def difference_chart(metrics: Metrics, scope: str) -> Markup | None:
+    intervals = []
+    for model, than in metrics.pairs(scope):
+        cell = metrics.difference(scope, model, than, metrics.data["headline"])
+        if cell.value is not None:
+            label = f"{DISPLAY[model]} minus {DISPLAY[than]}"
+            intervals.append(Interval(model, label, cell.value, cell.low, cell.high))
+    return interval_chart(intervals, "Difference of that share, points (95% interval)", zero=True)
+
+
+def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
+    """Everything the template shows of one evaluation set."""
+    count = metrics.cell(scope, "sft", metrics.data["headline"])
+    return {
+        "name": scope,
+        "label": present.SCOPES[scope],
+        "examples": count.examples,
+        "users": count.users,
+        "relevance": table(metrics, scope, _headline_first(metrics)),
+        "truth": table(metrics, scope, TRUTH),
+        "form": table(metrics, scope, FORM[:4]),
+        "variety": table(metrics, scope, (*FORM[4:], *CORPUS)),
+        "differences": differences(metrics, scope),
+        "wins": [
+            {**row, "title": f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
+             "net_value": present.signed_number(row["net"]["value"], "rate"),
+             "net_interval": present.interval(present.Estimate(**row["net"]), "rate", signed=True),
+             "against": {"targets": "next queries", "history": "history"}[row["rubric"]]}
+            for row in metrics.data["wins"]
+            if row["scope"] == scope
+        ],
+    }  # fmt: skip
+
+
+def _headline_first(metrics: Metrics) -> list[Metric]:
+    rubric = metrics.data["headline"].removeprefix("relevant_")
+    return sorted(RELEVANCE, key=lambda metric: not metric.name.endswith(rubric))
+
+
+def table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> dict[str, Any]:
+    """Heads and rows of a table: (label, value, interval) cells."""
+    rows = []
+    for model in metrics.data["models"]:
+        cells = []
+        for metric in group:
+            cell = metrics.cell(scope, model, metric.name)
+            cells.append((present.number(cell.value, metric.unit), present.interval(cell, metric.unit)))
+        rows.append({"model": model, "label": DISPLAY[model], "cells": cells})
+    heads = [(metric.label + (", %" if metric.unit == "rate" else ""), metric.doc) for metric in group]
+    return {"heads": heads, "rows": rows}
+
+
+def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
+    names = (
+        metrics.data["headline"],
+        metrics.data["check"],
+        "hit",
+        "token_f1",
+        "copied_words",
+        "queries_written",
+    )
+    rows = []
+    for model, than in metrics.pairs(scope):
+        cells = []
+        for name in names:
+            cell, metric = metrics.difference(scope, model, than, name), BY_NAME[name]
+            outcome = verdict(cell, metric.better)
+            value = present.signed_number(cell.value, metric.unit)
+            said = present.SHORT.get(outcome, "")
+            cells.append(
+                (value, present.interval(cell, metric.unit, signed=True), said, present.TONES[outcome])
+            )
+        rows.append({"model": model, "label": f"{DISPLAY[model]} minus {DISPLAY[than]}", "cells": cells})
+    heads = [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else "") for name in names]
+    return {"heads": heads, "rows": rows}
+
+
+def samples(recipe: Recipe, run: RunFolder, metrics: Metrics) -> list[dict[str, Any]]:
+    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks."""
+    rubric = metrics.data["headline"].removeprefix("relevant_")
+    rows = read_table(run.require("evaluate") / "generations.parquet", GENERATIONS).to_pylist()
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        answers.setdefault(row["example_id"], {})[row["model"]] = row
+    ids = list(answers)
+    chosen = rng(recipe.seed, "report samples").choice(len(ids), size=min(SAMPLES, len(ids)), replace=False)
+    wanted = [ids[i] for i in sorted(chosen)]
+    examples = {e.example_id: e for e in load_examples(run.require("prepare")) if e.example_id in set(wanted)}
+    shown = []
+    for example_id in wanted:
+        by_model = answers[example_id]
+        columns = [
+            {
+                "model": m,
+                "label": DISPLAY[m],
+                "problem": by_model[m]["problem"],
+                "lines": _marked(by_model[m], rubric),
+            }
+            for m in metrics.policies
+            if m in by_model
+        ]
+        shown.append(
+            {
+                "history": examples[example_id].history,
+                "targets": examples[example_id].targets,
+                "columns": columns,
+            }
+        )
+    return shown
+
+
+def _marked(row: dict[str, Any], rubric: str) -> list[list[tuple[str, int]]]:
+    """Queries as lists of (word, label); label 0 when the judge abstained."""
+    labels = row[f"word_labels_{rubric}"] or [0] * len(row["words"])
+    lines: list[list[tuple[str, int]]] = [[] for _ in row["queries"]]
+    for word, query, label in zip(row["words"], row["word_query"], labels, strict=True):
+        lines[query].append((word, label))
+    return lines
+
+
+def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1)."""
+    shown = []
+    for model in policies:
+        rows = read_jsonl(run.path(f"rl_{model}") / "samples.jsonl") if model != "sft" else []
+        last = [row for row in rows if row["update"] == rows[-1]["update"]][:TOKEN_SAMPLES]
+        largest = max((abs(token[1]) for row in last for token in row["tokens"]), default=0) or 1.0
+        responses = [
+            {
+                "reward": row["reward"],
+                "tokens": [
+                    (_visible(text), reward, abs(reward) / largest) for text, reward, _ in row["tokens"]
+                ],
+            }
+            for row in last
+        ]
+        if responses:
+            shown.append(
+                {"model": model, "label": DISPLAY[model], "update": last[0]["update"], "responses": responses}
+            )
+    return shown
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎") or "∎"
+
+
+def costs(recipe: Recipe, run: RunFolder) -> list[dict[str, Any]]:
+    """Seconds and peak memory of each finished stage."""
+    found = [(stage, run.manifest(stage)) for stage in all_stages(recipe) if stage != "report"]
+    return [
+        {"stage": stage, "seconds": manifest["seconds"], "memory": manifest["peak_memory_mib"]}
+        for stage, manifest in found
+        if manifest is not None
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Facts of a manifest as (dotted name, text) rows; floats to 4 digits."""
+    if isinstance(value, dict):
+        return [pair for key, child in value.items() for pair in flatten(child, f"{prefix}{key}.")]
+    if isinstance(value, float):
+        return [(prefix.rstrip("."), f"{value:.4g}")]
+    return [(prefix.rstrip("."), present.NOT_MEASURED if value is None else str(value))]
+
+
+def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    return rows[-1].get(name) if rows else None

@@ -1,0 +1,278 @@
+"""The evaluate stage: every policy answers the same prompts with the same seed; one judge reads all answers.
+
+Two reference rows show the scale of the judge: `targets` judges the user's true next queries as if a model
+had written them, `other_user` judges those of another user of the same evaluation set.
+
+Each (split, model) part is written to parts/ as soon as it is judged; a restarted stage keeps the parts it
+finds (the run folder guarantees the same settings and inputs).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from tppo.config import Recipe, Rubric
+from tppo.errors import UserError
+from tppo.evaluate.compare import build_metrics
+from tppo.evaluate.metrics import form_metrics, truth_metrics
+from tppo.judge.embedding import EmbeddingJudge, other_user_items
+from tppo.judge.record import Judge, JudgeItem, Verdict
+from tppo.models import load_policy
+from tppo.policy.generate import encode_examples, generate
+from tppo.progress import console
+from tppo.run import RunFolder, write_json
+from tppo.seeding import rng, stream_seed
+from tppo.tables import Example, load_examples, read_table, write_table
+from tppo.text import parse_response, render_response
+
+RUBRICS: tuple[Rubric, ...] = ("targets", "history")
+REFERENCES = ("targets", "other_user")
+
+
+def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+
+
+def _rubric_fields(rubric: str, against: str) -> list[pa.Field]:
+    return [
+        _field(f"relevant_{rubric}", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0", True),
+        _field(f"words_{rubric}", pa.float64(), f"share of words relevant to {against}; unparseable 0", True),
+        _field(f"sentence_score_{rubric}", pa.float64(), "judge's score of the response as written", True),
+        _field(
+            f"word_labels_{rubric}",
+            pa.list_(pa.int8()),
+            "1 irrelevant, 2 relevant, per word as written",
+            True,
+        ),
+        _field(f"status_{rubric}", pa.string(), "ok or abstained (then the four columns before are null)"),
+    ]
+
+
+GENERATIONS = pa.schema(
+    [
+        _field("example_id", pa.string(), "example answered"),
+        _field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
+        _field("split", pa.string(), "eval1 or eval2"),
+        _field("model", pa.string(), "sft, tppo, ppo, ppo_sum; or the references targets and other_user"),
+        _field("response", pa.string(), "text without special tokens"),
+        _field("queries", pa.list_(pa.string()), "normalised queries, in order"),
+        _field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
+        _field("word_query", pa.list_(pa.int32()), "number of the query each word belongs to"),
+        _field("finished", pa.bool_(), "the model ended the response itself"),
+        _field("problem", pa.string(), "why the response is unparseable, else null", True),
+        _field("unparseable", pa.float64(), "1 when there is a problem"),
+        _field(
+            "response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True
+        ),
+        *_rubric_fields("targets", "the true next queries"),
+        *_rubric_fields("history", "the history"),
+        _field("similarity", pa.float64(), "sentence_score_targets; unparseable 0", True),
+        *[
+            _field(name, pa.float64(), "see tppo.evaluate.metrics", True)
+            for name in (
+                "hit",
+                "overlap",
+                "token_f1",
+                "queries_written",
+                "words_per_query",
+                "copied_queries",
+                "copied_words",
+                "repeated_queries",
+            )
+        ],
+    ]
+)
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Generate, judge, measure; writes generations.parquet and metrics.json.
+
+    Raises:
+        UserError: an evaluation set is empty, or a stage to the left is not finished.
+    """
+    if not recipe.evaluate.splits:
+        raise UserError("evaluate.splits is empty: name eval1, eval2 or both")
+    if recipe.evaluate.bootstrap_samples < 100:
+        raise UserError(f"evaluate.bootstrap_samples={recipe.evaluate.bootstrap_samples}: give at least 100")
+    judge = EmbeddingJudge.load(run.require("label"))
+    examples = {split: choose_examples(recipe, run, split) for split in recipe.evaluate.splits}
+    parts = folder / "parts"
+    parts.mkdir(exist_ok=True)
+    seconds: dict[str, float] = {}
+    dropped: dict[str, int] = {}
+    for model in ["sft", *recipe.algorithms]:
+        missing = [split for split in examples if not _part(parts, split, model).exists()]
+        if missing:
+            start = time.monotonic()
+            dropped.update(_answer(recipe, run, judge, model, {s: examples[s] for s in missing}, parts))
+            seconds[model] = round(time.monotonic() - start, 1)
+    for split, chosen in examples.items():
+        _write_references(recipe, judge, split, chosen, parts)
+
+    order = [(split, model) for split in examples for model in ("sft", *recipe.algorithms, *REFERENCES)]
+    tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
+    generations = pa.concat_tables(tables)
+    write_table(folder / "generations.parquet", generations, GENERATIONS)
+    metrics = build_metrics(generations.to_pylist(), recipe)
+    metrics["judge"] = judge.name
+    write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(parts)
+    return {
+        "examples": {split: len(chosen) for split, chosen in examples.items()},
+        "users": {split: len({e.user_id for e in chosen}) for split, chosen in examples.items()},
+        "judge": judge.name,
+        "history_events_dropped_to_fit_the_prompt": dropped,
+        "seconds_by_model": seconds,
+        "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
+    }
+
+
+def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
+    """`evaluate.max_examples` examples of a split, drawn with the seed, in file order (0: all)."""
+    examples = load_examples(run.require("prepare"), split)
+    if not examples:
+        raise UserError(
+            f"{run.path('prepare')}/examples.parquet has no example of split '{split}': raise "
+            f"prepare.{split}_share or take the split out of evaluate.splits"
+        )
+    limit = recipe.evaluate.max_examples
+    if not limit or limit >= len(examples):
+        return examples
+    chosen = rng(recipe.seed, "evaluate", split).choice(len(examples), size=limit, replace=False)
+    return [examples[i] for i in sorted(chosen)]
+
+
+def _part(parts: Path, split: str, model: str) -> Path:
+    return parts / f"{split}.{model}.parquet"
+
+
+def _answer(
+    recipe: Recipe,
+    run: RunFolder,
+    judge: Judge,
+    model_name: str,
+    examples: dict[str, list[Example]],
+    parts: Path,
+) -> dict[str, int]:
+    """Let one policy answer the given splits; returns how many history events did not fit, per split."""
+    stage = "sft" if model_name == "sft" else f"rl_{model_name}"
+    dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
+    model, tokenizer = load_policy(run.require(stage) / "model", dtype=dtype)
+    dropped = {}
+    for split, chosen in examples.items():
+        prompts, dropped[f"{split}.{model_name}"] = encode_examples(tokenizer, chosen, recipe.task)
+        generations = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=recipe.task.max_response_tokens,
+            temperature=recipe.evaluate.temperature,
+            # The same stream for every model: equal distributions would give equal samples.
+            seed=stream_seed(recipe.seed, "evaluate", split),
+            batch_size=recipe.evaluate.batch_size,
+            description=f"evaluate: {model_name} answers {split}",
+        )
+        rows = response_rows(
+            judge,
+            chosen,
+            [g.response for g in generations],
+            [g.finished for g in generations],
+            [len(g.response_ids) for g in generations],
+            model=model_name,
+            num_queries=recipe.task.num_queries,
+        )
+        write_table(_part(parts, split, model_name), rows, GENERATIONS)
+    return dropped
+
+
+def _write_references(recipe: Recipe, judge: Judge, split: str, examples: list[Example], parts: Path) -> None:
+    """Judge the true next queries of the users, and those of other users, as if a model had written them."""
+    answers = {"targets": [render_response(example.targets) for example in examples]}
+    if len({example.user_id for example in examples}) > 1:
+        seed = stream_seed(recipe.seed, "evaluate", split)
+        answers["other_user"] = [item.response for item in other_user_items(examples, seed)]
+    else:
+        console.print(f"evaluate: {split} holds one user only, so there is no other user to compare with")
+    count = len(examples)
+    for name, responses in answers.items():
+        path = _part(parts, split, name)
+        if not path.exists():
+            rows = response_rows(
+                judge,
+                examples,
+                responses,
+                [True] * count,
+                [None] * count,
+                model=name,
+                num_queries=recipe.task.num_queries,
+            )
+            write_table(path, rows, GENERATIONS)
+
+
+def response_rows(
+    judge: Judge,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    finished: Sequence[bool],
+    tokens: Sequence[int | None],
+    *,
+    model: str,
+    num_queries: int,
+) -> list[dict[str, Any]]:
+    """Judge and measure one response per example: rows of generations.parquet."""
+    items = [JudgeItem(e.history, e.targets, r) for e, r in zip(examples, responses, strict=True)]
+    verdicts = {rubric: judge.judge(items, rubric) for rubric in RUBRICS}
+    rows = []
+    for i, (example, response) in enumerate(zip(examples, responses, strict=True)):
+        parsed = parse_response(response, finished[i], num_queries)
+        usable = parsed.problem is None
+        row: dict[str, Any] = {
+            "example_id": example.example_id,
+            "user_id": example.user_id,
+            "split": example.split,
+            "model": model,
+            "response": response,
+            "queries": parsed.queries,
+            "words": [word.text for word in parsed.words],
+            "word_query": [word.query for word in parsed.words],
+            "finished": finished[i],
+            "problem": parsed.problem,
+            "unparseable": float(not usable),
+            "response_tokens": tokens[i],
+        }
+        for rubric in RUBRICS:
+            row |= _verdict_columns(verdicts[rubric][i], rubric, usable)
+        score = row["sentence_score_targets"]
+        row["similarity"] = 0.0 if not usable and score is not None else score
+        row |= truth_metrics(parsed.queries, example.targets, usable)
+        row |= form_metrics(parsed.queries, example.history)
+        rows.append(row)
+    return rows
+
+
+def _verdict_columns(verdict: Verdict, rubric: str, usable: bool) -> dict[str, Any]:
+    """The five columns of a rubric; an abstention is null, never a 0."""
+    relevant: float | None = None
+    share: float | None = None
+    labels: list[int] | None = None
+    score: float | None = None
+    if verdict.status == "ok":
+        words = verdict.words or []
+        labels = [2 if word.relevant else 1 for word in words]
+        relevant = float(usable and verdict.sentence_relevant)
+        share = sum(word.relevant for word in words) / len(words) if usable and words else 0.0
+        score = verdict.sentence_score
+    return {
+        f"relevant_{rubric}": relevant,
+        f"words_{rubric}": share,
+        f"sentence_score_{rubric}": score,
+        f"word_labels_{rubric}": labels,
+        f"status_{rubric}": verdict.status,
+    }

@@ -1,0 +1,106 @@
+"""The record of a judgement: the same for the offline judge and for an LLM judge.
+
+A judge answers with an ordered list of word verdicts, one for each word of the response as
+`tppo.text.parse_response` splits it, never with a mapping keyed by the word: a repeated word would collapse.
+A judge that cannot answer abstains (with a reason); nothing is repaired or set to 0 for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from tppo.config import Rubric
+from tppo.tables import Example
+from tppo.text import Event, ParsedResponse, parse_response
+
+Status = Literal["ok", "abstained"]
+
+IRRELEVANT, RELEVANT = 1, 2
+"""Classes of a word. Class 0 (separators, masked tokens) arises only when words are mapped to tokens."""
+
+
+@dataclass(frozen=True)
+class JudgeItem:
+    """What a judge sees: the history (oldest first), the user's true next queries, and the response."""
+
+    history: list[Event]
+    targets: list[str]
+    response: str
+
+
+@dataclass(frozen=True)
+class WordVerdict:
+    """`score` in the judge's own unit (a cosine, a probability, 0/1), and its decision."""
+
+    score: float
+    relevant: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Verdict on a response. `words` is None and the sentence part meaningless when the judge abstained."""
+
+    words: list[WordVerdict] | None
+    sentence_score: float
+    sentence_relevant: bool
+    status: Status
+    problem: str | None
+
+
+class Judge(Protocol):
+    """Anything that fills verdicts. `name` says which judge and which version of its rule."""
+
+    name: str
+
+    def judge(self, items: Sequence[JudgeItem], rubric: Rubric) -> list[Verdict]:
+        """One verdict per item, in order. `rubric`: relevance to the targets, or to the history."""
+        ...
+
+
+def split_response(response: str) -> ParsedResponse:
+    """Queries and words of a response, whatever the task asked for: a judge reads all of it."""
+    return parse_response(response, finished=True, num_queries=len(response) + 1)
+
+
+def verdict_to_row(
+    example: Example, sample: int, rubric: Rubric, judge_name: str, response: str, verdict: Verdict
+) -> dict[str, Any]:
+    """A row of labels.parquet (`tppo.tables.LABELS`).
+
+    Raises:
+        ValueError: the verdict does not have one word verdict per word of the response.
+    """
+    words = split_response(response).words
+    verdicts = verdict.words or []
+    abstained = verdict.status == "abstained"
+    if not abstained and len(verdicts) != len(words):
+        raise ValueError(
+            f"{judge_name} gave {len(verdicts)} word verdicts for a response of {len(words)} words"
+        )
+    pairs = [] if abstained else list(zip(words, verdicts, strict=True))
+    return {
+        "example_id": example.example_id,
+        "split": example.split,
+        "sample": sample,
+        "rubric": rubric,
+        "judge": judge_name,
+        "response": response,
+        "words": [
+            {
+                "i": i,
+                "word": word.text,
+                "start": word.start,
+                "end": word.end,
+                "query": word.query,
+                "score": word_verdict.score,
+                "label": RELEVANT if word_verdict.relevant else IRRELEVANT,
+            }
+            for i, (word, word_verdict) in enumerate(pairs)
+        ],
+        "sentence_score": None if abstained else verdict.sentence_score,
+        "sentence_label": None if abstained else int(verdict.sentence_relevant),
+        "status": verdict.status,
+        "problem": verdict.problem,
+    }

@@ -1,0 +1,112 @@
+"""The text of one event: normalise, shorten URLs, and say why it cannot be used.
+
+The navigational rule, in the order it is applied to a normalised search:
+1. it starts with `http`, `www.` or `www ` (the address bar of another window);
+2. without its spaces it is a known site name (`NAVIGATIONAL`), or such a name and com/net/org ("yahoo
+   com");
+3. it is one word that ends in a dot and a common top-level domain, path or not ("example.com/shop"), or at
+   most three words of which the last is `com`, `.com`, `. com` and the like.
+A site's name among other words ("ebay seller fees", "walmart.com jobs") is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from urllib.parse import unquote
+
+from tppo.logs.privacy import find_personal
+from tppo.text import normalise_query
+
+MAX_URL_CHARS = 2048
+MAX_CACHED_CHARS = 256
+
+_SITES = """
+google googlesearch yahoo yahoomail yahoosearch aol aolmail aolsearch msn hotmail gmail bing ask askjeeves
+duckduckgo baidu yandex ebay amazon walmart target bestbuy homedepot lowes sears costco alibaba aliexpress
+etsy myspace facebook fb youtube twitter instagram tiktok linkedin pinterest reddit whatsapp snapchat
+netflix mapquest googlemaps maps weatherchannel weather craigslist craigslistorg wikipedia imdb cnn espn
+foxnews bankofamerica wellsfargo chase capitalone citibank paypal ups usps fedex expedia travelocity orbitz
+internet search searchengine searchengines homepage login email mail
+"""
+NAVIGATIONAL = frozenset(_SITES.split())
+
+_TOP_LEVEL = "com|net|org|edu|gov|info|biz|us|uk|ca|de|fr|it|es|nl|au|in|io|co|tv|mil"
+_ADDRESS = re.compile(rf"[\w-]+(?:\.[\w-]+)*\.(?:{_TOP_LEVEL})(?:[:/?#]\S*)?")
+_SPACED_ADDRESS = re.compile(r"\S+(?: \S+)? ?[. ] ?(?:com|net|org|edu|gov)")
+_PREFIX = re.compile(r"https?\b|www\b")
+_SUFFIX = re.compile(r"(?:com|net|org)$")
+_NO_NAME = re.compile(r"[\W_]+")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def is_navigational(query: str) -> bool:
+    """Whether a normalised search only names a site (the rule is in the module docstring)."""
+    if _PREFIX.match(query):
+        return True
+    name = _NO_NAME.sub("", query)
+    if name in NAVIGATIONAL or _SUFFIX.sub("", name) in NAVIGATIONAL:
+        return True
+    return bool(_ADDRESS.fullmatch(query) or _SPACED_ADDRESS.fullmatch(query))
+
+
+def url_host(url: str) -> str:
+    """Host of a URL without scheme, user, port and `www.`: 'http://www.example.org:80/a' -> 'example.org'."""
+    rest = _SCHEME.sub("", url, count=1)
+    host = re.split(r"[/?#\\]", rest, maxsplit=1)[0].rpartition("@")[2].partition(":")[0]
+    return host.removeprefix("www.").strip(".")
+
+
+def normalise(text: str) -> str:
+    """tppo.text.normalise_query, with a short cut for printable ASCII (most rows)."""
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split()).lower()
+    return normalise_query(text)
+
+
+def clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
+    """(normalised text, None), or ("", reason): a key of schema.REASONS.
+
+    A URL in an event other than a search becomes its host, so personal data in its path or parameters cannot
+    stay; it rejects the row all the same, but for bare long numbers, which are item ids more often than not.
+    """
+    # Long texts are not worth a place in the cache: 65,536 of them would be gigabytes.
+    clean = _clean_text if len(raw) <= MAX_CACHED_CHARS else _clean_text.__wrapped__
+    return clean(kind, raw, max_chars)
+
+
+@lru_cache(maxsize=1 << 16)
+def _clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
+    text = normalise(raw)
+    if kind != "search" and (_SCHEME.match(text) or text.startswith("www.")):
+        return clean_url(text, max_chars)
+    if not any(map(str.isalnum, text)):
+        return "", "no_text"
+    if len(text) > max_chars:
+        return "", "too_long_text"
+    reason = find_personal(text)
+    if reason is None and kind == "search" and is_navigational(text):
+        reason = "navigational"
+    return ("", reason) if reason else (text, None)
+
+
+def clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
+    """As clean_text, for a text known to be a URL (with or without scheme): its host."""
+    if len(raw) > MAX_URL_CHARS:
+        return "", "too_long_text"
+    clean = _clean_url if len(raw) <= MAX_CACHED_CHARS else _clean_url.__wrapped__
+    return clean(raw, max_chars)
+
+
+@lru_cache(maxsize=1 << 16)
+def _clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
+    url = normalise(raw)
+    reason = find_personal(unquote(url))
+    host = url_host(url)
+    if reason in (None, "long_number"):
+        reason = find_personal(host)
+    if reason is None and not any(map(str.isalnum, host)):
+        reason = "no_text"
+    if reason is None and len(host) > max_chars:
+        reason = "too_long_text"
+    return ("", reason) if reason else (host, None)

@@ -1,0 +1,358 @@
+"""The SFT stage: history -> the true next queries, by TRL's SFTTrainer, loss on the response only.
+
+Departures from SFTTrainer's ways, and why:
+
+1. Prompt and response are tokenised apart and joined as ids (`input_ids` and `labels` are given ready-made),
+   so that training sees the same boundary as sampling; the end-of-sequence id is added here, once.
+2. Responses above task.max_response_tokens are left out and counted: a cut response would teach never to end.
+   Prompts lose their oldest events first (counted).
+3. `compute_loss` asks the model for logits of the last positions only. TRL's own fused head does so on a GPU,
+   but on a CPU it multiplies every position with the vocabulary: with 49,152 words and one response token in
+   ten that was most of the time.
+4. Examples of similar length share a batch, in an order that can be taken up again in the middle of an epoch:
+   the trainer's own sampler draws from the global generator, so a resumed run would see some examples twice.
+
+Full tuning trains float32 weights, under bf16 autocast when sft.precision is bf16; LoRA adapters are merged
+into the saved model. The saved weights are bf16 when precision is bf16: every later stage then starts from
+the very same numbers (the reference, the rollouts and the evaluation run in bf16, and RL's float32 master
+copy begins at them), where saving float32 would make RL start from a policy that was never evaluated.
+
+Shapes: B examples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTConfig, SFTTrainer
+
+from tppo.config import SFT, Recipe, Task
+from tppo.errors import UserError
+from tppo.models import load_policy, save_policy
+from tppo.policy.generate import encode_examples
+from tppo.progress import console, progress_bar
+from tppo.run import RunFolder
+from tppo.seeding import rng, stream_seed
+from tppo.tables import Example, load_examples
+from tppo.text import render_response
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows {input_ids, labels, length} ready for the trainer, and what was lost on the way to them."""
+
+    rows: list[dict[str, Any]]
+    too_long_responses: int
+    dropped_events: int
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+
+
+def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> Encoded:
+    """Prompt ids + response ids + end-of-sequence; labels on the response only."""
+    responses = [
+        [
+            *tokenizer(render_response(e.targets), add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        for e in examples
+    ]
+    fits = [len(ids) <= task.max_response_tokens for ids in responses]
+    kept = [example for example, fit in zip(examples, fits, strict=True) if fit]
+    prompts, dropped = encode_examples(tokenizer, kept, task)
+    rows = []
+    for prompt, response in zip(
+        prompts, [ids for ids, fit in zip(responses, fits, strict=True) if fit], strict=True
+    ):
+        ids = prompt + response
+        rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + response, "length": len(ids)})
+    return Encoded(rows, len(examples) - len(kept), dropped)
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Train, or take up an unfinished training again; writes model/ and metrics.jsonl."""
+    settings = recipe.sft
+    if settings.batch_size % settings.micro_batch_size:
+        raise UserError(
+            f"sft.batch_size={settings.batch_size} has to be a multiple of "
+            f"sft.micro_batch_size={settings.micro_batch_size}"
+        )
+    prepared = run.require("prepare")
+    train = _draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "train")
+    held_out = _draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "eval")
+    model, tokenizer = load_policy(settings.model, dtype=torch.float32)
+    train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (train, held_out))
+    if not train_set.rows:
+        raise UserError(
+            f"no training example is left: {train_set.too_long_responses} of {len(train)} have a response "
+            f"above task.max_response_tokens={recipe.task.max_response_tokens}; raise it, or prepare more"
+        )
+    if settings.tuning == "lora":
+        model = _with_lora(model, settings, recipe.seed)
+    checkpoints = folder / "checkpoints"
+    callback = _Progress(folder / "metrics.jsonl")
+    trainer = make_trainer(
+        model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints
+    )
+    trainer.add_callback(callback)
+    resume = last_good_checkpoint(checkpoints)
+    if resume:
+        trainer.args.eval_on_start = False
+        console.print(f"taking SFT up again at {resume.name}")
+    start = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.monotonic() - start
+    final_eval = _final_eval_loss(trainer) if eval_set.rows else None
+    callback.write(trainer.state)
+    _save(trainer, tokenizer, settings, folder / "model", train_set)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    first_step = int(resume.name.rsplit("-", 1)[1]) if resume else 0
+    tokens = sum(row["length"] for row in train_set.rows) * settings.epochs
+    trained_share = 1 - first_step / max(1, result.global_step)
+    return {
+        "train_examples": len(train_set.rows),
+        "eval_examples": len(eval_set.rows),
+        "too_long_responses_excluded": train_set.too_long_responses,
+        "too_long_eval_responses_excluded": eval_set.too_long_responses,
+        "history_events_dropped_to_fit_the_prompt": train_set.dropped_events,
+        "mean_tokens": sum(row["length"] for row in train_set.rows) / len(train_set.rows),
+        "mean_response_tokens": train_set.response_tokens / len(train_set.rows),
+        "steps": result.global_step,
+        "resumed_from_step": first_step or None,
+        "train_loss": result.training_loss,
+        "eval_loss": final_eval,
+        # Evaluation and checkpoints included.
+        "tokens_per_second": round(tokens * trained_share / seconds, 1),
+    }
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Batches of similar length, in an order that depends on the seed and the epoch alone (departure 4)."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(stream_seed(self.seed, "epoch", self.epoch))
+        return super().__iter__()
+
+
+class ResponseOnlySFTTrainer(SFTTrainer):
+    """SFTTrainer whose loss needs the logits of the last positions only, and whose order resumes."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(batch_size, list(self.train_dataset["length"]), self.args.data_seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert not return_outputs, "only losses are asked for: prediction_loss_only is set"
+        inputs = dict(inputs)
+        targets_BT = inputs.pop("labels")[:, 1:]
+        mask_BT = targets_BT != IGNORED
+        # The logits at a position predict the next one; the earliest position any row of the batch needs.
+        first = int(mask_BT.any(0).nonzero()[0, 0])
+        outputs = model(**inputs, use_cache=False, logits_to_keep=mask_BT.shape[1] - first + 1)
+        logits_BTV, targets_BT, mask_BT = outputs.logits[:, :-1], targets_BT[:, first:], mask_BT[:, first:]
+        loss_sum = torch.nn.functional.cross_entropy(
+            logits_BTV[mask_BT].float(), targets_BT[mask_BT], reduction="sum"
+        )
+        if num_items_in_batch is None:
+            return loss_sum / mask_BT.sum()
+        # As in SFTTrainer: DDP averages over processes, but the count is that of all of them.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss_sum / num_items_in_batch * processes
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    train_rows: list[dict[str, Any]],
+    eval_rows: list[dict[str, Any]],
+    settings: SFT,
+    seed: int,
+    output_dir: Path,
+) -> ResponseOnlySFTTrainer:
+    """The trainer with every default that matters here spelled out."""
+    disable_progress_bars()
+    steps = math.ceil(len(train_rows) / settings.batch_size * settings.epochs)
+    on_cpu = not torch.accelerator.is_available()
+    trainer_seed = stream_seed(seed, "sft") % 2**31
+    with warnings.catch_warnings():
+        # transformers announces a new name for gradient_checkpointing that its older 5.x does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        config = SFTConfig(
+            output_dir=str(output_dir),
+            use_cpu=on_cpu,
+            bf16=settings.precision == "bf16",
+            fp16=False,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.micro_batch_size,
+            per_device_eval_batch_size=settings.micro_batch_size,
+            gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=round(settings.warmup_share * steps),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=trainer_seed,
+            data_seed=trainer_seed,
+            gradient_checkpointing=False,
+            max_length=None,
+            packing=False,
+            pad_to_multiple_of=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_num_workers=0,
+            dataloader_pin_memory=not on_cpu,
+            eval_strategy="steps" if eval_rows else "no",
+            # Before, half-way, and after (if need be by `run`): an evaluation costs as much as several steps.
+            eval_on_start=bool(eval_rows),
+            eval_steps=max(1, math.ceil(steps / 2)) if steps > 1 else 1,
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=settings.save_steps,
+            save_total_limit=1,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+        )
+    trainer = ResponseOnlySFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def last_good_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; broken ones (a kill while writing) are deleted and reported."""
+    candidates = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1]))
+    for path in candidates:
+        problem = _checkpoint_problem(path)
+        if problem is None:
+            return path
+        console.print(f"skipping the broken checkpoint {path.name}: {problem}")
+        shutil.rmtree(path)
+    return None
+
+
+def _checkpoint_problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from. A cut-off file lacks its end, where the zip directory is,
+    or is shorter than its safetensors header says."""
+    weights = list(path.glob("*.safetensors"))
+    if not weights:
+        return "no weights"
+    try:
+        # The trainer writes trainer_state.json last.
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        for file in weights:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        return str(error)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        if not zipfile.is_zipfile(path / name):
+            return f"{name} is missing or cut off"
+    return None
+
+
+class _Progress(TrainerCallback):
+    """One bar, and metrics.jsonl as contracted: {step, loss, learning_rate} and {step, eval_loss}."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bar = progress_bar()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        console.print(
+            f"SFT: {state.max_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps}"
+        )
+        self.bar.start()
+        self.task = self.bar.add_task("SFT", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(state)
+        if state.log_history and "loss" in state.log_history[-1]:
+            self.bar.update(self.task, description=f"SFT loss {state.log_history[-1]['loss']:.2f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+    def write(self, state: Any) -> None:
+        """The whole file anew: on a resumed run the rows after the checkpoint are made again."""
+        rows = [
+            {"step": row["step"], **{name: row[name] for name in names}}
+            for row in state.log_history
+            for names in (("loss", "learning_rate"), ("eval_loss",))
+            if all(name in row for name in names)
+        ]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _final_eval_loss(trainer: ResponseOnlySFTTrainer) -> float:
+    """The evaluation loss after the last step: logged already when the step count is even."""
+    evals = [row for row in trainer.state.log_history if "eval_loss" in row]
+    if evals and evals[-1]["step"] == trainer.state.global_step:
+        return evals[-1]["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
+
+
+def _with_lora(model: Any, settings: SFT, seed: int) -> Any:
+    torch.manual_seed(stream_seed(seed, "sft", "lora"))
+    config = LoraConfig(
+        r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _save(trainer: Any, tokenizer: Any, settings: SFT, folder: Path, train_set: Encoded) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.tuning == "lora":
+        model = model.merge_and_unload()
+    if settings.precision == "bf16":
+        model = model.to(torch.bfloat16)
+    card = (
+        f"# Query suggestions: supervised start\n\nBase model: `{settings.model}`, {settings.tuning} tuning "
+        f"on {len(train_set.rows)} examples by tppo's `sft` stage. Writes a user's next searches, one per "
+        "line, after the prompt of `tppo.text.render_prompt`.\n"
+    )
+    save_policy(model, tokenizer, folder, card)
+
+
+def _draw(examples: list[Example], count: int | None, seed: int, name: str) -> list[Example]:
+    """`count` examples drawn with the seed, in file order; None means all."""
+    if count is None or len(examples) <= count:
+        return examples
+    chosen = rng(seed, "sft", name).choice(len(examples), size=count, replace=False)
+    return [examples[i] for i in sorted(chosen)]

@@ -1,0 +1,200 @@
+"""Labelled responses as reward-model inputs: rows of labels.parquet -> encoded pairs -> batches.
+
+An input is the pair (history, response). Line breaks are shown to the encoder as `|`: most encoders take
+white space for nothing and could not see where a query ends. One character for one character, so that every
+character span stays true; and those tokens are the separators, class 0, that the paper has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tppo.config import Rubric
+from tppo.errors import UserError
+from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
+from tppo.tables import LABELS, load_examples, read_table
+from tppo.text import QUERY_SEPARATOR, Event, Word, render_history
+
+VISIBLE_SEPARATOR = "|"
+RESERVED_TOKENS = 8  # of max_length: the special tokens of a pair, and a little history
+
+
+@dataclass(frozen=True)
+class LabelledResponse:
+    """A judged response to a history: `classes[i]` (1 or 2) for `words[i]`, and one label for the whole."""
+
+    example_id: str
+    history: list[Event]
+    response: str
+    words: list[Word]
+    classes: list[int]
+    sentence_label: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An encoded (history, response). Its tokens start, start + 1, ... are the response's, one per span."""
+
+    inputs: dict[str, list[int]]
+    start: int
+    spans: list[Span]
+    dropped: int
+    """Oldest history tokens left out to fit."""
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+@dataclass(frozen=True)
+class Item:
+    """A pair and what is to be learnt from it: a gold class per response token, a label for the response."""
+
+    pair: Pair
+    classes: list[int]
+    label: int
+
+
+class Batch(NamedTuple):
+    """Right-padded pairs. B pairs, T tokens."""
+
+    inputs: dict[str, Tensor]
+    response_mask_BT: Tensor
+
+
+def load_labelled(
+    label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str
+) -> tuple[list[LabelledResponse], int]:
+    """Judged responses of one split and rubric, in file order, and how many the judge abstained on.
+
+    Raises:
+        UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
+    """
+    path = label_folder / "labels.parquet"
+    histories = {example.example_id: example.history for example in load_examples(prepare_folder, split)}
+    labelled, abstained = [], 0
+    for number, row in enumerate(read_table(path, LABELS).to_pylist()):
+        if row["split"] != split or row["rubric"] != rubric:
+            continue
+        if row["status"] != "ok":
+            abstained += 1
+            continue
+        problem = _problem(row, histories)
+        if problem:
+            raise UserError(
+                f"{path}, row {number} (example {row['example_id']}): {problem}; run `tppo label` again, "
+                "or mend the file that you brought"
+            )
+        words = [Word(word["word"], word["start"], word["end"], word["query"]) for word in row["words"]]
+        labelled.append(
+            LabelledResponse(
+                row["example_id"],
+                histories[row["example_id"]],
+                row["response"],
+                words,
+                [word["label"] for word in row["words"]],
+                row["sentence_label"],
+            )
+        )
+    return labelled, abstained
+
+
+def _problem(row: dict[str, Any], histories: dict[str, list[Event]]) -> str | None:
+    """What is wrong with a row of labels, if anything."""
+    if row["example_id"] not in histories:
+        return f"no example of split {row['split']} has this id"
+    if row["sentence_label"] not in (0, 1):
+        return f"sentence_label is {row['sentence_label']!r}, neither 0 nor 1"
+    end = 0
+    for word in row["words"]:
+        if word["label"] not in (IRRELEVANT, RELEVANT):
+            return f"word {word['i']} has label {word['label']!r}, neither 1 nor 2"
+        if word["start"] < end or row["response"][word["start"] : word["end"]] != word["word"]:
+            return f"word {word['i']} is not at characters {word['start']} to {word['end']} of the response"
+        end = word["end"]
+    return None
+
+
+def encode_pairs(
+    tokenizer: Any, histories: Sequence[Sequence[Event]], responses: Sequence[str], max_length: int
+) -> list[Pair]:
+    """Encode (history, response) pairs. What exceeds `max_length` goes from the history's old end.
+
+    Raises:
+        UserError: a response alone leaves no room (it is never cut: each of its tokens needs a reward).
+    """
+    if not histories:
+        return []
+    encoded = tokenizer(
+        [_visible(render_history(history)) for history in histories],
+        [_visible(response) for response in responses],
+        truncation=False,
+        verbose=False,  # no warning about the length: it is cut below
+        split_special_tokens=True,  # "[SEP]" typed by a user is text
+    )
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    pairs = []
+    for i, (encoding, response) in enumerate(zip(encoded.encodings, responses, strict=True)):
+        start, spans = encoder_spans(tokenizer, encoding, _visible(response))
+        if len(spans) > max_length - RESERVED_TOKENS:
+            raise UserError(
+                f"response {i} of {len(responses)} has {len(spans)} reward-model tokens, more than "
+                f"reward.max_length={max_length} minus {RESERVED_TOKENS}: raise reward.max_length or lower "
+                "task.max_response_tokens"
+            )
+        inputs = {key: list(encoded[key][i]) for key in keys}
+        dropped = max(0, len(inputs["input_ids"]) - max_length)
+        if dropped:
+            oldest = encoding.sequence_ids.index(0)
+            assert oldest + dropped <= start, "special tokens fit into the reserve"
+            for values in inputs.values():
+                del values[oldest : oldest + dropped]
+        pairs.append(Pair(inputs, start - dropped, spans, dropped))
+    return pairs
+
+
+def _visible(text: str) -> str:
+    """The text as the encoder is shown it; white space alone is empty: separators are no answer."""
+    return text.replace(QUERY_SEPARATOR, VISIBLE_SEPARATOR) if text.strip() else ""
+
+
+def make_items(tokenizer: Any, labelled: Sequence[LabelledResponse], max_length: int) -> list[Item]:
+    """Training items: words' labels become classes of the reward model's own tokens."""
+    pairs = encode_pairs(
+        tokenizer, [row.history for row in labelled], [row.response for row in labelled], max_length
+    )
+    return [
+        Item(pair, classes_from_words(row.words, row.classes, pair.spans), row.sentence_label)
+        for row, pair in zip(labelled, pairs, strict=True)
+    ]
+
+
+def collate(pairs: Sequence[Pair], pad_token_id: int, device: torch.device) -> Batch:
+    """Pad pairs on the right to the longest of them."""
+
+    def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    inputs = {
+        key: padded([pair.inputs[key] for pair in pairs], pad_token_id if key == "input_ids" else 0)
+        for key in pairs[0].inputs
+    }
+    inputs["attention_mask"] = padded([[1] * len(pair) for pair in pairs], 0)
+    mask_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, pair in zip(mask_BT, pairs, strict=True):
+        row[pair.start : pair.start + len(pair.spans)] = True
+    return Batch({key: value.to(device) for key, value in inputs.items()}, mask_BT.to(device))
+
+
+def targets(items: Sequence[Item], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Gold classes (B,T), 0 outside the response, and labels (B,) of a batch made from these items."""
+    classes_BT = torch.zeros_like(batch.inputs["input_ids"])
+    for row, item in zip(classes_BT, items, strict=True):
+        row[item.pair.start : item.pair.start + len(item.classes)] = torch.tensor(item.classes)
+    return classes_BT, torch.tensor([item.label for item in items], device=classes_BT.device)

@@ -1,0 +1,71 @@
+"""How good a reward model is: ranking (AUC), decisions (F1), calibration (ECE). NumPy and SciPy only.
+
+A number that the data cannot give (an AUC over a single class, the F1 of no positives) is None, never 0.5.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import rankdata
+
+from tppo.reward.align import IRRELEVANT, RELEVANT
+
+
+def auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
+    """Chance that a random positive scores above a random negative; a tie counts half (Mann-Whitney U).
+
+    Args:
+        positive: (N,) bool.
+        scores: (N,) any real numbers; only their order matters.
+    """
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        return None
+    rank_sum = rankdata(scores)[positive].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def weighted_auc(classes: np.ndarray, probs: np.ndarray) -> float | None:
+    """One-versus-rest AUC of each class present, weighted by its share (the paper's Figures 6 and 9).
+
+    Args:
+        classes: (N,) gold classes.
+        probs: (N, C).
+    """
+    present, counts = np.unique(classes, return_counts=True)
+    each = [auc(classes == c, probs[:, c]) for c in present]
+    if len(present) < 2:
+        return None
+    return float(np.average(np.array(each, dtype=float), weights=counts))
+
+
+def f1(positive: np.ndarray, predicted: np.ndarray) -> float | None:
+    """Harmonic mean of precision and recall; None when there is nothing to find and nothing was found."""
+    found = int(positive.sum()) + int(predicted.sum())
+    return float(2 * (positive & predicted).sum() / found) if found else None
+
+
+def calibration_error(positive: np.ndarray, probs: np.ndarray, bins: int = 10) -> float | None:
+    """Expected calibration error: |predicted - observed| share of positives, mean over equal-width bins."""
+    if not len(probs):
+        return None
+    which = np.minimum((probs * bins).astype(int), bins - 1)
+    gap = np.bincount(which, weights=probs - positive, minlength=bins)
+    return float(np.abs(gap).sum() / len(probs))
+
+
+def word_relevance(probs: np.ndarray) -> np.ndarray:
+    """(N,3) class probabilities -> (N,) chance of class 2 among classes 1 and 2, in [0, 1]."""
+    words = probs[:, IRRELEVANT] + probs[:, RELEVANT]
+    return np.where(words > 0, probs[:, RELEVANT] / np.where(words > 0, words, 1), 0.0)
+
+
+def response_relevance(probs: np.ndarray) -> float:
+    """One number for a response from its tokens' class probabilities (T,3), in [0, 1].
+
+    The token model's answer to the sentence-level question: the mean relevance of its tokens, each counted by
+    how likely it is a word token at all. A response without words is irrelevant: 0.
+    """
+    words = float(probs[:, [IRRELEVANT, RELEVANT]].sum())
+    return float(probs[:, RELEVANT].sum()) / words if words > 0 else 0.0

@@ -1,0 +1,232 @@
+"""The two reward models: class probabilities per token, and the rival with one number per response.
+
+Both are the same encoder with a linear layer on each token and read the same pairs; they differ in what they
+are told. The token model has 3 outputs and learns a class per token. The sentence model has 1 output, and the
+response's logit is the mean over its tokens, which is mean pooling followed by a linear head (the two
+commute). Pooling over the response beats a head on [CLS], which tended to collapse to a constant.
+
+A reward model reads the whole response in both directions: score complete responses only.
+
+Folder: an ordinary Hugging Face token-classification folder (safetensors, tokenizer, config) + `reward.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging
+
+from tppo.errors import UserError
+from tppo.progress import track
+from tppo.reward.align import Span, pool_probabilities
+from tppo.reward.data import RESERVED_TOKENS, Batch, Pair, collate, encode_pairs
+from tppo.run import write_json
+from tppo.text import Event
+
+REWARD_JSON = "reward.json"
+POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "longformer", "camembert")  # position 0 is pad_token_id + 1
+
+
+class RewardModel:
+    """What both kinds share: loading, saving, encoding, logits. Use one of the two subclasses."""
+
+    kind: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, info: dict[str, Any]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.info = info
+        self.truncated = 0
+        """Inputs so far whose oldest history did not fit."""
+
+    @classmethod
+    def start(cls, encoder: str, max_length: int) -> Self:
+        """A model to be trained: the encoder at this path or name with a fresh head.
+
+        Raises:
+            UserError: no fast tokenizer, or `max_length` beyond what the encoder can read.
+        """
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the report on missing head weights: a fresh head is what we want
+        try:
+            model = AutoModelForTokenClassification.from_pretrained(
+                encoder,
+                num_labels=len(cls.classes),
+                id2label=dict(enumerate(cls.classes)),
+                label2id={name: i for i, name in enumerate(cls.classes)},
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        return cls(model, _checked(tokenizer, model, encoder, max_length), max_length, {"encoder": encoder})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """A trained model, in evaluation mode.
+
+        Raises:
+            UserError: the folder is none of this kind.
+        """
+        path = Path(folder) / REWARD_JSON
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist: give the folder of a reward model (`tppo reward` makes one)"
+            )
+        try:
+            info = json.loads(path.read_text(encoding="utf-8"))
+            kind, max_length = info["kind"], info["max_length"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(
+                f"{path} is damaged ({error!r}): make the model anew with `tppo reward`"
+            ) from None
+        if kind != cls.kind:
+            raise UserError(f"{path} describes a reward model of kind {kind!r}, not {cls.kind!r}")
+        try:
+            model = AutoModelForTokenClassification.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} holds no model or tokenizer that loads: {error}") from None
+        reward_model = cls(model.eval(), tokenizer, max_length, info)
+        if torch.cuda.is_available():
+            reward_model.model.cuda()
+        return reward_model
+
+    def save(self, folder: Path, **facts: Any) -> None:
+        """Write the folder; reward.json comes last, so a folder that has it is whole."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.info = {
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "max_length": self.max_length,
+            **self.info,
+            **facts,
+        }
+        write_json(Path(folder) / REWARD_JSON, self.info)
+
+    def encode(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> list[Pair]:
+        pairs = encode_pairs(self.tokenizer, histories, responses, self.max_length)
+        self.truncated += sum(pair.dropped > 0 for pair in pairs)
+        return pairs
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B,T,C) for a batch, padding included."""
+        inputs = dict(batch.inputs)
+        if self.model.config.model_type == "longformer":
+            # Its token-classification head sets no global attention: let the whole history have it.
+            inputs["global_attention_mask"] = inputs["attention_mask"] * ~batch.response_mask_BT
+        return self.model(**inputs).logits
+
+    @torch.inference_mode()
+    def response_logits(
+        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
+    ) -> list[np.ndarray]:
+        """Logits (T_i, C) of each pair's response tokens, in the order given.
+
+        Batches hold pairs of like length; a pair's result does not depend on its batch (up to rounding).
+        """
+        was_training = self.model.training
+        self.model.eval()
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        results: dict[int, np.ndarray] = {}
+        for chunk in track(chunks, description) if description else chunks:
+            batch = collate([pairs[i] for i in chunk], self.tokenizer.pad_token_id, self.model.device)
+            logits_BTC = self.logits(batch).float().cpu().numpy()
+            for i, logits_TC in zip(chunk, logits_BTC, strict=True):
+                results[i] = logits_TC[pairs[i].start : pairs[i].start + len(pairs[i].spans)]
+        self.model.train(was_training)
+        return [results[i] for i in range(len(pairs))]
+
+
+class TokenRewardModel(RewardModel):
+    """Class probabilities (separator, irrelevant, relevant) for every token of a response."""
+
+    kind = "token"
+    classes = ("separator", "irrelevant", "relevant")
+
+    def score(
+        self,
+        histories: Sequence[Sequence[Event]],
+        responses: Sequence[str],
+        spans: Sequence[Sequence[Span]],
+        description: str | None = None,
+    ) -> list[np.ndarray]:
+        """Class probabilities per policy token.
+
+        Args:
+            responses: decoded texts of complete responses.
+            spans: for each response, the character span of each policy token (`align.token_spans`).
+
+        Returns:
+            One (T_i, 3) float32 array per response, rows in the order of its spans, each summing to 1. Tokens
+            that show nothing but white space, special tokens among them, are [1, 0, 0].
+        """
+        pairs = self.encode(histories, responses)
+        logits = self.response_logits(pairs, description=description)
+        return [
+            pool_probabilities(pair.spans, softmax(logits_TC), target, response)
+            for pair, logits_TC, target, response in zip(pairs, logits, spans, responses, strict=True)
+        ]
+
+
+class SentenceRewardModel(RewardModel):
+    """The chance that a response as a whole is relevant."""
+
+    kind = "sentence"
+    classes = ("relevant",)
+
+    def score(
+        self,
+        histories: Sequence[Sequence[Event]],
+        responses: Sequence[str],
+        description: str | None = None,
+    ) -> list[float]:
+        """One number in [0, 1] per response; 0 for a response without tokens, as the judge has it."""
+        logits = self.response_logits(self.encode(histories, responses), description=description)
+        return [sentence_probability(logits_T1) for logits_T1 in logits]
+
+
+def pool_sentence(logits_BT1: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean of the response tokens' logits: (B,). 0 for a response without tokens."""
+    return (logits_BT1[..., 0] * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+def sentence_probability(logits_T1: np.ndarray) -> float:
+    """The same for one response, as a probability; 0 for a response without tokens."""
+    return float(1 / (1 + np.exp(-logits_T1.mean()))) if len(logits_T1) else 0.0
+
+
+def softmax(logits_TC: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits_TC - logits_TC.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
+    """The tokenizer, if it and the encoder can do what is asked of them."""
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"reward.encoder={encoder}: its tokenizer needs a tokenizer.json and a padding token")
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    if model.config.model_type in POSITIONS_AFTER_PAD:
+        positions -= model.config.pad_token_id + 1
+    longest = min(tokenizer.model_max_length, positions)
+    if not 2 * RESERVED_TOKENS <= max_length <= longest:
+        raise UserError(
+            f"reward.max_length={max_length} must be between {2 * RESERVED_TOKENS} and {longest}, "
+            f"what reward.encoder={encoder} can read"
+        )
+    return tokenizer

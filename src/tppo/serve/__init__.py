@@ -1,0 +1,1 @@
+"""Suggestions over HTTP and a page to try them."""

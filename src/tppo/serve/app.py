@@ -1,0 +1,258 @@
+"""Suggestions over HTTP: POST /v1/suggest, GET /healthz, and one page to try the models beside each other.
+
+Nothing of a request is logged or kept. The server listens on loopback unless told otherwise and has no
+authentication of its own: put a gateway in front of it before opening it to a network.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tppo.config import Algorithm, Recipe, Task
+from tppo.errors import UserError
+from tppo.models import load_policy
+from tppo.policy.generate import generate
+from tppo.progress import console
+from tppo.run import RunFolder
+from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_response
+
+MAX_EVENTS = 100
+MAX_TEXT_CHARS = 500
+MAX_BODY_BYTES = 1_000_000
+# `unsafe-inline`: the page is one file with its script and style inside; nothing from outside is allowed.
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+DISPLAY = {"sft": "SFT", "ppo": "PPO", "ppo_sum": "PPO (token sum)", "tppo": "TPPO"}
+
+
+class HistoryEvent(BaseModel):
+    """One thing the user did."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: EventKind = "search"
+    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+
+    @field_validator("text")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if not normalise_query(text):
+            raise ValueError("the text of an event must hold something other than white space")
+        return text
+
+
+class SuggestRequest(BaseModel):
+    """A history, oldest event first. Without `model` every model answers."""
+
+    model_config = ConfigDict(extra="forbid")
+    history: Annotated[list[HistoryEvent], Field(min_length=1, max_length=MAX_EVENTS)]
+    model: str | None = None
+    num: Annotated[int | None, Field(ge=1)] = None
+
+
+class Suggestion(BaseModel):
+    """One model's answer. `problem` is set when the raw answer was unparseable; `queries` is what it held."""
+
+    model: str
+    queries: list[str]
+    problem: str | None
+    milliseconds: float
+    events_used: int
+    events_given: int
+
+
+class Suggestions(BaseModel):
+    """The answers of all models, by name."""
+
+    suggestions: dict[str, Suggestion]
+
+
+def create_app(
+    models: Mapping[str, tuple[Any, Any]],
+    task: Task,
+    temperature: float,
+    *,
+    allowed_hosts: Sequence[str] = ("*",),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        models: name -> (causal language model, tokenizer), in the order shown on the page.
+        temperature: sampling temperature; 0 is greedy.
+        allowed_hosts: values of the Host header to answer; on loopback this keeps foreign web pages from
+            reaching the server through a name they control.
+    """
+    assert models, "no model to serve"
+    app = FastAPI(title="tppo", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere
+    # Generation is CPU-bound and switches the model's mode: one request at a time.
+    lock = threading.Lock()
+    page = _page(list(models), task, temperature)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def index() -> str:
+        return page
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, Any]:
+        return {"status": "ok", "models": list(models), "num_queries": task.num_queries}
+
+    @app.post("/v1/suggest", response_model=Suggestion | Suggestions)
+    def suggest(request: SuggestRequest) -> Suggestion | Suggestions:
+        if request.model is not None and request.model not in models:
+            raise _invalid("model", f"unknown model; this server has {', '.join(models)}", request.model)
+        if request.num is not None and request.num > task.num_queries:
+            raise _invalid("num", f"the models write at most {task.num_queries} queries", request.num)
+        history = [Event(event.kind, normalise_query(event.text)) for event in request.history]
+        names = [request.model] if request.model is not None else list(models)
+        with lock:
+            answers = {name: _suggest(name, *models[name], history, task, temperature) for name in names}
+        for answer in answers.values():
+            answer.queries = answer.queries[: request.num]
+        return answers[request.model] if request.model is not None else Suggestions(suggestions=answers)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Response:
+        response = _refuse_body(request) or await call_next(request)
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
+    return app
+
+
+def _suggest(
+    name: str, model: Any, tokenizer: Any, history: list[Event], task: Task, temperature: float
+) -> Suggestion:
+    start = time.perf_counter()
+    recent = history[-task.history_events :]
+    prompt, dropped = encode_prompt(tokenizer, recent, task.num_queries, task.max_prompt_tokens)
+    [generation] = generate(
+        model,
+        tokenizer,
+        [prompt],
+        max_new_tokens=task.max_response_tokens,
+        temperature=temperature,
+    )
+    parsed = parse_response(generation.response, generation.finished, task.num_queries)
+    return Suggestion(
+        model=name,
+        queries=parsed.queries,
+        problem=parsed.problem,
+        milliseconds=round((time.perf_counter() - start) * 1000, 1),
+        events_used=len(recent) - dropped,
+        events_given=len(history),
+    )
+
+
+def _invalid(field: str, message: str, value: Any) -> RequestValidationError:
+    return RequestValidationError(
+        [{"type": "value_error", "loc": ("body", field), "msg": message, "input": value}]
+    )
+
+
+def _refuse_body(request: Request) -> Response | None:
+    """413 for a body that is too large, 411 for one that does not say how large it is."""
+    if request.method in ("GET", "HEAD"):
+        return None
+    length = request.headers.get("content-length")
+    if length is None or not length.isdigit():
+        return JSONResponse({"detail": "give a Content-Length"}, status_code=411)
+    if int(length) > MAX_BODY_BYTES:
+        return JSONResponse({"detail": f"the body is larger than {MAX_BODY_BYTES} bytes"}, status_code=413)
+    return None
+
+
+def _page(names: list[str], task: Task, temperature: float) -> str:
+    facts = {
+        "models": [{"name": name, "label": DISPLAY.get(name, name)} for name in names],
+        "num_queries": task.num_queries,
+        "random": temperature > 0,
+        "history_events": task.history_events,
+        "max_events": MAX_EVENTS,
+        "max_text_chars": MAX_TEXT_CHARS,
+    }
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return template.replace("/*FACTS*/{}", json.dumps(facts).replace("<", "\\u003c"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(recipe: Recipe) -> None:
+    """Serve SFT and every finished RL model of the run folder until interrupted.
+
+    Raises:
+        UserError: SFT is not finished, or the port cannot be had.
+    """
+    run = RunFolder(recipe)
+    folders = {"sft": run.require("sft") / "model"}
+    for algorithm in reversed(get_args(Algorithm)):
+        stage = f"rl_{algorithm}"
+        if run.manifest(stage) is None:
+            console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
+        else:
+            folders[algorithm] = run.path(stage) / "model"
+    listener = _listen(recipe.serve.host, recipe.serve.port)
+    try:
+        loopback = is_loopback(recipe.serve.host)
+        if not loopback:
+            console.print(
+                f"[bold red]WARNING[/]: listening on {recipe.serve.host}: anyone who can reach this machine "
+                "can use the models. There is no password and no encryption; --serve.host 127.0.0.1 keeps it "
+                "to yourself."
+            )
+        dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
+        models = {name: load_policy(folder, dtype=dtype) for name, folder in folders.items()}
+        hosts = ["127.0.0.1", "localhost", "::1", "[::1]", recipe.serve.host] if loopback else ["*"]
+        app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        console.print(
+            f"serving {', '.join(DISPLAY[n] for n in models)} on http://{shown}:{port}/ (Ctrl+C stops)"
+        )
+        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket; bound before the models load, so that a busy port is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}): give another --serve.host "
+            "or --serve.port"
+        ) from None
+    return listener

@@ -1,0 +1,147 @@
+"""Shared fixtures: a tiny random policy (two Llama layers, byte-level BPE) and small prepared examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tppo.config import Recipe
+from tppo.run import RunFolder, run_stage
+from tppo.tables import EXAMPLES, Example, write_table
+from tppo.text import Event, render_prompt, render_response
+
+TOPICS = {
+    "garden": ["tomato seeds", "raised bed plans", "compost bin", "rose pruning", "drip hose", "garden shed"],
+    "travel": [
+        "cheap flights rome",
+        "rome hotels",
+        "vatican tickets",
+        "italy rail pass",
+        "travel adapter",
+        "visa",
+    ],
+    "cars": [
+        "used pickup trucks",
+        "brake pads cost",
+        "tire pressure chart",
+        "oil filter",
+        "car loan rates",
+        "dents",
+    ],
+    "music": [
+        "guitar chords",
+        "bass strings",
+        "piano lessons",
+        "drum kit",
+        "vinyl records",
+        "concert tickets",
+    ],
+}
+EOS, UNK = "<|end|>", "<|unk|>"
+
+
+def make_examples(count: int, split: str = "train", first_user: int = 0) -> list[Example]:
+    """Made-up examples, one user each: three searches and a click of a topic, then its other searches."""
+    examples = []
+    for i in range(count):
+        user = first_user + i
+        queries = TOPICS[list(TOPICS)[user % len(TOPICS)]]
+        queries = queries[user % 3 :] + queries[: user % 3]
+        history = [Event("search", query) for query in queries[:3]]
+        history.insert(2, Event("click", f"{queries[1]} online"))
+        examples.append(
+            Example(f"e{user}", f"u{user}", split, history, queries[3:], datetime(2020, 1, 1 + user % 28))
+        )
+    return examples
+
+
+def make_tokenizer(vocab_size: int = 400) -> Any:
+    """A byte-level BPE tokenizer trained on the made-up queries; its end-of-sequence token also pads."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [render_prompt(e.history, 3) + render_response(e.targets) for e in make_examples(12)]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token=UNK, padding_side="left"
+    )
+
+
+def make_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
+    """Two layers, random weights large enough for a distribution that is far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def example_factory() -> Callable[..., list[Example]]:
+    """`make_examples(count, split="train", first_user=0)`."""
+    return make_examples
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer: Any) -> LlamaForCausalLM:
+    return make_model(len(tiny_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def prepared_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """A function: recipe of a new run folder whose prepare stage is done, on made-up examples."""
+
+    def make(train: int = 24, reward_eval: int = 8) -> Recipe:
+        recipe = Recipe(run_dir=str(tmp_path_factory.mktemp("run")))
+        recipe.prepare.source = ["made-up.tsv"]
+        examples = make_examples(train) + make_examples(reward_eval, "reward_eval", 1000)
+
+        def write(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+            write_table(folder / "examples.parquet", [asdict(example) for example in examples], EXAMPLES)
+            return {}
+
+        run_stage(recipe, "prepare", write)
+        return recipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that `tppo.models.load_policy` loads; made once, do not write into it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-policy"
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,154 @@
+"""The evaluate stage with real (tiny) policies and the real judge."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import fake_run
+import pytest
+import torch
+
+from tppo.config import RL, Recipe, Task
+from tppo.errors import UserError
+from tppo.evaluate import stage
+from tppo.evaluate.stage import GENERATIONS
+from tppo.judge.embedding import EmbeddingJudge, Thresholds
+from tppo.models import load_policy
+from tppo.run import RunFolder, run_stage
+from tppo.tables import EXAMPLES, Example, read_table, write_table
+
+
+@pytest.fixture(scope="module")
+def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    EmbeddingJudge("minilm", {"targets": Thresholds(0.5, 0.5), "history": Thresholds(0.5, 0.5)}).save(folder)
+    return folder / "judge.json"
+
+
+def make_inputs(
+    root: Path, policy: Path, judge_file: Path, examples: list[Example]
+) -> tuple[Recipe, RunFolder]:
+    """Everything evaluate reads; ppo is the SFT model itself, tppo another one."""
+    recipe = replace(
+        fake_run.make_recipe(root, ["tppo", "ppo"], bootstrap_samples=100, batch_size=4),
+        task=Task(max_prompt_tokens=200, max_response_tokens=12),
+        rl=RL(precision="fp32"),
+    )
+    run = RunFolder(recipe)
+    with run.stage("prepare") as (folder, _):
+        write_table(folder / "examples.parquet", [fake_run._example_row(e) for e in examples], EXAMPLES)
+    for name in ("sft", "sample", "label", "reward", "rl_ppo", "rl_tppo"):
+        with run.stage(name) as (folder, _):
+            if name in ("sft", "rl_ppo"):
+                shutil.copytree(policy, folder / "model")
+            if name == "label":
+                shutil.copy(judge_file, folder)
+            if name == "rl_tppo":
+                model, tokenizer = load_policy(policy)
+                torch.manual_seed(3)
+                for weights in model.parameters():
+                    weights.data += 0.2 * torch.randn_like(weights)
+                model.save_pretrained(folder / "model")
+                tokenizer.save_pretrained(folder / "model")
+    return recipe, run
+
+
+def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    examples = fake_run.make_examples(5) + fake_run.make_examples(3, split="eval2")
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
+    recipe.evaluate.max_examples = 6
+    assert run_stage(recipe, "evaluate", stage.run)
+    folder = run.require("evaluate")
+    rows = read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
+    by_model = {
+        m: [r for r in rows if r["model"] == m] for m in ("sft", "ppo", "tppo", "targets", "other_user")
+    }
+    assert [len(found) for found in by_model.values()] == [12] * 5
+    assert not (folder / "parts").exists()
+
+    # Same weights, same seed, same prompts: the same answers, so a difference of exactly nothing.
+    assert [r["response"] for r in by_model["ppo"]] == [r["response"] for r in by_model["sft"]]
+    assert [r["response"] for r in by_model["tppo"]] != [r["response"] for r in by_model["sft"]]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    same = [d for d in metrics["differences"] if (d["model"], d["than"]) == ("ppo", "sft")]
+    assert {d["value"] for d in same if d["value"] is not None} == {0.0}
+    assert all(row["win"] == 0 and row["tie"] == 1 for row in metrics["wins"] if row["model"] == "ppo")
+
+    # The scale of the judge: a user's own next queries are relevant to themselves, and exact hits.
+    assert all(row["hit"] == 1 and row["words_targets"] == 1 for row in by_model["targets"])
+    own = {row["example_id"]: row for row in by_model["targets"]}
+    assert all(row["user_id"] == own[row["example_id"]]["user_id"] for row in by_model["other_user"])
+    assert all(len(row["words"]) == len(row["word_labels_targets"]) == len(row["word_query"]) for row in rows)
+    facts = run.manifest("evaluate")["facts"]
+    assert facts["examples"] == {"eval1": 6, "eval2": 6}
+    assert facts["history_events_dropped_to_fit_the_prompt"]["eval1.sft"] >= 0
+
+
+def test_a_restart_keeps_the_parts_it_finds(
+    tmp_path: Path, tiny_policy: Path, judge_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    examples = fake_run.make_examples(3) + fake_run.make_examples(3, split="eval2")
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
+    asked: list[str] = []
+    real = stage.generate
+
+    def counted(*args, **kwargs):
+        asked.append(kwargs["description"])
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stage, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(recipe, "evaluate", stage.run)
+    assert run.manifest("evaluate") is None
+    assert run_stage(recipe, "evaluate", stage.run)
+    answered = [text.removeprefix("evaluate: ") for text in asked]
+    # sft on both sets and tppo on eval1 were written before the interruption and are not done again.
+    assert answered[3:] == [
+        "tppo answers eval2",
+        "tppo answers eval2",
+        "ppo answers eval1",
+        "ppo answers eval2",
+    ]
+    assert read_table(run.path("evaluate") / "generations.parquet", GENERATIONS).num_rows == 2 * 6 * 5
+
+
+def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    examples = fake_run.make_examples(1)
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
+    recipe.evaluate.splits = ["eval1"]
+    run_stage(recipe, "evaluate", stage.run)
+    metrics = json.loads((run.path("evaluate") / "metrics.json").read_text())
+    assert metrics["models"] == ["sft", "ppo", "tppo", "targets"]
+    assert {row["low"] for row in metrics["rows"]} == {None}
+
+
+def test_an_empty_evaluation_set_is_named(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    recipe, _ = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(2))
+    with pytest.raises(UserError, match=r"eval2.*prepare\.eval2_share"):
+        run_stage(recipe, "evaluate", stage.run)
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path: Path):
+    for broken, words in (
+        ({"splits": []}, "splits is empty"),
+        ({"bootstrap_samples": 0}, "give at least 100"),
+    ):
+        recipe = fake_run.make_recipe(tmp_path, **broken)
+        with pytest.raises(UserError, match=words):
+            stage.run(recipe, RunFolder(recipe), tmp_path)
+
+
+def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(20))
+    recipe.evaluate.max_examples = 10
+
+    def ids(seed: int) -> list[str]:
+        return [e.example_id for e in stage.choose_examples(replace(recipe, seed=seed), run, "eval1")]
+
+    assert len(set(ids(0))) == 10
+    assert ids(0) == ids(0) != ids(1)
+    recipe.evaluate.max_examples = 0
+    assert len(ids(0)) == 40

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tppo.errors import UserError
+from tppo.judge import label
+from tppo.judge.embedding import EmbeddingJudge
+from tppo.judge.record import JudgeItem, split_response
+from tppo.run import RunFolder, run_stage
+from tppo.tables import LABELS, RESPONSES, load_examples, read_table, write_table
+from tppo.text import render_response
+
+
+@pytest.fixture
+def recipe(prepared_recipe):
+    """A run whose sample stage holds, in turn, the true targets, another topic's queries, and nothing."""
+    recipe = prepared_recipe()
+    texts = ["used trucks\nnfl scores\nbuy", "", "  "]
+
+    def responses(recipe, run, folder):
+        examples = load_examples(run.require("prepare"))
+        rows = [
+            {
+                "example_id": e.example_id, "split": e.split, "sample": 0,
+                "response_ids": [1, 0], "finished": True,
+                "response": render_response(e.targets) if i % 2 == 0 else texts[i // 2 % 3],
+                "problem": None,
+            }
+            for i, e in enumerate(examples)
+        ]  # fmt: skip
+        write_table(folder / "responses.parquet", rows, RESPONSES)
+        return {}
+
+    run_stage(recipe, "sft", lambda recipe, run, folder: {})
+    run_stage(recipe, "sample", responses)
+    return recipe
+
+
+def test_stage_labels_every_response_under_both_rubrics(recipe):
+    run_stage(recipe, "label", label.run)
+    run = RunFolder(recipe)
+    rows = read_table(run.path("label") / "labels.parquet", LABELS).to_pylist()
+    assert Counter(row["rubric"] for row in rows) == {"targets": 32, "history": 32}
+    assert {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        words = split_response(row["response"]).words
+        assert [(w["word"], w["start"], w["end"], w["query"]) for w in row["words"]] == [
+            (w.text, w.start, w.end, w.query) for w in words
+        ]
+        assert all(word["label"] in (1, 2) for word in row["words"])
+    targets = {e.example_id: render_response(e.targets) for e in load_examples(run.path("prepare"))}
+    for row in rows:
+        if row["rubric"] == "targets":
+            assert row["sentence_label"] == (row["response"] == targets[row["example_id"]])
+
+
+def test_facts_show_the_scale_of_the_judge(recipe):
+    run_stage(recipe, "label", label.run)
+    facts = RunFolder(recipe).manifest("label")["facts"]
+    assert facts["responses"] == 32
+    shares = facts["relevant_share"]
+    assert shares["sft_responses"]["targets"]["responses"] == 0.5
+    assert shares["sft_responses"]["targets"]["empty_count"] == 10
+    assert shares["true_targets"]["history"]["word_count"] > 0
+    assert set(shares["other_users_targets"]) == {"targets", "history"}
+    assert 0 < facts["thresholds"]["history"]["word"] < 1
+
+
+def test_evaluate_gets_the_same_judge(recipe):
+    run_stage(recipe, "label", label.run)
+    folder = RunFolder(recipe).path("label")
+    judge = EmbeddingJudge.load(folder)
+    examples = {e.example_id: e for e in load_examples(RunFolder(recipe).path("prepare"))}
+    rows = [r for r in read_table(folder / "labels.parquet", LABELS).to_pylist() if r["rubric"] == "history"]
+    items = [
+        JudgeItem(examples[r["example_id"]].history, examples[r["example_id"]].targets, r["response"])
+        for r in rows
+    ]
+    for row, verdict in zip(rows, judge.judge(items, "history"), strict=True):
+        assert row["judge"] == judge.name
+        assert row["sentence_label"] == verdict.sentence_relevant
+        assert [w["label"] == 2 for w in row["words"]] == [w.relevant for w in verdict.words]
+
+
+def test_responses_to_unknown_examples_are_refused(recipe):
+    path = RunFolder(recipe).path("sample") / "responses.parquet"
+    rows = read_table(path, RESPONSES).to_pylist()
+    rows[3]["example_id"] = "stranger"
+    write_table(path, rows, RESPONSES)
+    with pytest.raises(UserError, match=r"1 responses to examples.*stranger"):
+        run_stage(recipe, "label", label.run)
+
+
+def test_no_held_out_users_is_said_not_hidden(prepared_recipe, recipe, example_factory):
+    run = RunFolder(recipe)
+    examples = [e for e in load_examples(run.path("prepare")) if e.split == "train"]
+    judge = EmbeddingJudge("minilm", {})
+    judge.calibrate(examples, 0.95, 0)
+    assert "fewer than two" in label._scale(judge, examples, recipe.label, 0)["held_out_users"]

@@ -1,0 +1,66 @@
+"""The synthetic log: seeded, streaming, noisy, and with something to learn."""
+
+import random
+from itertools import islice
+from statistics import mean
+
+import pytest
+
+from tppo.config import Recipe, Synthetic
+from tppo.errors import UserError
+from tppo.logs import prepare, synthetic
+from tppo.run import RunFolder, run_stage
+from tppo.tables import Example, load_examples
+from tppo.text import EVENT_KINDS
+
+
+def test_seeded_and_a_longer_log_begins_with_the_shorter() -> None:
+    short = list(synthetic.generate_rows(Synthetic(users=5), seed=1))
+    assert short == list(islice(synthetic.generate_rows(Synthetic(users=9), seed=1), len(short)))
+    assert short != list(synthetic.generate_rows(Synthetic(users=5), seed=2))[: len(short)]
+
+
+def test_generator_streams() -> None:
+    assert len(list(islice(synthetic.generate_rows(Synthetic(users=10**9), seed=0), 100))) == 100
+
+
+def test_events_per_user_kinds_and_times() -> None:
+    rows = list(synthetic.generate_rows(Synthetic(users=300, events_per_user=60), seed=0))
+    assert 50 < len(rows) / 300 < 70
+    kinds = [row[2] for row in rows]
+    assert all(kinds.count(kind) > 100 for kind in EVENT_KINDS)
+    user = [prepare.parse_time(row[1]) for row in rows if row[0] == "user000007"]
+    times = [time for time in user if time is not None]
+    assert times == sorted(times)
+    assert {len(row) for row in rows} == {3, 4}
+
+
+def test_written_file_equals_generated_rows(tmp_path) -> None:
+    config = Synthetic(users=4, events_per_user=10)
+    count = synthetic.write_log(config, 0, tmp_path / "log.tsv")
+    lines = (tmp_path / "log.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == list(synthetic.HEADER)
+    assert [tuple(line.split("\t")) for line in lines[1:]] == list(synthetic.generate_rows(config, 0))
+    assert count == len(lines) - 1
+
+
+def test_settings() -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        next(synthetic.generate_rows(Synthetic(users=0), seed=0))
+
+
+def test_next_queries_follow_from_the_history_but_are_not_in_it(tmp_path) -> None:
+    recipe = Recipe(run_dir=str(tmp_path), synthetic=Synthetic(users=200))
+    run_stage(recipe, "synthetic", synthetic.run)
+    run_stage(recipe, "prepare", prepare.run)
+    examples = load_examples(RunFolder(recipe).require("prepare"))
+
+    def overlap(example: Example, other: Example) -> float:
+        words = set(" ".join(example.targets).split())
+        return len(words & set(" ".join(event.text for event in other.history).split())) / len(words)
+
+    others = random.Random(0).sample(examples, len(examples))
+    own, other = (mean(map(overlap, examples, group)) for group in (examples, others))
+    assert own > 0.4 > 0.2 > other
+    assert own < 0.8
+    assert len({query for example in examples for query in example.targets}) > 500

@@ -1,0 +1,34 @@
+"""Fixtures: each kind of tokenizer, and a tiny encoder to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizer_kinds import KINDS, get_tokenizer
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(params=sorted(KINDS))
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return get_tokenizer(request.param)
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path) -> Path:
+    """A folder with a random 2-layer BERT and MiniLM's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = get_tokenizer("minilm")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path / "encoder"
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
