@@ -53,9 +53,7 @@ def measure(scale: int, memory_limit: str, threads: int, folder: Path) -> dict[s
             str(scale),
         ]
         command += ["--memory_limit", memory_limit, "--threads", str(threads)]
-        manifest = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
-        )
+        manifest = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     facts = manifest["facts"]
     return {
         "scale": scale,
@@ -72,9 +70,7 @@ def measure(scale: int, memory_limit: str, threads: int, folder: Path) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--memory_limit", default="2GB", help="prepare.memory_limit")
     parser.add_argument("--threads", type=int, default=2, help="prepare.threads")
@@ -83,9 +79,7 @@ def main() -> None:
     parser.add_argument("--run_dir", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
-        stage(
-            arguments.stage, arguments.run_dir, arguments.scales[0], arguments.memory_limit, arguments.threads
-        )
+        stage(arguments.stage, arguments.run_dir, arguments.scales[0], arguments.memory_limit, arguments.threads)
         return
     measures = []
     for scale in arguments.scales:

@@ -58,9 +58,7 @@ def make_examples(count: int, split: str = "train", first_user: int = 0) -> list
         queries = queries[user % 3 :] + queries[: user % 3]
         history = [Event("search", query) for query in queries[:3]]
         history.insert(2, Event("click", f"{queries[1]} online"))
-        examples.append(
-            Example(f"e{user}", f"u{user}", split, history, queries[3:], datetime(2020, 1, 1 + user % 28))
-        )
+        examples.append(Example(f"e{user}", f"u{user}", split, history, queries[3:], datetime(2020, 1, 1 + user % 28)))
     return examples
 
 

@@ -219,8 +219,10 @@ class RL:
     """Whiten the advantages over the response tokens of a rollout."""
     temperature: float = 1.0
     """Sampling temperature of rollouts; log-probabilities are taken at the same temperature."""
-    reward_values: Literal["centered", "paper"] = "centered"
-    """Value of an irrelevant / relevant token: centered -1/+1, paper 1/2. Class 0 and end-of-sequence: 0."""
+    reward_values: Literal["base_rate", "centered", "paper"] = "base_rate"
+    """Value of an irrelevant / relevant token: base_rate -p/1-p, with p the share of relevant words among the
+    labelled responses (an average SFT token is worth 0, so length is neither paid nor punished); centered
+    -1/+1; paper 1/2. Class 0 and end-of-sequence: 0. The sentence-level reward is treated alike."""
     reward_estimator: Literal["expected", "argmax"] = "expected"
     """Token reward from class probabilities: the expected value over the classes, or the most likely class's."""
     returns: Literal["matched", "as_is"] = "matched"
@@ -234,7 +236,7 @@ class RL:
     """sl of Eq. 4 in policy tokens; 0 takes the median token length of a sampled query x num_queries."""
     bad_format_reward: float = -1.0
     """Added at the last token of an unparseable response."""
-    missing_query_reward: float = -0.5
+    missing_query_reward: float = -1.0
     """Added at the last token for each query fewer than asked."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""

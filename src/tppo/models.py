@@ -52,9 +52,7 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
     source = str(smollm2_folder()) if str(name_or_path) == SMOLLM2 else _checked_source(name_or_path)
     tokenizer = _load_tokenizer(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"'{source}' holds no causal language model that loads ({_first_line(error)}): {_WAY_OUT}"
@@ -139,13 +137,9 @@ def _checked_source(name_or_path: str | Path) -> str:
         if not (path / "config.json").exists():
             raise UserError(f"'{name}' is a folder without config.json, so no model folder: {_WAY_OUT}")
         return name
-    looks_like_path = (
-        isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
-    )
+    looks_like_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
     if path.exists() or looks_like_path:
-        raise UserError(
-            f"model '{name}' is neither bundled, nor a folder, nor a hub name (owner/name): {_WAY_OUT}"
-        )
+        raise UserError(f"model '{name}' is neither bundled, nor a folder, nor a hub name (owner/name): {_WAY_OUT}")
     return _from_hub(name)
 
 
@@ -164,8 +158,7 @@ def _from_hub(name: str) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True)
     except Exception:
         raise UserError(
-            f"model '{name}' is neither bundled nor a folder here, and the hub did not give it ({reason}): "
-            f"{_WAY_OUT}"
+            f"model '{name}' is neither bundled nor a folder here, and the hub did not give it ({reason}): {_WAY_OUT}"
         ) from None
 
 
@@ -178,9 +171,7 @@ def _load_tokenizer(source: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer in '{source}' does not load ({_first_line(error)}): {_WAY_OUT}"
-        ) from None
+        raise UserError(f"the tokenizer in '{source}' does not load ({_first_line(error)}): {_WAY_OUT}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of '{source}' has no end-of-sequence token, so a response could never end: "

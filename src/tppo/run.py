@@ -117,6 +117,14 @@ class RunFolder:
             )
         return self.path(stage)
 
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage said of itself (counts, means)."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            self.require(stage)
+        assert manifest is not None
+        return manifest["facts"]
+
     def input_hashes(self, stage: str) -> dict[str, str]:
         return {name: sha256_file(self.require(name) / MANIFEST) for name in stage_inputs(stage, self.recipe)}
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tppo.errors import UserError
+
 EventKind = Literal["search", "click", "purchase", "visit"]
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 
@@ -107,9 +109,7 @@ def parse_response(text: str, finished: bool, num_queries: int) -> ParsedRespons
     return ParsedResponse(queries, words, problem)
 
 
-def encode_prompt(
-    tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int
-) -> tuple[list[int], int]:
+def encode_prompt(tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int) -> tuple[list[int], int]:
     """Token ids of the prompt and the number of oldest events dropped to fit into `max_tokens`.
 
     Prompt and response are always tokenised apart and joined as ids, so training and sampling see the
@@ -119,7 +119,7 @@ def encode_prompt(
         ids = tokenizer(render_prompt(history[dropped:], num_queries), add_special_tokens=False)["input_ids"]
         if len(ids) <= max_tokens:
             return ids, dropped
-    raise ValueError(
+    raise UserError(
         f"a prompt without any history already has {len(ids)} tokens, more than task.max_prompt_tokens="
         f"{max_tokens}: raise it"
     )

@@ -47,9 +47,7 @@ class WordOverlapJudge:
     def _one(self, item: JudgeItem, rubric: Rubric) -> Verdict:
         texts = item.targets if rubric == "targets" else [event.text for event in item.history]
         known = {word for text in texts for word in text.split()}
-        words = [
-            WordVerdict(float(w.text in known), w.text in known) for w in split_response(item.response).words
-        ]
+        words = [WordVerdict(float(w.text in known), w.text in known) for w in split_response(item.response).words]
         share = sum(word.relevant for word in words) / len(words) if words else 0.0
         return Verdict(words, share, share >= 0.5, "ok", None)
 
@@ -104,9 +102,7 @@ def generation_rows(examples: list[Example], model: str, seed: int = 1) -> list[
     return response_rows(WordOverlapJudge(), examples, answers, finished, tokens, model=model, num_queries=3)
 
 
-def make_recipe(
-    root: Path, algorithms: Sequence[str] = ("tppo", "ppo", "ppo_sum"), **evaluate: Any
-) -> Recipe:
+def make_recipe(root: Path, algorithms: Sequence[str] = ("tppo", "ppo", "ppo_sum"), **evaluate: Any) -> Recipe:
     return Recipe(
         run_dir=str(root),
         algorithms=list(algorithms),
@@ -129,17 +125,13 @@ def make_run(
         write_table(folder / "examples.parquet", [_example_row(e) for e in examples], EXAMPLES)
         facts.update({"rows": 12000, "rejects": {"empty text": 12, "bad time": 3}, "users": 4 * users})
     with run.stage("sft") as (folder, facts):
-        rows = [
-            {"step": i, "loss": 2.4 + 4 * math.exp(-i / 40), "learning_rate": 1e-4} for i in range(0, 250, 5)
-        ]
+        rows = [{"step": i, "loss": 2.4 + 4 * math.exp(-i / 40), "learning_rate": 1e-4} for i in range(0, 250, 5)]
         rows += [{"step": i, "eval_loss": 2.6 + 3.7 * math.exp(-i / 40)} for i in range(50, 251, 50)]
         _write_jsonl(folder / "metrics.jsonl", rows)
     with run.stage("sample") as (folder, facts):
         facts["responses"] = 1200
     with run.stage("label") as (folder, facts):
-        facts.update(
-            {"judge": "word-overlap-v1", "thresholds": {"targets": {"word": 0.61, "sentence": 0.442}}}
-        )
+        facts.update({"judge": "word-overlap-v1", "thresholds": {"targets": {"word": 0.61, "sentence": 0.442}}})
     with run.stage("reward") as (folder, facts):
         _write_jsonl(folder / "metrics.jsonl", _reward_rows())
         facts["token"] = {"best": {"auc": 0.912}}
@@ -231,9 +223,7 @@ def _token_rows(examples: list[Example], algorithm: str) -> list[dict[str, Any]]
         for example in examples[:3]:
             texts = [piece for query in example.targets for word in query.split() for piece in (" " + word,)]
             rewards = generator.normal(0.2, 0.6, len(texts)) if algorithm == "tppo" else np.zeros(len(texts))
-            tokens = [
-                [text, round(float(r), 4), 2 if r > 0 else 1] for text, r in zip(texts, rewards, strict=True)
-            ]
+            tokens = [[text, round(float(r), 4), 2 if r > 0 else 1] for text, r in zip(texts, rewards, strict=True)]
             tokens.insert(2, ["\n", 0.0, None])
             tokens.append(["", 0.0 if algorithm == "tppo" else 2.5, 0])
             rows.append({"update": update, "prompt": "p", "response": "r", "tokens": tokens,

@@ -24,9 +24,7 @@ EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'{{
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunFolder]:
-    evil = Example(
-        "evil", "evil-user", "eval1", [Event("search", EVIL)], [EVIL, "b", "c"], datetime(2026, 1, 1)
-    )
+    evil = Example("evil", "evil-user", "eval1", [Event("search", EVIL)], [EVIL, "b", "c"], datetime(2026, 1, 1))
     recipe, run = fake_run.make_run(tmp_path_factory.mktemp("report") / "run", users=8, extra=[evil])
     report_samples, report.SAMPLES = report.SAMPLES, 100
     try:
@@ -151,9 +149,7 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path):
         run_stage(recipe, "report", report.run)
 
 
-def test_print_summary_says_the_verdict(
-    finished: tuple[Recipe, RunFolder], capsys: pytest.CaptureFixture[str]
-):
+def test_print_summary_says_the_verdict(finished: tuple[Recipe, RunFolder], capsys: pytest.CaptureFixture[str]):
     report.print_summary(finished[1])
     printed = capsys.readouterr().err
     assert "TPPO" in printed
@@ -233,17 +229,11 @@ def test_numbers_in_words():
     assert "interval not measured" in present.shift(Estimate(0.5, None, None, 1, 1), present.BY_NAME["hit"])
 
 
-@pytest.mark.skipif(
-    shutil.which("chromium") is None, reason="no chromium on this machine to open the page with"
-)
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine to open the page with")
 def test_a_browser_shows_the_report(finished: tuple[Recipe, RunFolder], tmp_path: Path):
     page = finished[1].path("report") / "report.html"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += (
-        f" --disable-component-update --disable-sync --user-data-dir={tmp_path} --virtual-time-budget=2000"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path} --virtual-time-budget=2000"
     command = ["chromium", *flags.split(), "--dump-dom", page.resolve().as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<title>tppo report: run</title>" in dom

@@ -26,9 +26,7 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "judge.json"
 
 
-def make_inputs(
-    root: Path, policy: Path, judge_file: Path, examples: list[Example]
-) -> tuple[Recipe, RunFolder]:
+def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Example]) -> tuple[Recipe, RunFolder]:
     """Everything evaluate reads; ppo is the SFT model itself, tppo another one."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo"], bootstrap_samples=100, batch_size=4),
@@ -61,9 +59,7 @@ def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, jud
     assert run_stage(recipe, "evaluate", stage.run)
     folder = run.require("evaluate")
     rows = read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
-    by_model = {
-        m: [r for r in rows if r["model"] == m] for m in ("sft", "ppo", "tppo", "targets", "other_user")
-    }
+    by_model = {m: [r for r in rows if r["model"] == m] for m in ("sft", "ppo", "tppo", "targets", "other_user")}
     assert [len(found) for found in by_model.values()] == [12] * 5
     assert not (folder / "parts").exists()
 

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from tppo.evaluate.stats import Estimate, UserBootstrap, verdict, win_tie_lose
 
 
-def clustered(
-    generator: np.random.Generator, users: int = 60, per_user: int = 5
-) -> tuple[list[str], np.ndarray]:
+def clustered(generator: np.random.Generator, users: int = 60, per_user: int = 5) -> tuple[list[str], np.ndarray]:
     """0/1 answers whose chance differs between users: Beta(2, 2), so the true rate is 0.5."""
     chances = generator.beta(2, 2, users)
     values = generator.random((users, per_user)) < chances[:, None]

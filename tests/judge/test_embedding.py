@@ -103,9 +103,7 @@ def test_repeats_are_not_new(judge):
     assert copied.sentence_score == pytest.approx(fresh.sentence_score / 2, abs=1e-6)
     twice = verdict(judge, "rose fertilizer\nrose fertilizer")
     assert [w.relevant for w in twice.words] == [True, True, False, False]
-    assert all(w.score > 0.99 for w in verdict(judge, "garden shed plans", "history").words), (
-        "clicks may be searched"
-    )
+    assert all(w.score > 0.99 for w in verdict(judge, "garden shed plans", "history").words), "clicks may be searched"
 
 
 def test_repeats_can_be_let_pass(judge):

@@ -75,8 +75,7 @@ def test_evaluate_gets_the_same_judge(recipe):
     examples = {e.example_id: e for e in load_examples(RunFolder(recipe).path("prepare"))}
     rows = [r for r in read_table(folder / "labels.parquet", LABELS).to_pylist() if r["rubric"] == "history"]
     items = [
-        JudgeItem(examples[r["example_id"]].history, examples[r["example_id"]].targets, r["response"])
-        for r in rows
+        JudgeItem(examples[r["example_id"]].history, examples[r["example_id"]].targets, r["response"]) for r in rows
     ]
     for row, verdict in zip(rows, judge.judge(items, "history"), strict=True):
         assert row["judge"] == judge.name

@@ -58,9 +58,7 @@ def run_prepare(recipe: Recipe) -> tuple[dict[str, Any], list[Example], list[dic
     return manifest["facts"], load_examples(folder), rejects
 
 
-def run_rows(
-    folder: Path, content: str | bytes, **options: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_rows(folder: Path, content: str | bytes, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts and rejects of a log too small for splits: the work before the splits are checked."""
     path = folder / "log"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -79,9 +77,7 @@ def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ..
     rows: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for number, line in enumerate(path.read_text().splitlines()[1:], start=2):
         fields = line.split("\t")
-        cleaned = (
-            prepare.clean_row(RawRow(number, *fields), settings.max_text_chars) if len(fields) == 4 else "bad"
-        )
+        cleaned = prepare.clean_row(RawRow(number, *fields), settings.max_text_chars) if len(fields) == 4 else "bad"
         if not isinstance(cleaned, str):
             when, kind, text, _ = cleaned
             rows[hasher.hash(fields[0])].append((when, number, kind, text))
@@ -116,9 +112,7 @@ def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ..
         for at, (when, kind, text) in enumerate(sequence):
             if kind == "search" and text not in known:
                 known.add(text)
-                if (split == "eval2") == (when >= cut) and len(
-                    searchers[text]
-                ) >= settings.min_users_per_target:
+                if (split == "eval2") == (when >= cut) and len(searchers[text]) >= settings.min_users_per_target:
                     new.append((at, when, text))
         for back in range(settings.windows_per_user):
             end = len(new) - back * settings.window_stride
@@ -258,13 +252,9 @@ def test_formats_give_the_same_examples(tmp_path, small_log, format) -> None:
     if format == "csv":
         path.write_text("".join(",".join(f'"{field}"' for field in fields) + "\n" for fields in records))
     elif format == "jsonl":
-        path.write_text(
-            "".join(json.dumps(dict(zip(records[0], r, strict=True))) + "\n" for r in records[1:])
-        )
+        path.write_text("".join(json.dumps(dict(zip(records[0], r, strict=True))) + "\n" for r in records[1:]))
     else:
-        pq.write_table(
-            pa.Table.from_pylist([dict(zip(records[0], r, strict=True)) for r in records[1:]]), path
-        )
+        pq.write_table(pa.Table.from_pylist([dict(zip(records[0], r, strict=True)) for r in records[1:]]), path)
     _, expected, _ = run_prepare(recipe_for(tmp_path / "tsv", small_log))
     _, examples, _ = run_prepare(recipe_for(tmp_path / "other", path, format=format))
     assert examples == expected
@@ -316,9 +306,7 @@ def test_mistakes_name_the_setting(tmp_path, small_log, options, message) -> Non
     assert not (RunFolder(recipe).path("prepare") / "scratch").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(TSV, "no row at all"), (TSV + "u\tsoon\tsearch\tq\n", "bad_time 1")]
-)
+@pytest.mark.parametrize(("content", "message"), [(TSV, "no row at all"), (TSV + "u\tsoon\tsearch\tq\n", "bad_time 1")])
 def test_nothing_usable(tmp_path, content, message) -> None:
     with pytest.raises(UserError, match=message):
         run_rows(tmp_path, content)
@@ -339,9 +327,7 @@ def test_the_synthetic_log_is_a_source(tmp_path) -> None:
     assert not run_stage(recipe, "prepare", prepare.run)
 
 
-PIECES = st.sampled_from(
-    [b"u\t2026-01-01\tsearch\tsome query\n", b"\n", b"\0", b'"', b"1\t", b"2026-01-01", b"@"]
-)
+PIECES = st.sampled_from([b"u\t2026-01-01\tsearch\tsome query\n", b"\n", b"\0", b'"', b"1\t", b"2026-01-01", b"@"])
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -27,9 +27,7 @@ def read(path: Path, format: str, columns: Columns | None = None) -> list[RawRow
         return list(read_rows(path, raw, format, columns or Columns()))
 
 
-def read_bytes(
-    folder: Path, content: bytes, format: str, columns: Columns | None = None
-) -> list[RawRow | BadRow]:
+def read_bytes(folder: Path, content: bytes, format: str, columns: Columns | None = None) -> list[RawRow | BadRow]:
     path = folder / "log"
     path.write_bytes(content)
     return read(path, format, columns)
@@ -38,8 +36,7 @@ def read_bytes(
 def test_aol(tmp_path) -> None:
     rows = read_bytes(
         tmp_path,
-        AOL
-        + b"1\tfoo bar\t2006-03-01 07:17:12\t\thttp://www.x.com\n1\tfoo\t2006-03-01 07:17:13\t1\thttp://y.org\r\n"
+        AOL + b"1\tfoo bar\t2006-03-01 07:17:12\t\thttp://www.x.com\n1\tfoo\t2006-03-01 07:17:13\t1\thttp://y.org\r\n"
         b"2\tq\t2006-03-01 00:00:00\t\t\n2\tq\t2006-03-01 00:00:00\n2\tq\n\n",
         "aol",
     )
@@ -237,11 +234,7 @@ def test_list_files(tmp_path) -> None:
         list_files([])
 
 
-@given(
-    st.lists(
-        st.binary(max_size=40) | st.sampled_from([b'"', b"u,t,search,q", b'u,t,search,"q', b"\n", b"\r"])
-    )
-)
+@given(st.lists(st.binary(max_size=40) | st.sampled_from([b'"', b"u,t,search,q", b'u,t,search,"q', b"\n", b"\r"])))
 def test_any_bytes_are_read_line_by_line(tmp_path_factory, parts) -> None:
     folder = tmp_path_factory.getbasetemp()
     body = b"".join(parts)

@@ -43,15 +43,11 @@ def greedy_by_hand(model, prompt, eos_id, limit):
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_greedy_equals_a_plain_loop_whatever_the_batch(tiny_model, tiny_tokenizer, prompts, batch_size):
     end_often(tiny_model, tiny_tokenizer.eos_token_id)
-    out = generate(
-        tiny_model, tiny_tokenizer, prompts, max_new_tokens=10, temperature=0, batch_size=batch_size
-    )
+    out = generate(tiny_model, tiny_tokenizer, prompts, max_new_tokens=10, temperature=0, batch_size=batch_size)
     expected = [greedy_by_hand(tiny_model, p, tiny_tokenizer.eos_token_id, 10) for p in prompts]
     assert [g.response_ids for g in out] == expected
     assert [g.prompt_ids for g in out] == prompts
-    assert len({len(ids) for ids in expected}) > 1, (
-        "some responses have to end early for this test to mean much"
-    )
+    assert len({len(ids) for ids in expected}) > 1, "some responses have to end early for this test to mean much"
 
 
 def test_ends_at_the_first_end_of_sequence_although_it_also_pads(tiny_model, tiny_tokenizer, prompts):
@@ -106,9 +102,7 @@ def test_a_seed_reproduces_and_leaves_the_global_generator_alone(tiny_model, tin
     first = generate(tiny_model, tiny_tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=5)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(7)
-    again = generate(
-        tiny_model, tiny_tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=5, batch_size=3
-    )
+    again = generate(tiny_model, tiny_tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=5, batch_size=3)
     assert again == first, "not even the batch size changes a prompt's sample"
     other = generate(tiny_model, tiny_tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=6)
     assert other != first
@@ -153,9 +147,7 @@ def test_encode_examples_keeps_the_newest_events_and_counts_the_dropped(tiny_tok
     assert example.history[-1].text in text
     assert f"search: {example.history[0].text}\n" not in text
     budget = len(full[0]) - 1
-    short, dropped = encode_examples(
-        tiny_tokenizer, [example], Task(history_events=2, max_prompt_tokens=budget)
-    )
+    short, dropped = encode_examples(tiny_tokenizer, [example], Task(history_events=2, max_prompt_tokens=budget))
     assert dropped == 1
     assert len(short[0]) <= budget
 

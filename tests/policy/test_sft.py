@@ -166,9 +166,7 @@ def test_lora_is_merged_into_the_saved_model(recipe_for, tiny_policy):
     base, _ = load_policy(tiny_policy)
     assert [n for n, _ in tuned.named_parameters()] == [n for n, _ in base.named_parameters()]
     changed = {
-        name
-        for (name, a), b in zip(tuned.named_parameters(), base.parameters(), strict=True)
-        if not torch.equal(a, b)
+        name for (name, a), b in zip(tuned.named_parameters(), base.parameters(), strict=True) if not torch.equal(a, b)
     }
     assert changed
     assert all("proj" in name for name in changed), "embeddings and norms stay as they were"
@@ -185,9 +183,7 @@ def test_order_depends_on_seed_and_epoch_only():
     assert second != first
     assert sorted(second) == list(range(400)), "every example once"
     assert list(EpochSampler(4, lengths, seed=2)) != first
-    spread = [
-        max(part) - min(part) for part in ([lengths[i] for i in first[b : b + 4]] for b in range(0, 400, 4))
-    ]
+    spread = [max(part) - min(part) for part in ([lengths[i] for i in first[b : b + 4]] for b in range(0, 400, 4))]
     assert sum(spread) / len(spread) < 1, "batches hold similar lengths"
 
 
@@ -221,17 +217,13 @@ def test_interrupted_run_resumes_to_the_same_model(recipe_for, monkeypatch):
     assert rows_of(folder) == rows_of(RunFolder(whole).path("sft"))
 
 
-@pytest.mark.parametrize(
-    "victim", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
-)
+@pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_checkpoint_broken_by_a_kill_is_skipped(
     tiny_model, tiny_tokenizer, example_factory, tmp_path, victim, damage, capsys
 ):
     rows = encode_training(tiny_tokenizer, example_factory(8), Task(max_prompt_tokens=300)).rows
-    trainer = trainer_for(
-        tiny_model, tiny_tokenizer, rows, tmp_path, batch_size=4, micro_batch_size=4, save_steps=2
-    )
+    trainer = trainer_for(tiny_model, tiny_tokenizer, rows, tmp_path, batch_size=4, micro_batch_size=4, save_steps=2)
     trainer.train()
     good = tmp_path / "checkpoint-2"
     assert last_good_checkpoint(tmp_path) == good

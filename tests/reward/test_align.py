@@ -99,9 +99,7 @@ def test_every_token_gets_exactly_one_class(kind, text, seed):
     assert set(classes) <= {0, 1, 2}
     for (start, end), klass in zip(spans, classes, strict=True):
         touched = {
-            label
-            for word, label in zip(words, labels, strict=True)
-            if max(word.start, start) < min(word.end, end)
+            label for word, label in zip(words, labels, strict=True) if max(word.start, start) < min(word.end, end)
         }
         assert klass in touched if touched else klass == 0
     for word, label in zip(words, labels, strict=True):  # a word alone in its tokens is found again
@@ -237,9 +235,7 @@ def test_encoder_spans_of_a_normalising_tokenizer():
 def test_every_word_reaches_the_encoder(tokenizer):
     """Each word of an ordinary response has at least one encoder token of its class."""
     text = "cheap flights|to New York|weather"
-    words = [
-        Word(w, text.index(w), text.index(w) + len(w), 0) for w in ("cheap", "flights", "New", "weather")
-    ]
+    words = [Word(w, text.index(w), text.index(w) + len(w), 0) for w in ("cheap", "flights", "New", "weather")]
     encoding = tokenizer(["click: hotels"], [text]).encodings[0]
     _, spans = encoder_spans(tokenizer, encoding, text)
     for word in words:

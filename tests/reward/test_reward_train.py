@@ -23,9 +23,7 @@ GOOD = ["pizza", "pasta", "cheese", "oven"]
 BAD = ["car", "tyre", "engine", "road"]
 
 
-def make_run(
-    root: Path, encoder: Path, rows: int = 160, held_out: int = 40, relevant_share: float = 0.5
-) -> Recipe:
+def make_run(root: Path, encoder: Path, rows: int = 160, held_out: int = 40, relevant_share: float = 0.5) -> Recipe:
     """Labels with a rule: food words are relevant; a response is when most of its words are."""
     generator = np.random.default_rng(0)
     examples, labels = [], []
@@ -157,9 +155,7 @@ def test_labels_of_one_class_are_refused(tiny_encoder, tmp_path):
     path = Path(recipe.run_dir) / "label" / "labels.parquet"
     table = pq.read_table(path).to_pylist()
     write_table(path, [{**row, "sentence_label": 0} for row in table], LABELS)
-    with pytest.raises(
-        UserError, match="response labels of both classes are needed and there are only irrelevant"
-    ):
+    with pytest.raises(UserError, match="response labels of both classes are needed and there are only irrelevant"):
         train(recipe)
     for row in table:
         for word in row["words"]:

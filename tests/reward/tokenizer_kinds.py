@@ -72,14 +72,10 @@ def word_piece() -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """T5, XLM-R: Unigram over text with ▁ for space; NFKC; unknown characters are lost."""
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s{2,}"), " ")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s{2,}"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return _wrap(tokenizer)
 
@@ -145,8 +141,7 @@ def minilm() -> PreTrainedTokenizerFast:
 
 
 KINDS = {
-    make.__name__: make
-    for make in (byte_level_bpe, word_piece, unigram, llama_bpe, characters, sentence_piece, minilm)
+    make.__name__: make for make in (byte_level_bpe, word_piece, unigram, llama_bpe, characters, sentence_piece, minilm)
 }
 _made: dict[str, PreTrainedTokenizerFast] = {}
 

@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from tppo.config import RL
 from tppo.rl.losses import policy_loss, value_loss
 from tppo.rl.rewards import (
+    RewardScale,
+    Values,
     apply_length_penalty,
     at_last_token,
     class_rewards,
     gae,
     kl_k1,
     length_weight,
+    reward_values,
     token_level_rewards,
     whiten,
 )
 
 ORACLES = Path(__file__).parent / "oracles"
+SCALE = RewardScale(suggested_length=6.0, relevant_word_share=0.2, relevant_response_share=0.3)
 VERL = json.loads((ORACLES / "verl.json").read_text())
 TRL = json.loads((ORACLES / "trl.json").read_text())
 
@@ -106,15 +110,15 @@ def random_rollout(seed=0, batch=4, tokens=9):
 @settings(max_examples=60)
 def test_no_reward_outside_the_response(seed, algorithm):
     probs, sentence, mask = random_rollout(seed)
-    rewards = token_level_rewards(RL(algorithm=algorithm), probs, sentence, torch.full((4,), -0.5), mask, 6.0)
+    rewards = token_level_rewards(RL(algorithm=algorithm), probs, sentence, torch.full((4,), -0.5), mask, SCALE)
     assert (rewards[~mask] == 0).all()
 
 
 def test_placement_is_the_only_difference_between_tppo_and_ppo_sum():
-    probs, sentence, mask = random_rollout()
+    probs, _, mask = random_rollout()
     format_reward = torch.tensor([0.0, -1.0, -0.5, 0.0])
-    dense = token_level_rewards(RL(algorithm="tppo"), probs, None, format_reward, mask, 6.0)
-    sparse = token_level_rewards(RL(algorithm="ppo_sum"), probs, None, format_reward, mask, 6.0)
+    dense = token_level_rewards(RL(algorithm="tppo"), probs, None, format_reward, mask, SCALE)
+    sparse = token_level_rewards(RL(algorithm="ppo_sum"), probs, None, format_reward, mask, SCALE)
     torch.testing.assert_close(dense.sum(-1), sparse.sum(-1))
     last = mask.sum(-1) - 1
     assert (sparse.gather(1, last[:, None])[:, 0] == sparse.sum(-1)).all()
@@ -124,22 +128,32 @@ def test_placement_is_the_only_difference_between_tppo_and_ppo_sum():
 
 def test_sentence_reward_scale():
     _, _, mask = random_rollout()
-    config = RL(algorithm="ppo", length_penalty_alpha=0, returns="matched")
+    config = RL(algorithm="ppo", length_penalty_alpha=0, returns="matched", reward_values="centered")
     score = torch.tensor([0.0, 0.5, 1.0, 1.0])
-    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, 6.0)
+    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, SCALE)
     torch.testing.assert_close(rewards.sum(-1), torch.tensor([-6.0, 0.0, 6.0, 6.0]))
     config.returns = "as_is"
-    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, 6.0)
+    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, SCALE)
     torch.testing.assert_close(rewards.sum(-1), torch.tensor([-1.0, 0.0, 1.0, 1.0]))
 
 
 def test_class_rewards():
     probs = torch.tensor([[[0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.5, 0.3, 0.2]]])
-    torch.testing.assert_close(class_rewards(probs, "centered", "expected"), torch.tensor([[0.5, 0.0, -0.1]]))
-    torch.testing.assert_close(class_rewards(probs, "paper", "expected"), torch.tensor([[1.75, 0.0, 0.7]]))
-    torch.testing.assert_close(class_rewards(probs, "centered", "argmax"), torch.tensor([[1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(class_rewards(probs, Values(-1, 1), "expected"), torch.tensor([[0.5, 0.0, -0.1]]))
+    torch.testing.assert_close(class_rewards(probs, Values(1, 2), "expected"), torch.tensor([[1.75, 0.0, 0.7]]))
+    torch.testing.assert_close(class_rewards(probs, Values(-1, 1), "argmax"), torch.tensor([[1.0, 0.0, 0.0]]))
     with pytest.raises(ValueError, match="reward_estimator"):
-        class_rewards(probs, "centered", "sampled")
+        class_rewards(probs, Values(-1, 1), "sampled")
+
+
+def test_reward_values():
+    assert reward_values("paper", 0.2) == (1, 2)
+    assert reward_values("centered", 0.2) == (-1, 1)
+    irrelevant, relevant = reward_values("base_rate", 0.2)
+    assert 0.2 * relevant + 0.8 * irrelevant == pytest.approx(0)
+    assert relevant - irrelevant == 1
+    with pytest.raises(ValueError, match="reward_values"):
+        reward_values("other", 0.2)
 
 
 def test_gae_with_lambda_1_is_the_return_minus_the_value():

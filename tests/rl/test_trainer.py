@@ -210,7 +210,7 @@ def test_reward_of_the_wrong_shape_is_named(tokenizer):
 
 
 def test_batch_sizes_must_divide(tokenizer):
-    with pytest.raises(ValueError, match="multiple of rl.minibatch_size"):
+    with pytest.raises(ValueError, match=r"multiple of rl\.minibatch_size"):
         make_trainer(tokenizer, minibatch_size=5)
 
 

@@ -72,10 +72,7 @@ def test_one_model_answers_alone_and_alike(client: TestClient):
 
 def test_the_prompt_is_normalised_and_holds_the_newest_events(client: TestClient):
     plain = [{"kind": "search", "text": "tomato seeds"}, {"kind": "click", "text": "garden shed"}]
-    assert (
-        ask(client, history=plain, model="sft").json()["queries"]
-        == ask(client, model="sft").json()["queries"]
-    )
+    assert ask(client, history=plain, model="sft").json()["queries"] == ask(client, model="sft").json()["queries"]
     long = [{"text": f"old {i}"} for i in range(6)] + plain + plain
     found = ask(client, history=long, model="sft").json()
     assert (found["events_used"], found["events_given"]) == (4, 10)
@@ -119,9 +116,7 @@ def test_bodies_are_bounded_before_they_are_read(client: TestClient):
     assert client.post("/v1/suggest", content=b"x" * 1_000_001).status_code == 413
     assert client.post("/v1/suggest", content=iter([b"{}"])).status_code == 411
     assert (
-        client.post(
-            "/v1/suggest", content=b"{nonsense", headers={"content-type": "application/json"}
-        ).status_code
+        client.post("/v1/suggest", content=b"{nonsense", headers={"content-type": "application/json"}).status_code
         == 422
     )
     assert client.get("/v1/suggest").status_code == 405
@@ -135,9 +130,7 @@ def test_every_reply_carries_the_security_headers(client: TestClient):
     assert client.get("/docs").status_code == 404  # its scripts would come from elsewhere
 
 
-def test_health_answers_while_a_model_is_busy(
-    models: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
-):
+def test_health_answers_while_a_model_is_busy(models: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch):
     """Two requests never generate at once, and health does not wait for them."""
     busy, most = [], []
     real = app_module.generate
@@ -218,12 +211,8 @@ def test_a_real_server_answers(server: str):
 
 
 def dump_dom(url: str, folder: Path) -> str:
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += (
-        f" --disable-component-update --disable-sync --user-data-dir={folder} --virtual-time-budget=15000"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={folder} --virtual-time-budget=15000"
     command = ["chromium", *flags.split(), "--dump-dom", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 

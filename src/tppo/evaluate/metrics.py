@@ -62,9 +62,7 @@ RELEVANCE = (
 )
 TRUTH = (
     Metric("hit", "Hit", "rate", "higher", "at least one query equals a true next query exactly"),
-    Metric(
-        "overlap", "Overlap", "rate", "higher", "share of the true next queries that were written exactly"
-    ),
+    Metric("overlap", "Overlap", "rate", "higher", "share of the true next queries that were written exactly"),
     Metric(
         "token_f1",
         "Word F1",
@@ -96,9 +94,7 @@ FORM = (
         "response length in tokens, end-of-sequence included",
     ),
     Metric("queries_written", "Queries", "number", "neither", "queries in a response"),
-    Metric(
-        "words_per_query", "Words per query", "number", "neither", "words in a query, mean of the response"
-    ),
+    Metric("words_per_query", "Words per query", "number", "neither", "words in a query, mean of the response"),
     Metric(
         "copied_queries",
         "Copied queries",
@@ -106,9 +102,7 @@ FORM = (
         "lower",
         "share of queries equal to a search of the history",
     ),
-    Metric(
-        "copied_words", "Words from the history", "rate", "neither", "share of words that the history holds"
-    ),
+    Metric("copied_words", "Words from the history", "rate", "neither", "share of words that the history holds"),
     Metric(
         "repeated_queries",
         "Repeated queries",

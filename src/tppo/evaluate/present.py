@@ -147,9 +147,7 @@ def lead(metrics: Metrics, scope: str) -> list[str]:
         ("no difference shown", "shows no difference from"),
     ):
         for model in metrics.policies[::-1]:
-            than = [
-                e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome
-            ]
+            than = [e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome]
             if than:
                 sentences.append(f"{DISPLAY[model]} {words} {_listed([DISPLAY[name] for name in than])}.")
     return [*sentences, f"Answers {against}: {', '.join(shares)}."]
@@ -169,12 +167,8 @@ def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) ->
         notes.append(f"Only {users} users were evaluated: intervals over so few users are too narrow.")
     abstained = sum(row["count"] for row in metrics.data["abstained"] if row["scope"] == scope)
     if abstained:
-        notes.append(
-            f"The judge abstained {abstained} times; those answers are left out of the relevance numbers."
-        )
-    notes.append(
-        "Each model was trained once: intervals cover the choice of users, not the luck of a training run."
-    )
+        notes.append(f"The judge abstained {abstained} times; those answers are left out of the relevance numbers.")
+    notes.append("Each model was trained once: intervals cover the choice of users, not the luck of a training run.")
     # The evaluate stage loads the judge of the label stage, so this always holds.
     notes.append(
         "The judge here is the one whose labels trained the reward models, so relevance may be learnt to "
@@ -209,9 +203,7 @@ def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:
     gained = change(metrics.data["headline"])[0] == "an improvement"
     confirmed = any(change(name)[0] == "an improvement" for name in ("hit", "token_f1"))
     if gained and not confirmed:
-        notes.append(
-            f"{title}'s gain over SFT is the judge's: hit and word F1, which need no judge, do not show it."
-        )
+        notes.append(f"{title}'s gain over SFT is the judge's: hit and word F1, which need no judge, do not show it.")
     if gained and change(metrics.data["check"])[0] == "worse":
         notes.append(f"{title} gains in the headline but loses {AGAINST[metrics.data['check']]}.")
     return notes
@@ -243,9 +235,7 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
         for row in metrics.data["wins"]:
             if row["scope"] == part:
                 shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
-                lines.append(
-                    f"| {DISPLAY[row['model']]} vs {DISPLAY[row['than']]} | {row['rubric']} | {shares} |"
-                )
+                lines.append(f"| {DISPLAY[row['model']]} vs {DISPLAY[row['than']]} | {row['rubric']} | {shares} |")
     return "\n".join([*lines, ""])
 
 

@@ -60,8 +60,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "samples": samples(recipe, run, metrics),
         "token_samples": token_samples(run, metrics.policies),
         "facts": [
-            (stage, flatten((run.manifest(stage) or {}).get("facts", {})))
-            for stage in ("prepare", "label", "reward")
+            (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
         "costs": costs(recipe, run),
         "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
@@ -214,9 +213,7 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
             outcome = verdict(cell, metric.better)
             value = present.signed_number(cell.value, metric.unit)
             said = present.SHORT.get(outcome, "")
-            cells.append(
-                (value, present.interval(cell, metric.unit, signed=True), said, present.TONES[outcome])
-            )
+            cells.append((value, present.interval(cell, metric.unit, signed=True), said, present.TONES[outcome]))
         rows.append({"model": model, "label": f"{DISPLAY[model]} minus {DISPLAY[than]}", "cells": cells})
     heads = [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else "") for name in names]
     return {"heads": heads, "rows": rows}
@@ -275,16 +272,12 @@ def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any
         responses = [
             {
                 "reward": row["reward"],
-                "tokens": [
-                    (_visible(text), reward, abs(reward) / largest) for text, reward, _ in row["tokens"]
-                ],
+                "tokens": [(_visible(text), reward, abs(reward) / largest) for text, reward, _ in row["tokens"]],
             }
             for row in last
         ]
         if responses:
-            shown.append(
-                {"model": model, "label": DISPLAY[model], "update": last[0]["update"], "responses": responses}
-            )
+            shown.append({"model": model, "label": DISPLAY[model], "update": last[0]["update"], "responses": responses})
     return shown
 
 

@@ -68,9 +68,7 @@ GENERATIONS = pa.schema(
         _field("finished", pa.bool_(), "the model ended the response itself"),
         _field("problem", pa.string(), "why the response is unparseable, else null", True),
         _field("unparseable", pa.float64(), "1 when there is a problem"),
-        _field(
-            "response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True
-        ),
+        _field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True),
         *_rubric_fields("targets", "the true next queries"),
         *_rubric_fields("history", "the history"),
         _field("similarity", pa.float64(), "sentence_score_targets; unparseable 0", True),

@@ -95,9 +95,7 @@ class UserBootstrap:
                 yield self._kept
                 return
             size = min(block, self.draws - start)
-            weights_BU = generator.multinomial(self.users, np.full(self.users, 1 / self.users), size).astype(
-                float
-            )
+            weights_BU = generator.multinomial(self.users, np.full(self.users, 1 / self.users), size).astype(float)
             if size == self.draws:
                 self._kept = weights_BU
             yield weights_BU
@@ -130,21 +128,15 @@ class WinTieLose:
     """Win minus lose, with its interval."""
 
 
-def win_tie_lose(
-    bootstrap: UserBootstrap, a_N: Sequence[float | None], b_N: Sequence[float | None]
-) -> WinTieLose:
+def win_tie_lose(bootstrap: UserBootstrap, a_N: Sequence[float | None], b_N: Sequence[float | None]) -> WinTieLose:
     """Compare paired scores: higher wins, equal within 1e-6 ties, an unmeasured score is no comparison."""
     difference_N = _as_float(a_N) - _as_float(b_N)
-    sign_N = np.where(
-        np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= 1e-6, 0, difference_N))
-    )
+    sign_N = np.where(np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= 1e-6, 0, difference_N)))
     net = bootstrap.mean(sign_N)
     compared = sign_N[~np.isnan(sign_N)]
     if not len(compared):
         return WinTieLose(None, None, None, net)
-    return WinTieLose(
-        float((compared > 0).mean()), float((compared == 0).mean()), float((compared < 0).mean()), net
-    )
+    return WinTieLose(float((compared > 0).mean()), float((compared == 0).mean()), float((compared < 0).mean()), net)
 
 
 def _as_float(values: Sequence[float | None] | np.ndarray) -> np.ndarray:

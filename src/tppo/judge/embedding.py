@@ -84,9 +84,7 @@ class Encoder:
         self.max_length = min(self.model.config.max_position_embeddings, 512)
 
     @torch.inference_mode()
-    def encode(
-        self, texts: Iterable[tuple[str, ...]], description: str | None = None
-    ) -> dict[Any, TextEmbedding]:
+    def encode(self, texts: Iterable[tuple[str, ...]], description: str | None = None) -> dict[Any, TextEmbedding]:
         """Embeddings of the distinct texts, by text; batched by length."""
         distinct = sorted(set(texts), key=lambda words: (sum(map(len, words)) + len(words), words))
         batches = [distinct[i : i + self.batch_size] for i in range(0, len(distinct), self.batch_size)]
@@ -103,9 +101,7 @@ class Encoder:
             offsets_BT2 = encoding.pop("offset_mapping").numpy()
             hidden_BTD = self.model(**encoding).last_hidden_state.numpy()
             mask_BT = encoding["attention_mask"].numpy().astype(bool)
-            for words, offsets_T2, hidden_TD, mask_T in zip(
-                batch, offsets_BT2, hidden_BTD, mask_BT, strict=True
-            ):
+            for words, offsets_T2, hidden_TD, mask_T in zip(batch, offsets_BT2, hidden_BTD, mask_BT, strict=True):
                 embeddings[words] = TextEmbedding(
                     _unit(hidden_TD[mask_T].mean(0)), _word_vectors(words, offsets_T2, hidden_TD)
                 )
@@ -118,9 +114,7 @@ def _word_vectors(words: tuple[str, ...], offsets_T2: np.ndarray, hidden_TD: np.
     starts_W = ends_W - [len(word) for word in words]
     starts_T, ends_T = offsets_T2.T
     # Special and padding tokens have the empty span (0, 0) and overlap nothing.
-    overlap_WT = (np.minimum(ends_W[:, None], ends_T) > np.maximum(starts_W[:, None], starts_T)).astype(
-        np.float32
-    )
+    overlap_WT = (np.minimum(ends_W[:, None], ends_T) > np.maximum(starts_W[:, None], starts_T)).astype(np.float32)
     return _unit(overlap_WT @ hidden_TD)
 
 
@@ -155,9 +149,7 @@ class EmbeddingJudge:
         self.repeats_irrelevant = repeats_irrelevant
         self.name = f"embedding-v{RULE_VERSION}/{Path(encoder).name}"
 
-    def judge(
-        self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None
-    ) -> list[Verdict]:
+    def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order.
 
         Raises:
@@ -176,9 +168,7 @@ class EmbeddingJudge:
             verdicts.append(Verdict(words, scores.sentence, relevant, "ok", None))
         return verdicts
 
-    def scores(
-        self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None
-    ) -> list[Scores]:
+    def scores(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Scores]:
         """Cosine scores of each item's words and response, before any threshold."""
         scores: list[Scores] = []
         chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]

@@ -37,9 +37,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     judge = EmbeddingJudge(
         settings.encoder, {}, repeats_irrelevant=settings.repeats_irrelevant, batch_size=settings.batch_size
     )
-    calibration = _draw(
-        [e for e in examples if e.split == "train"], settings.calibration_examples, recipe.seed
-    )
+    calibration = _draw([e for e in examples if e.split == "train"], settings.calibration_examples, recipe.seed)
     thresholds = judge.calibrate(calibration, settings.null_quantile, recipe.seed, "calibrating the judge")
     items = [
         JudgeItem(by_id[row["example_id"]].history, by_id[row["example_id"]].targets, row["response"])
@@ -51,9 +49,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         verdicts = judge.judge(items, rubric, f"labelling, rubric {rubric}")
         sampled[rubric] = relevance_shares(verdicts)
         rows += [
-            verdict_to_row(
-                by_id[row["example_id"]], row["sample"], rubric, judge.name, row["response"], verdict
-            )
+            verdict_to_row(by_id[row["example_id"]], row["sample"], rubric, judge.name, row["response"], verdict)
             for row, verdict in zip(responses, verdicts, strict=True)
         ]
     write_table(folder / "labels.parquet", rows, LABELS)

@@ -76,9 +76,7 @@ def verdict_to_row(
     verdicts = verdict.words or []
     abstained = verdict.status == "abstained"
     if not abstained and len(verdicts) != len(words):
-        raise ValueError(
-            f"{judge_name} gave {len(verdicts)} word verdicts for a response of {len(words)} words"
-        )
+        raise ValueError(f"{judge_name} gave {len(verdicts)} word verdicts for a response of {len(words)} words")
     pairs = [] if abstained else list(zip(words, verdicts, strict=True))
     return {
         "example_id": example.example_id,

@@ -154,9 +154,7 @@ def build_windows(con: duckdb.DuckDBPyConnection, prepare: Prepare, task: Task) 
 
 def write_examples(con: duckdb.DuckDBPyConnection, path: Path, task: Task) -> None:
     """Write examples.parquet (tables.EXAMPLES), ordered by user and window, streaming."""
-    query = con.sql(
-        _EXAMPLES, params={"history_events": task.history_events, "num_queries": task.num_queries}
-    )
+    query = con.sql(_EXAMPLES, params={"history_events": task.history_events, "num_queries": task.num_queries})
     _write(query, path, EXAMPLES)
 
 

@@ -48,9 +48,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     scratch.mkdir()
     try:
         with _connect(recipe.prepare, scratch) as con:
-            rows_read = _stage_files(
-                con, files, format, columns, UserHasher(key), recipe.prepare.max_text_chars
-            )
+            rows_read = _stage_files(con, files, format, columns, UserHasher(key), recipe.prepare.max_text_chars)
             facts: dict[str, Any] = {"files": len(files), "rows_read": rows_read}
             console.print("prepare: event sequences, windows and splits")
             examples.build_events(con)
@@ -116,9 +114,7 @@ def _connect(prepare: Prepare, scratch: Path) -> duckdb.DuckDBPyConnection:
             },
         )
     except duckdb.Error as error:
-        raise UserError(
-            f"prepare.memory_limit={prepare.memory_limit} or .threads is not usable: {error}"
-        ) from None
+        raise UserError(f"prepare.memory_limit={prepare.memory_limit} or .threads is not usable: {error}") from None
 
 
 def _stage_files(
@@ -153,14 +149,9 @@ def _stage_files(
     return rows_read
 
 
-def _insert(
-    con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]], schema: pa.Schema
-) -> None:
+def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]], schema: pa.Schema) -> None:
     if rows:
-        columns = [
-            pa.array(column, field.type)
-            for column, field in zip(zip(*rows, strict=True), schema, strict=True)
-        ]
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
         con.register("batch", pa.Table.from_arrays(columns, schema=schema))
         con.execute(f"INSERT INTO {table} FROM batch")
         con.unregister("batch")

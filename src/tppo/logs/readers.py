@@ -57,9 +57,7 @@ def list_files(sources: list[str]) -> list[Path]:
             raise UserError(f"prepare.source: {source} does not exist (and matches no file as a pattern)")
         for path in map(Path, matches):
             if path.is_dir():
-                raise UserError(
-                    f"prepare.source: {path} is a folder: give files or a pattern such as {path}/*.gz"
-                )
+                raise UserError(f"prepare.source: {path} is a folder: give files or a pattern such as {path}/*.gz")
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty: remove it from prepare.source")
             files.setdefault(path.resolve(), path)
@@ -92,9 +90,7 @@ def read_rows(path: Path, raw: BinaryIO, format: str, columns: Columns) -> Rows:
             line = row.line
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: damaged gzip data after line {line} ({error}): get the file again"
-        ) from None
+        raise UserError(f"{path}: damaged gzip data after line {line} ({error}): get the file again") from None
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -135,9 +131,7 @@ def _header(path: Path, lines: Lines) -> str:
     if number == 0:
         raise UserError(f"{path} is empty: remove it from prepare.source")
     if reason:
-        raise UserError(
-            f"{path}: line 1 is no header ({reason}): check prepare.format and the file's encoding"
-        )
+        raise UserError(f"{path}: line 1 is no header ({reason}): check prepare.format and the file's encoding")
     return text
 
 
@@ -169,11 +163,7 @@ def _positions(path: Path, names: list[str], columns: Columns) -> tuple[int, int
     missing = [name for name in wanted.values() if names.count(name) != 1]
     if missing:
         # Named columns are shown only when line 1 surely is a header: it might be somebody's data.
-        found = (
-            f"has {names}"
-            if len(missing) < len(wanted)
-            else f"has {len(names)} columns, none of them expected"
-        )
+        found = f"has {names}" if len(missing) < len(wanted) else f"has {len(names)} columns, none of them expected"
         raise UserError(
             f"{path}: the columns {missing} are not there exactly once; its first line {found}. "
             f"Set prepare.columns.user_id, .time, .kind and .text, and check prepare.format"
@@ -193,9 +183,7 @@ def _read_tsv(path: Path, lines: Lines, columns: Columns) -> Rows:
         if len(fields) != len(names):
             yield BadRow(number, "wrong_columns")
             continue
-        yield RawRow(
-            number, fields[user], fields[time], "search" if kind is None else fields[kind], fields[text]
-        )
+        yield RawRow(number, fields[user], fields[time], "search" if kind is None else fields[kind], fields[text])
 
 
 class _Broken(Exception):
@@ -283,9 +271,7 @@ def _read_jsonl(path: Path, lines: Lines, columns: Columns) -> Rows:
             yield BadRow(number, "malformed")
             continue
         kind = record.get(columns.kind) if columns.kind else "search"
-        yield _typed(
-            number, record.get(columns.user_id), record.get(columns.time), kind, record.get(columns.text)
-        )
+        yield _typed(number, record.get(columns.user_id), record.get(columns.time), kind, record.get(columns.text))
     if number == 0:
         raise UserError(f"{path} is empty: remove it from prepare.source")
 
@@ -309,9 +295,7 @@ def _read_parquet(path: Path, raw: BinaryIO, columns: Columns) -> Rows:
         for batch in file.iter_batches(batch_size=1 << 14, columns=names):
             values = {name: _parquet_values(path, name, batch.column(name)) for name in names}
             kinds = values[columns.kind] if columns.kind else ["search"] * len(batch)
-            for fields in zip(
-                values[columns.user_id], values[columns.time], kinds, values[columns.text], strict=True
-            ):
+            for fields in zip(values[columns.user_id], values[columns.time], kinds, values[columns.text], strict=True):
                 line += 1
                 if any(isinstance(value, bytes) for value in fields):
                     yield BadRow(line, "bad_utf8")

@@ -42,9 +42,7 @@ class Topic(NamedTuple):
 
 
 def _topic(things: str, questions: str, refinements: str, sites: str, product: str) -> Topic:
-    return Topic(
-        things.split(", "), questions.split(", "), refinements.split(", "), sites.split(", "), product
-    )
+    return Topic(things.split(", "), questions.split(", "), refinements.split(", "), sites.split(", "), product)
 
 
 TOPICS = {

@@ -4,11 +4,11 @@ Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p,
 minimum length, whatever the model's `generation_config.json` says. PPO's importance ratio needs the
 probability a token was really drawn with, and `model.generate` would merge such settings in silently.
 
-An own loop because it is faster here and easier to get exactly right (32 prompts of 100 tokens, SmolLM2-135M
-in bf16 on two cores: see docs/ for numbers): rows that have ended leave the batch, and a token costs one
-uniform number and a cumulative sum instead of a random number for every word of the vocabulary. Each
-prompt has its own uniform numbers, so its sample does not depend on the batch it is generated in (up to the
-rounding of the matrix products).
+An own loop because it is faster here and easier to get exactly right: 32 prompts of 100 tokens, SmolLM2-135M
+in bf16 on two cores, responses of 13 tokens on average and at most 32, took 5.2 s against 9.2 s with
+`model.generate`. Rows that have ended leave the batch, and a token costs one uniform number and a cumulative
+sum instead of a random number for every word of the vocabulary. Each prompt has its own uniform numbers, so
+its sample does not depend on the batch it is generated in (up to the rounding of the matrix products).
 
 Shapes: B prompts in a batch, T prompt tokens (left-padded), V vocabulary.
 """
@@ -131,9 +131,7 @@ def sample_tokens(logits_BV: torch.Tensor, temperature: float, uniforms_B: torch
     cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).double().cumsum(-1)
     thresholds_B1 = uniforms_B.to(logits_BV.device)[:, None] * cumulative_BV[:, -1:]
     # right=True: the first token whose cumulative sum exceeds the threshold, never one of probability 0.
-    return torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0].clamp(
-        max=logits_BV.shape[1] - 1
-    )
+    return torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
 def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:

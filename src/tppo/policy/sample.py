@@ -56,9 +56,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def response_rows(
-    examples: Sequence[Example], generations: Sequence[Generation], task: Task
-) -> list[dict[str, Any]]:
+def response_rows(examples: Sequence[Example], generations: Sequence[Generation], task: Task) -> list[dict[str, Any]]:
     """Rows of responses.parquet; an example that occurs n times gets samples 0 to n-1."""
     counts: Counter[str] = Counter()
     rows = []

@@ -80,9 +80,7 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
     kept = [example for example, fit in zip(examples, fits, strict=True) if fit]
     prompts, dropped = encode_examples(tokenizer, kept, task)
     rows = []
-    for prompt, response in zip(
-        prompts, [ids for ids, fit in zip(responses, fits, strict=True) if fit], strict=True
-    ):
+    for prompt, response in zip(prompts, [ids for ids, fit in zip(responses, fits, strict=True) if fit], strict=True):
         ids = prompt + response
         rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + response, "length": len(ids)})
     return Encoded(rows, len(examples) - len(kept), dropped)
@@ -110,9 +108,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         model = _with_lora(model, settings, recipe.seed)
     checkpoints = folder / "checkpoints"
     callback = _Progress(folder / "metrics.jsonl")
-    trainer = make_trainer(
-        model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints
-    )
+    trainer = make_trainer(model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints)
     trainer.add_callback(callback)
     resume = last_good_checkpoint(checkpoints)
     if resume:
@@ -179,9 +175,7 @@ class ResponseOnlySFTTrainer(SFTTrainer):
         first = int(mask_BT.any(0).nonzero()[0, 0])
         outputs = model(**inputs, use_cache=False, logits_to_keep=mask_BT.shape[1] - first + 1)
         logits_BTV, targets_BT, mask_BT = outputs.logits[:, :-1], targets_BT[:, first:], mask_BT[:, first:]
-        loss_sum = torch.nn.functional.cross_entropy(
-            logits_BTV[mask_BT].float(), targets_BT[mask_BT], reduction="sum"
-        )
+        loss_sum = torch.nn.functional.cross_entropy(logits_BTV[mask_BT].float(), targets_BT[mask_BT], reduction="sum")
         if num_items_in_batch is None:
             return loss_sum / mask_BT.sum()
         # As in SFTTrainer: DDP averages over processes, but the count is that of all of them.
@@ -292,9 +286,7 @@ class _Progress(TrainerCallback):
         self.bar = progress_bar()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        console.print(
-            f"SFT: {state.max_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps}"
-        )
+        console.print(f"SFT: {state.max_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps}")
         self.bar.start()
         self.task = self.bar.add_task("SFT", total=state.max_steps, completed=state.global_step)
 

@@ -100,9 +100,7 @@ def encoder_spans(tokenizer: Any, encoding: Any, response: str) -> tuple[int, li
     return first, spans
 
 
-def classes_from_words(
-    words: Sequence[Word], word_classes: Sequence[int], spans: Sequence[Span]
-) -> list[int]:
+def classes_from_words(words: Sequence[Word], word_classes: Sequence[int], spans: Sequence[Span]) -> list[int]:
     """The class of each token: that of the word it shares most characters with (the first of equals).
 
     A token that touches no word (white space, separators, specials) is of class 0. Every token gets exactly

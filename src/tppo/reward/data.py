@@ -166,9 +166,7 @@ def _visible(text: str) -> str:
 
 def make_items(tokenizer: Any, labelled: Sequence[LabelledResponse], max_length: int) -> list[Item]:
     """Training items: words' labels become classes of the reward model's own tokens."""
-    pairs = encode_pairs(
-        tokenizer, [row.history for row in labelled], [row.response for row in labelled], max_length
-    )
+    pairs = encode_pairs(tokenizer, [row.history for row in labelled], [row.response for row in labelled], max_length)
     return [
         Item(pair, classes_from_words(row.words, row.classes, pair.spans), row.sentence_label)
         for row, pair in zip(labelled, pairs, strict=True)

@@ -81,16 +81,12 @@ class RewardModel:
         """
         path = Path(folder) / REWARD_JSON
         if not path.exists():
-            raise UserError(
-                f"{path} does not exist: give the folder of a reward model (`tppo reward` makes one)"
-            )
+            raise UserError(f"{path} does not exist: give the folder of a reward model (`tppo reward` makes one)")
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
             kind, max_length = info["kind"], info["max_length"]
         except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(
-                f"{path} is damaged ({error!r}): make the model anew with `tppo reward`"
-            ) from None
+            raise UserError(f"{path} is damaged ({error!r}): make the model anew with `tppo reward`") from None
         if kind != cls.kind:
             raise UserError(f"{path} describes a reward model of kind {kind!r}, not {cls.kind!r}")
         try:

@@ -259,14 +259,10 @@ def _check_settings(settings: Reward) -> None:
             raise UserError(f"reward.{name}={getattr(settings, name)} must be at least {least}")
     weights = settings.class_weights
     if len(weights) != 3 or min(weights) <= 0:
-        raise UserError(
-            f"reward.class_weights={weights} must be three positive numbers, for classes 0, 1 and 2"
-        )
+        raise UserError(f"reward.class_weights={weights} must be three positive numbers, for classes 0, 1 and 2")
     parts = (settings.local_weight, settings.global_weight)
     if min(parts) < 0 or max(parts) == 0:
-        raise UserError(
-            f"reward.local_weight and global_weight are {parts}: none may be negative, one positive"
-        )
+        raise UserError(f"reward.local_weight and global_weight are {parts}: none may be negative, one positive")
 
 
 def _check_rows(
@@ -284,13 +280,7 @@ def _check_rows(
         ("response", {row.sentence_label == 1 for row in train}),
     ):
         if len(seen) < 2:
-            only = (
-                "none at all"
-                if not seen
-                else "only relevant ones"
-                if True in seen
-                else "only irrelevant ones"
-            )
+            only = "none at all" if not seen else "only relevant ones" if True in seen else "only irrelevant ones"
             raise UserError(
                 f"{path}: of the {len(train)} training rows for reward.rubric={settings.rubric}, {level} "
                 f"labels of both classes are needed and there are {only}. Draw more (sample.train_examples), "

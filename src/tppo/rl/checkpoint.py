@@ -21,7 +21,7 @@ _PREFIX = "checkpoint-"
 
 
 def _optimizer_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in trainer.policy.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.policy.named_parameters()}
     return {
         f"{names[parameter]}|{key}": value
         for parameter, state in trainer.optimizer.state.items()

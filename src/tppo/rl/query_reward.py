@@ -17,7 +17,7 @@ from tppo.config import RL, Task
 from tppo.errors import UserError
 from tppo.reward.align import token_spans
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.rewards import masked_mean, token_level_rewards
+from tppo.rl.rewards import RewardScale, masked_mean, token_level_rewards
 from tppo.rl.rollout import Rollout
 from tppo.rl.trainer import RewardResult
 from tppo.tables import RESPONSES, Example, read_table
@@ -34,14 +34,14 @@ class QueryReward:
         examples: Sequence[Example],
         config: RL,
         task: Task,
-        suggested_length: float,
+        scale: RewardScale,
     ) -> None:
         self.token_model = token_model
         self.sentence_model = sentence_model
         self.examples = examples
         self.config = config
         self.task = task
-        self.suggested_length = suggested_length
+        self.scale = scale
 
     def __call__(self, rollout: Rollout) -> RewardResult:
         histories = [self.examples[i].history for i in rollout.prompt_index]
@@ -59,7 +59,7 @@ class QueryReward:
             sentence_score_B,
             format_reward(parsed, self.config, self.task),
             mask_BT,
-            self.suggested_length,
+            self.scale,
         )
         # Class 0 tokens carry no judgement; a response of class 0 tokens only has none to average.
         judged_BT = (class_probs_BT3.argmax(-1) > 0) & mask_BT

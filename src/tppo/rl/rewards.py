@@ -5,7 +5,10 @@ Pure tensor functions. Shapes: B responses, T response tokens, 3 classes (0 mask
 advantage and return is exactly 0.
 
 Departures from the paper, each forced by a gap or a trap in it (DESIGN section 4):
-1. An irrelevant token is worth -1, not 1 (`reward_values="paper"` restores 1/2).
+1. An irrelevant token is not worth 1 (`reward_values="paper"` restores 1/2, "centered" is -1/+1): values are
+   centred on the share of relevant words in the labelled SFT responses, so that at the start a token is worth
+   0 on average. With 1/2 every token pays and more is better; with -1/+1 and one word in ten relevant almost
+   every token costs and the policy learns to say less.
 2. The length-weighted penalty shrinks positive rewards only; a shrunk negative one would be a gain.
 3. KL to the frozen SFT policy enters the reward of every token (k1 estimate), the field's usual place.
 4. Rewards for format (unparseable, too few queries) are added at the last token, for every algorithm alike.
@@ -20,16 +23,40 @@ from torch import Tensor
 
 from tppo.config import RL
 
-TOKEN_VALUES = {"centered": (0.0, -1.0, 1.0), "paper": (0.0, 1.0, 2.0)}
-"""Value of classes 0, 1, 2."""
+
+class Values(NamedTuple):
+    """What an irrelevant and a relevant token (or response) is worth."""
+
+    irrelevant: float
+    relevant: float
 
 
-def class_rewards(class_probs_BT3: Tensor, values: str, estimator: str) -> Tensor:
-    """Reward of every token from its class probabilities, (B, T, 3) -> (B, T).
+class RewardScale(NamedTuple):
+    """What the rewards are measured in, fixed before training: shares and lengths of the labelled SFT responses."""
+
+    suggested_length: float
+    """sl of Eq. 4, in policy tokens."""
+    relevant_word_share: float
+    relevant_response_share: float
+
+
+def reward_values(kind: str, relevant_share: float) -> Values:
+    """`base_rate`: 0 on average when `relevant_share` are relevant. `centered`: -1/+1. `paper`: 1/2."""
+    if kind == "base_rate":
+        return Values(-relevant_share, 1.0 - relevant_share)
+    if kind == "centered":
+        return Values(-1.0, 1.0)
+    if kind == "paper":
+        return Values(1.0, 2.0)
+    raise ValueError(f"unknown rl.reward_values {kind!r}: use 'base_rate', 'centered' or 'paper'")
+
+
+def class_rewards(class_probs_BT3: Tensor, values: Values, estimator: str) -> Tensor:
+    """Reward of every token from its class probabilities, (B, T, 3) -> (B, T); class 0 is worth 0.
 
     `expected`: sum_c p_c value_c. `argmax`: the value of the most likely class (the paper's R_phi).
     """
-    value_3 = torch.tensor(TOKEN_VALUES[values], dtype=class_probs_BT3.dtype)
+    value_3 = torch.tensor([0.0, *values], dtype=class_probs_BT3.dtype)
     if estimator == "argmax":
         return value_3[class_probs_BT3.argmax(-1)]
     if estimator == "expected":
@@ -70,7 +97,7 @@ def token_level_rewards(
     sentence_score_B: Tensor | None,
     format_reward_B: Tensor,
     response_mask_BT: Tensor,
-    suggested_length: float,
+    scale: RewardScale,
 ) -> Tensor:
     """The reward of every token without KL, (B, T). Only this function knows which algorithm is running.
 
@@ -82,14 +109,15 @@ def token_level_rewards(
     """
     if config.algorithm == "ppo":
         assert sentence_score_B is not None
-        _, low, high = TOKEN_VALUES[config.reward_values]
-        scale = suggested_length if config.returns == "matched" else 1.0
-        rewards_BT = at_last_token((low + (high - low) * sentence_score_B) * scale, response_mask_BT)
+        low, high = reward_values(config.reward_values, scale.relevant_response_share)
+        times = scale.suggested_length if config.returns == "matched" else 1.0
+        rewards_BT = at_last_token((low + (high - low) * sentence_score_B) * times, response_mask_BT)
     else:
         assert class_probs_BT3 is not None
-        rewards_BT = class_rewards(class_probs_BT3, config.reward_values, config.reward_estimator)
+        values = reward_values(config.reward_values, scale.relevant_word_share)
+        rewards_BT = class_rewards(class_probs_BT3, values, config.reward_estimator)
     rewards_BT = apply_length_penalty(
-        rewards_BT * response_mask_BT, suggested_length, config.length_penalty_alpha, config.length_penalty_on
+        rewards_BT * response_mask_BT, scale.suggested_length, config.length_penalty_alpha, config.length_penalty_on
     )
     if config.algorithm == "ppo_sum":
         rewards_BT = at_last_token(rewards_BT.sum(-1), response_mask_BT)

@@ -6,19 +6,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from tppo.config import RL, Recipe
+from tppo.config import RL, Algorithm, Recipe
 from tppo.errors import UserError
-from tppo.models import load_policy
+from tppo.models import load_policy, save_policy
 from tppo.policy.generate import encode_examples
 from tppo.progress import console, progress_bar
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.checkpoint import keep_rows_until, load_newest_checkpoint, save_checkpoint
 from tppo.rl.policy import PolicyWithValue, copy_weights
 from tppo.rl.query_reward import QueryReward, median_suggested_length
+from tppo.rl.rewards import RewardScale
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
 from tppo.run import RunFolder
 from tppo.tables import Example, load_examples
@@ -28,9 +29,9 @@ SAMPLES_PER_UPDATE = 3
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train `folder.name` = rl_<algorithm>; resumes from the newest checkpoint in `folder`."""
-    config = replace(recipe.rl, algorithm=folder.name.removeprefix("rl_"))
+    config = replace(recipe.rl, algorithm=cast(Algorithm, folder.name.removeprefix("rl_")))
     examples = load_examples(run.require("prepare"), "train")
-    trainer, suggested_length, dropped_events = build_trainer(recipe, run, config, examples)
+    trainer, scale, dropped_events = build_trainer(recipe, run, config, examples)
     if load_newest_checkpoint(trainer, folder):
         console.print(f"resuming {folder.name} after update {trainer.update}")
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -52,14 +53,18 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
                 save_checkpoint(trainer, folder)
 
     copy_weights(trainer.policy.lm, trainer.rollout_model)
-    trainer.rollout_model.save_pretrained(folder / "model")
-    trainer.tokenizer.save_pretrained(folder / "model")
+    card = (
+        f"# Query suggestions: {config.algorithm}\n\nTuned from the run's SFT model by {trainer.update} updates of "
+        f"{config.batch_size} prompts with tppo's `rl` stage. Writes a user's next searches, one per line, after "
+        "the prompt of `tppo.text.render_prompt`.\n"
+    )
+    save_policy(trainer.rollout_model, trainer.tokenizer, folder / "model", card)
     for checkpoint in folder.glob("*checkpoint-*"):
         shutil.rmtree(checkpoint)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "algorithm": config.algorithm,
-        "suggested_length": suggested_length,
+        "reward_scale": scale._asdict(),
         "prompts": len(examples),
         "prompts_with_dropped_events": dropped_events,
         "updates": len(rows),
@@ -71,29 +76,31 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 def build_trainer(
     recipe: Recipe, run: RunFolder, config: RL, examples: list[Example]
-) -> tuple[TokenPPOTrainer, float, int]:
-    """The trainer, the suggested length and the number of history events dropped to fit the prompts."""
+) -> tuple[TokenPPOTrainer, RewardScale, int]:
+    """The trainer, what its rewards are measured in, and the number of history events dropped to fit the prompts."""
     if not examples:
         raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
     sft_folder = run.require("sft") / "model"
-    dtype = torch.float32
-    model, tokenizer = load_policy(str(sft_folder), dtype=dtype)
-    reference, _ = load_policy(str(sft_folder), dtype=dtype)
-    rollout_model, _ = load_policy(
-        str(sft_folder), dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
-    )
+    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
+    reference, _ = load_policy(sft_folder, dtype=torch.float32)
+    rollout_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    rollout_model, _ = load_policy(sft_folder, dtype=rollout_dtype)
     prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-    suggested_length = config.suggested_length or median_suggested_length(
-        run.require("sample"), tokenizer, recipe.task
-    )
+    suggested_length = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
     reward_folder = run.require("reward")
+    labelled = run.facts("reward")["train"]
+    scale = RewardScale(
+        suggested_length,
+        labelled["words_relevant"] / labelled["words"],
+        labelled["responses_relevant"] / labelled["responses"],
+    )
     reward_fn = QueryReward(
         TokenRewardModel.load(reward_folder / "token"),
         SentenceRewardModel.load(reward_folder / "sentence"),
         examples,
         config,
         recipe.task,
-        suggested_length,
+        scale,
     )
     trainer = TokenPPOTrainer(
         PolicyWithValue(model, detach_value=config.value_gradient == "head"),
@@ -106,7 +113,7 @@ def build_trainer(
         max_response_tokens=recipe.task.max_response_tokens,
         seed=recipe.seed,
     )
-    return trainer, suggested_length, dropped_events
+    return trainer, scale, dropped_events
 
 
 def sample_rows(result: StepResult, trainer: TokenPPOTrainer, examples: list[Example]) -> list[dict[str, Any]]:

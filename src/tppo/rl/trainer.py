@@ -23,7 +23,14 @@ from torch import Tensor
 
 from tppo.config import RL
 from tppo.rl.losses import policy_loss, value_loss
-from tppo.rl.policy import PolicyOutput, PolicyWithValue, TokenBatch, autocast, copy_weights, response_logprobs
+from tppo.rl.policy import (
+    PolicyOutput,
+    PolicyWithValue,
+    TokenBatch,
+    autocast,
+    copy_weights,
+    response_logprobs,
+)
 from tppo.rl.rewards import gae, kl_k1, masked_mean, whiten
 from tppo.rl.rollout import Rollout, roll_out
 from tppo.seeding import rng, stream_seed
@@ -221,7 +228,9 @@ class TokenPPOTrainer:
                 for name, value in self._minibatch_step(experience, minibatch, first=steps == 0).items():
                     totals[name] = totals.get(name, 0.0) + value
                 steps += 1
-        return {name: value / steps for name, value in totals.items()} | {"learning_rate": config.learning_rate * warmup}
+        return {name: value / steps for name, value in totals.items()} | {
+            "learning_rate": config.learning_rate * warmup
+        }
 
     def _minibatch_step(self, experience: Experience, minibatch: Tensor, first: bool) -> dict[str, float]:
         """Gradients accumulated over micro-batches with one global denominator, then one optimiser step."""

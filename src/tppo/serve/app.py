@@ -142,9 +142,7 @@ def create_app(
     return app
 
 
-def _suggest(
-    name: str, model: Any, tokenizer: Any, history: list[Event], task: Task, temperature: float
-) -> Suggestion:
+def _suggest(name: str, model: Any, tokenizer: Any, history: list[Event], task: Task, temperature: float) -> Suggestion:
     start = time.perf_counter()
     recent = history[-task.history_events :]
     prompt, dropped = encode_prompt(tokenizer, recent, task.num_queries, task.max_prompt_tokens)
@@ -167,9 +165,7 @@ def _suggest(
 
 
 def _invalid(field: str, message: str, value: Any) -> RequestValidationError:
-    return RequestValidationError(
-        [{"type": "value_error", "loc": ("body", field), "msg": message, "input": value}]
-    )
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": value}])
 
 
 def _refuse_body(request: Request) -> Response | None:
@@ -234,9 +230,7 @@ def serve(recipe: Recipe) -> None:
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        console.print(
-            f"serving {', '.join(DISPLAY[n] for n in models)} on http://{shown}:{port}/ (Ctrl+C stops)"
-        )
+        console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on http://{shown}:{port}/ (Ctrl+C stops)")
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
     finally:
@@ -252,7 +246,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror}): give another --serve.host "
-            "or --serve.port"
+            f"cannot listen on {host} port {port} ({error.strerror}): give another --serve.host or --serve.port"
         ) from None
     return listener
