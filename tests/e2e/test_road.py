@@ -1,0 +1,189 @@
+"""The whole road through the command line: tiny random weights, then the real SmolLM2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tppo import cli
+from tppo.config import Recipe
+from tppo.run import RunFolder, all_stages
+
+STAGES = [
+    "synthetic",
+    "prepare",
+    "sft",
+    "sample",
+    "label",
+    "reward",
+    "rl_tppo",
+    "rl_ppo",
+    "rl_ppo_sum",
+    "evaluate",
+    "report",
+]
+
+
+def write_recipe(folder: Path, model: str, **sections) -> Path:
+    recipe = {
+        "run_dir": str(folder / "run"),
+        "algorithms": ["tppo", "ppo", "ppo_sum"],
+        "task": {"history_events": 4, "max_prompt_tokens": 128, "max_response_tokens": 32},
+        "synthetic": {"users": 150},
+        "sft": {"model": model, "max_examples": 32, "max_eval_examples": 8, "micro_batch_size": 16},
+        "sample": {"train_examples": 48, "reward_eval_examples": 16},
+        "label": {"calibration_examples": 60},
+        "reward": {"epochs": 1, "evals_per_epoch": 1},
+        "rl": {"updates": 2, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
+        "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
+    }
+    for name, section in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def tppo(*arguments: str, timeout: int = 560) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "tppo", *arguments], capture_output=True, text=True, timeout=timeout, env=environment
+    )
+
+
+def check_run(folder: Path) -> None:
+    for stage in STAGES:
+        manifest = json.loads((folder / stage / "manifest.json").read_text())
+        assert manifest["stage"] == stage
+        assert manifest["versions"]["torch"]
+        assert manifest["peak_memory_mib"] > 0
+    for algorithm in ("tppo", "ppo", "ppo_sum"):
+        rows = [json.loads(line) for line in (folder / f"rl_{algorithm}" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["update"] for row in rows] == [1, 2]
+        assert rows[0]["kl"] == 0
+        assert not list((folder / f"rl_{algorithm}").glob("*checkpoint*"))
+    html = (folder / "report" / "report.html").read_text()
+    assert "TPPO" in html
+    assert "<script src" not in html
+
+
+def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
+    """Every stage by its own command, in this process; then nothing is left to do."""
+    # Random weights say nothing relevant by themselves: a low threshold gives both classes.
+    path = write_recipe(
+        tmp_path,
+        str(tiny_policy),
+        task={"history_events": 3, "max_prompt_tokens": 320, "max_response_tokens": 96},
+        label={"null_quantile": 0.3},
+    )
+    for stage in STAGES:
+        command, _, algorithm = stage.partition("_")
+        cli.main([command, "--config", str(path), *(["--rl.algorithm", algorithm] if algorithm else [])])
+    check_run(tmp_path / "run")
+    capsys.readouterr()
+    cli.main(["sft", "--config", str(path)])
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_real_weights_with_one_command_and_resume(tmp_path):
+    """`tppo run` with SmolLM2-135M; a run cut off in RL goes on where it stopped, a finished one does nothing."""
+    path = write_recipe(tmp_path, "smollm2", sample={"train_examples": 32, "reward_eval_examples": 16})
+    first = tppo("run", str(path))
+    assert first.returncode == 0, first.stderr[-3000:]
+    check_run(tmp_path / "run")
+    assert "report.html" in first.stderr
+    evaluation = json.loads((tmp_path / "run" / "evaluate" / "metrics.json").read_text())
+    assert {row["model"] for row in evaluation["rows"]} >= {"sft", "tppo", "ppo", "ppo_sum"}
+    again = tppo("run", str(path))
+    assert again.returncode == 0
+    assert again.stderr.count("done before, skipped") == len(STAGES)
+
+
+class TestMistakes:
+    def test_unknown_setting_is_named_with_the_nearest(self, tmp_path, capsys):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("rl:\n  learning_rte: 1\n")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["rl", "--config", str(path)])
+        assert stopped.value.code == 2
+        assert "Did you mean rl.learning_rate?" in capsys.readouterr().err
+
+    def test_unknown_flag_and_command(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["rl", "--rl.updatse", "3"])
+        assert "Did you mean rl.updates?" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(["sfft"])
+        assert "did you mean `tppo sft`?" in capsys.readouterr().err
+
+    def test_missing_recipe(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["run", str(tmp_path / "none.yaml")])
+        assert "none.yaml" in capsys.readouterr().err
+
+    def test_stage_before_its_input(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["rl", "--run_dir", str(tmp_path)])
+        assert stopped.value.code == 2
+        assert "stage 'prepare' is not finished" in capsys.readouterr().err
+
+    def test_changed_settings_are_refused_until_redo(self, tmp_path, capsys):
+        arguments = ["synthetic", "--run_dir", str(tmp_path / "run"), "--synthetic.users", "20"]
+        cli.main(arguments)
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--seed", "1"])
+        message = capsys.readouterr().err
+        assert "seed: 0 -> 1" in message
+        assert "--redo synthetic" in message
+        cli.main([*arguments, "--seed", "1", "--redo", "[synthetic]"])
+        assert RunFolder(Recipe(run_dir=str(tmp_path / "run"))).manifest("synthetic")["config"]["seed"] == 1
+
+    def test_full_disk_leaves_finished_work_valid(self, tmp_path, capsys, monkeypatch):
+        run = str(tmp_path / "run")
+        cli.main(["synthetic", "--run_dir", run, "--synthetic.users", "120"])
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device", str(tmp_path / "run/prepare/examples.parquet"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tppo.logs.examples.write_examples", full)
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(["prepare", "--run_dir", run])
+        assert stopped.value.code == 3
+        assert "No space left on device" in capsys.readouterr().err
+        cli.main(["prepare", "--run_dir", run])
+        assert RunFolder(Recipe(run_dir=run)).manifest("prepare") is not None
+
+
+def test_help_and_print_config(capsys):
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert cli.COMMANDS[command].split(":")[0].split("(")[0][:20] in text
+        assert "example:" in text
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["rl"]["algorithm"] == "tppo"
+    assert printed["task"]["num_queries"] == 3
+
+
+def test_stage_order():
+    recipe = Recipe(algorithms=["tppo", "ppo", "ppo_sum"])
+    assert all_stages(recipe) == STAGES
+    recipe.prepare.source = ["log.tsv"]
+    assert all_stages(recipe) == STAGES[1:]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in Path("recipes").glob("*.yaml")))
+def test_recipes_are_valid(name):
+    recipe, redo = cli.parse_recipe("run", [str(Path("recipes") / name)])
+    assert recipe.run_dir == f"runs/{name.removesuffix('.yaml')}"
+    assert redo == []
