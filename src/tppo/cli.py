@@ -174,8 +174,9 @@ def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
     from tppo.evaluate.report import print_summary
 
     print_summary(run)
-    console.print(f"report: {run.path('report') / 'report.html'}")
-    console.print(f"serve:  tppo serve --config {resolved}")
+    # Whole lines, so that they can be copied.
+    console.print(f"report: {run.path('report') / 'report.html'}", soft_wrap=True)
+    console.print(f"serve:  tppo serve --config {resolved}", soft_wrap=True)
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> None:

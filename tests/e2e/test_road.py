@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,12 +93,23 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
 
 @pytest.mark.slow
 def test_real_weights_with_one_command_and_resume(tmp_path):
-    """`tppo run` with SmolLM2-135M; a run cut off in RL goes on where it stopped, a finished one does nothing."""
+    """`tppo run` with SmolLM2-135M; a run killed in RL goes on where it stopped, a finished one does nothing."""
     path = write_recipe(tmp_path, "smollm2", sample={"train_examples": 32, "reward_eval_examples": 16})
-    first = tppo("run", str(path))
-    assert first.returncode == 0, first.stderr[-3000:]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tppo", "run", str(path)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "run" / "rl_tppo" / "checkpoint-1"
+    while not checkpoint.exists():
+        assert process.poll() is None, "the run ended before its first RL checkpoint"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    second = tppo("run", str(path))
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert second.stderr.count("done before, skipped") == STAGES.index("rl_tppo")
+    assert "resuming rl_tppo after update 1" in second.stderr
     check_run(tmp_path / "run")
-    assert "report.html" in first.stderr
+    assert "report.html" in second.stderr
     evaluation = json.loads((tmp_path / "run" / "evaluate" / "metrics.json").read_text())
     assert {row["model"] for row in evaluation["rows"]} >= {"sft", "tppo", "ppo", "ppo_sum"}
     again = tppo("run", str(path))

@@ -153,6 +153,16 @@ def test_padding_changes_no_logprob():
         torch.testing.assert_close(alone[0], plain, atol=1e-6, rtol=0)
 
 
+def test_trimming_leaves_nothing_but_padding_out():
+    generations = [Generation([1, 2, 3], [4, 0], "", True), Generation([5], [6, 7, 8, 0], "", True)]
+    batch = pad_batch(generations, 0)
+    assert batch.input_ids.shape == (2, 7)
+    alone = batch.rows(slice(1, 2)).trimmed()
+    assert alone.input_ids.tolist() == [[5, 6, 7, 8, 0]]
+    assert batch.rows(slice(0, 1)).trimmed().input_ids.tolist() == [[1, 2, 3, 4, 0]]
+    assert batch.trimmed().input_ids.shape == (2, 7)
+
+
 def test_resume_gives_the_same_weights_and_metrics(tokenizer, tmp_path):
     straight = make_trainer(tokenizer)
     expected = [straight.step().metrics for _ in range(4)]

@@ -28,6 +28,16 @@ class TokenBatch(NamedTuple):
     def rows(self, index: Tensor | slice) -> TokenBatch:
         return TokenBatch(*(tensor[index] for tensor in self))
 
+    def trimmed(self) -> TokenBatch:
+        """Without the columns that are padding in every row, at either side."""
+        num_response = self.response_mask.shape[1]
+        start = int(self.attention_mask.any(0).long().argmax())
+        kept_response = int(self.response_mask.sum(-1).max())
+        stop = self.input_ids.shape[1] - num_response + kept_response
+        return TokenBatch(
+            self.input_ids[:, start:stop], self.attention_mask[:, start:stop], self.response_mask[:, :kept_response]
+        )
+
 
 class PolicyOutput(NamedTuple):
     logprobs: Tensor
@@ -69,15 +79,16 @@ class PolicyWithValue(nn.Module):
     def forward(
         self, batch: TokenBatch, temperature: float, precision: Precision, with_entropy: bool = False
     ) -> PolicyOutput:
-        num_response = batch.response_mask.shape[1]
         with autocast(precision):
             logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy)
         assert self._hidden is not None
+        mask_BT = batch.trimmed().response_mask
+        num_response = mask_BT.shape[1]
         hidden_BTD = self._hidden[:, -num_response - 1 : -1].float()
         self._hidden = None
         if self.detach_value:
             hidden_BTD = hidden_BTD.detach()
-        values_BT = self.value_head(hidden_BTD).squeeze(-1) * batch.response_mask
+        values_BT = _padded(self.value_head(hidden_BTD).squeeze(-1) * mask_BT, batch)
         return PolicyOutput(logprobs_BT, values_BT, entropy_BT)
 
 
@@ -87,8 +98,9 @@ def response_logprobs(
     """Log-probabilities (and entropy) of the response tokens, in float32, (B, T).
 
     The logits of the prompt are never made: position P-1+t predicts response token t, so the last T+1
-    positions suffice.
+    positions suffice. Columns that are padding in every row are left out of the computation.
     """
+    whole, batch = batch, batch.trimmed()
     num_response = batch.response_mask.shape[1]
     position_ids = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     output = lm(
@@ -106,8 +118,13 @@ def response_logprobs(
     entropy_BT = None
     if with_entropy:
         log_p_BTV = logits_BTV.detach().log_softmax(-1)
-        entropy_BT = -(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask
-    return logprobs_BT, entropy_BT
+        entropy_BT = _padded(-(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask, whole)
+    return _padded(logprobs_BT, whole), entropy_BT
+
+
+def _padded(values_BT: Tensor, batch: TokenBatch) -> Tensor:
+    """Zeros on the right, up to the batch's response width."""
+    return F.pad(values_BT, (0, batch.response_mask.shape[1] - values_BT.shape[1]))
 
 
 @torch.no_grad()

@@ -117,9 +117,10 @@ def build_trainer(
 
 
 def sample_rows(result: StepResult, trainer: TokenPPOTrainer, examples: list[Example]) -> list[dict[str, Any]]:
-    """The first responses of a rollout with the reward and class of every token, for the report."""
+    """Some responses of a rollout with the reward and class of every token, for the report."""
     rows = []
-    for row in range(min(SAMPLES_PER_UPDATE, len(result.rollout.generations))):
+    count = len(result.rollout.generations)
+    for row in range(0, count, max(1, count // SAMPLES_PER_UPDATE)):
         generation, spans = result.rollout.generations[row], result.rollout.spans[row]
         rewards = result.rewards.rewards[row, : len(spans)].tolist()
         classes = [None] * len(spans) if result.rewards.classes is None else result.rewards.classes[row].tolist()

@@ -127,11 +127,13 @@ class TokenPPOTrainer:
         """One update: rollout, rewards, advantages, `ppo_epochs` passes of clipped losses."""
         start = time.perf_counter()
         copy_weights(self.policy.lm, self.rollout_model)
+        # Prompts of like length side by side, so that a micro-batch has little padding to compute.
+        prompt_index = sorted(self.prompt_index(self.update), key=lambda i: len(self.prompts[i]))
         rollout = roll_out(
             self.rollout_model,
             self.tokenizer,
             self.prompts,
-            self.prompt_index(self.update),
+            prompt_index,
             max_new_tokens=self.max_response_tokens,
             temperature=self.config.temperature,
             seed=stream_seed(self.seed, "rollout", self.update),
@@ -238,7 +240,7 @@ class TokenPPOTrainer:
         num_tokens = experience.batch.response_mask[minibatch].sum()
         sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in minibatch.split(config.micro_batch_size):
+        for rows in minibatch.sort().values.split(config.micro_batch_size):
             batch = experience.batch.rows(rows)
             output = self.policy(batch, config.temperature, config.precision)
             old_logprobs_BT = experience.old_logprobs[rows]
