@@ -28,6 +28,22 @@ TONES = {
 FAR_NATS = 10.0
 DIVERSITY_LOSS = 0.1
 
+RL_WINDOW = 5
+"""Updates averaged for the start and the end of an RL run: one rollout is a small sample."""
+RL_COLUMNS = (
+    ("reward_mean", "reward"),
+    ("reward_std", "reward std"),
+    ("token_relevance", "relevance by token RM"),
+    ("sentence_reward_mean", "relevance by sentence RM"),
+    ("kl", "KL, nats a response"),
+    ("entropy", "entropy"),
+    ("response_length", "tokens"),
+    ("queries", "queries"),
+    ("unparseable", "unparseable"),
+    ("explained_variance", "explained variance"),
+    ("seconds", "seconds an update"),
+)
+
 AGAINST = {
     "relevant_targets": "relevant to what the user really searched next",
     "relevant_history": "relevant to the history",
@@ -239,6 +255,32 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def training_markdown(
+    costs: Sequence[dict[str, Any]], reward_best: dict[str, dict[str, Any]], rl: dict[str, list[dict[str, Any]]]
+) -> str:
+    """How the models came to be, in Markdown: time and memory, reward models, first and last updates of RL.
+
+    Args:
+        costs: rows {stage, seconds, memory}.
+        reward_best: held-out metrics of the kept checkpoint of each reward model, by kind.
+        rl: rows of metrics.jsonl by algorithm.
+    """
+    lines = ["## Time and memory", "", "| stage | seconds | peak memory, MiB |", "|---|---|---|"]
+    lines += [f"| {row['stage']} | {row['seconds']:.0f} | {row['memory']} |" for row in costs]
+    lines += ["", "## Reward models on held-out users, kept checkpoint", "", "| | step | token AUC | sentence AUC |"]
+    lines += ["|---|---|---|---|"]
+    for kind, best in reward_best.items():
+        cells = [_digits(best.get(name)) for name in ("token_auc", "sentence_auc")]
+        lines.append(f"| {kind} | {best.get('step')} | {' | '.join(cells)} |")
+    lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
+    lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
+    for model, rows in rl.items():
+        for name, part in (("first", rows[:RL_WINDOW]), ("last", rows[-RL_WINDOW:])):
+            cells = [_digits(_mean([row[key] for row in part if key in row])) for key, _ in RL_COLUMNS]
+            lines.append(f"| {DISPLAY[model]}, {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def _markdown_table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> list[str]:
     heads = [metric.label + (" %" if metric.unit == "rate" else "") for metric in group]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(group) + 1) + "|"]
@@ -249,6 +291,14 @@ def _markdown_table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> li
             cells.append(f"{number(estimate.value, metric.unit)} {interval(estimate, metric.unit)}".strip())
         lines.append(f"| {DISPLAY[model]} | {' | '.join(cells)} |")
     return lines
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _digits(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.3f}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -82,7 +82,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         ("seed", str(recipe.seed)),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
     ]
-    (folder / "summary.md").write_text(present.summary_markdown(metrics, facts), encoding="utf-8")
+    reward_facts = run.facts("reward")
+    training = present.training_markdown(
+        costs(recipe, run),
+        {kind: reward_facts[kind]["best"] for kind in ("token", "sentence") if kind in reward_facts},
+        {model: rl_rows(run, model) for model in metrics.policies if model != "sft"},
+    )
+    summary = f"{present.summary_markdown(metrics, facts)}\n{training}"
+    (folder / "summary.md").write_text(summary, encoding="utf-8")
     return {"verdict": context["lead"], "cautions": context["cautions"]}
 
 
