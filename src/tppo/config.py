@@ -203,8 +203,8 @@ class RL:
     weights too."""
     warmup_updates: int = 2
     """Updates over which the learning rate rises to its value."""
-    kl_coef: float = 0.05
-    """beta: weight of the per-token KL estimate (k1) subtracted from the token reward (paper: 0.2)."""
+    kl_coef: float = 0.2
+    """beta: weight of the per-token KL estimate (k1) subtracted from the token reward (the paper's 0.2)."""
     clip_range: float = 0.2
     """epsilon of Eq. 6."""
     value_clip_range: float = 0.2
@@ -234,6 +234,8 @@ class RL:
     """positive: only positive rewards are shrunk (else an overlong bad token would get better); paper: all."""
     suggested_length: float = 0.0
     """sl of Eq. 4 in policy tokens; 0 takes the median token length of a sampled query x num_queries."""
+    format_weight: bool = True
+    """Multiply positive rewards with the share of the asked queries that a response holds, 0 when unparseable."""
     bad_format_reward: float = -1.0
     """Added at the last token of an unparseable response."""
     missing_query_reward: float = -1.0

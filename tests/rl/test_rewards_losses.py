@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tppo.config import RL
 from tppo.rl.losses import policy_loss, value_loss
 from tppo.rl.rewards import (
+    FormatReward,
     RewardScale,
     Values,
     apply_length_penalty,
@@ -25,6 +26,8 @@ from tppo.rl.rewards import (
 )
 
 ORACLES = Path(__file__).parent / "oracles"
+PLAIN = FormatReward(weight=torch.ones(4), reward=torch.zeros(4))
+FORMAT = FormatReward(weight=torch.tensor([1.0, 0.0, 0.5, 1.0]), reward=torch.tensor([0.0, -1.0, -0.5, 0.0]))
 SCALE = RewardScale(suggested_length=6.0, relevant_word_share=0.2, relevant_response_share=0.3)
 VERL = json.loads((ORACLES / "verl.json").read_text())
 TRL = json.loads((ORACLES / "trl.json").read_text())
@@ -110,30 +113,47 @@ def random_rollout(seed=0, batch=4, tokens=9):
 @settings(max_examples=60)
 def test_no_reward_outside_the_response(seed, algorithm):
     probs, sentence, mask = random_rollout(seed)
-    rewards = token_level_rewards(RL(algorithm=algorithm), probs, sentence, torch.full((4,), -0.5), mask, SCALE)
+    rewards = token_level_rewards(RL(algorithm=algorithm), probs, sentence, FORMAT, mask, SCALE)
     assert (rewards[~mask] == 0).all()
 
 
 def test_placement_is_the_only_difference_between_tppo_and_ppo_sum():
     probs, _, mask = random_rollout()
-    format_reward = torch.tensor([0.0, -1.0, -0.5, 0.0])
-    dense = token_level_rewards(RL(algorithm="tppo"), probs, None, format_reward, mask, SCALE)
-    sparse = token_level_rewards(RL(algorithm="ppo_sum"), probs, None, format_reward, mask, SCALE)
+    dense = token_level_rewards(RL(algorithm="tppo"), probs, None, FORMAT, mask, SCALE)
+    sparse = token_level_rewards(RL(algorithm="ppo_sum"), probs, None, FORMAT, mask, SCALE)
     torch.testing.assert_close(dense.sum(-1), sparse.sum(-1))
     last = mask.sum(-1) - 1
     assert (sparse.gather(1, last[:, None])[:, 0] == sparse.sum(-1)).all()
     assert (sparse != 0).sum() == 4
-    assert (dense != 0).sum() == mask.sum()
+    paid = FORMAT.weight > 0
+    assert (dense[paid] != 0).sum() == mask[paid].sum()
+
+
+@pytest.mark.parametrize("algorithm", ["tppo", "ppo", "ppo_sum"])
+def test_an_unparseable_response_earns_nothing(algorithm):
+    """Only losses are left to it, whatever its tokens; half the queries earn half of the gains."""
+    probs, _, _ = random_rollout()
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    sentence = torch.ones(4)
+    config = RL(algorithm=algorithm, length_penalty_alpha=0)
+    with_format = token_level_rewards(config, probs, sentence, FORMAT, mask, SCALE)
+    plain = token_level_rewards(config, probs, sentence, PLAIN, mask, SCALE)
+    torch.testing.assert_close(with_format[0], plain[0])
+    assert with_format[1].max() <= 0
+    assert with_format[1].sum() < plain[1].sum() - 1
+    if algorithm != "ppo_sum":
+        gains = plain[2].clamp(min=0).sum()
+        torch.testing.assert_close(plain[2].sum() - with_format[2].sum(), 0.5 * gains + 0.5)
 
 
 def test_sentence_reward_scale():
     _, _, mask = random_rollout()
     config = RL(algorithm="ppo", length_penalty_alpha=0, returns="matched", reward_values="centered")
     score = torch.tensor([0.0, 0.5, 1.0, 1.0])
-    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, SCALE)
+    rewards = token_level_rewards(config, None, score, PLAIN, mask, SCALE)
     torch.testing.assert_close(rewards.sum(-1), torch.tensor([-6.0, 0.0, 6.0, 6.0]))
     config.returns = "as_is"
-    rewards = token_level_rewards(config, None, score, torch.zeros(4), mask, SCALE)
+    rewards = token_level_rewards(config, None, score, PLAIN, mask, SCALE)
     torch.testing.assert_close(rewards.sum(-1), torch.tensor([-1.0, 0.0, 1.0, 1.0]))
 
 

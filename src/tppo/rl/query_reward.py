@@ -17,7 +17,7 @@ from tppo.config import RL, Task
 from tppo.errors import UserError
 from tppo.reward.align import token_spans
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.rewards import RewardScale, masked_mean, token_level_rewards
+from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
 from tppo.rl.rollout import Rollout
 from tppo.rl.trainer import RewardResult
 from tppo.tables import RESPONSES, Example, read_table
@@ -83,15 +83,13 @@ def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor)
     return padded_BT3
 
 
-def format_reward(parsed: Sequence[ParsedResponse], config: RL, task: Task) -> Tensor:
-    """Reward for keeping to the task, the same for every algorithm, (B,)."""
-    return torch.tensor(
-        [
-            (config.bad_format_reward if response.problem else 0.0)
-            + config.missing_query_reward * max(0, task.num_queries - len(response.queries))
-            for response in parsed
-        ],
-        dtype=torch.float32,
+def format_reward(parsed: Sequence[ParsedResponse], config: RL, task: Task) -> FormatReward:
+    """Weight and reward for keeping to the task: a readable response with as many queries as asked."""
+    readable_B = torch.tensor([response.problem is None for response in parsed])
+    missing_B = torch.tensor([max(0, task.num_queries - len(response.queries)) for response in parsed])
+    return FormatReward(
+        weight=readable_B * (1 - missing_B / task.num_queries) if config.format_weight else torch.ones(len(parsed)),
+        reward=~readable_B * config.bad_format_reward + missing_B * config.missing_query_reward,
     )
 
 
