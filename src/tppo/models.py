@@ -8,7 +8,6 @@ failure there is a `UserError` that says what to do. Weights are safetensors, re
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from tppo.errors import UserError
 from tppo.progress import console
+from tppo.run import cache_dir
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
@@ -31,11 +31,6 @@ _HUB_PROBE_SECONDS = 10
 
 # Stages show their own bars; one for every load of a small model would drown them.
 transformers_logging.disable_progress_bar()
-
-
-def cache_dir() -> Path:
-    """Where converted models live: $TPPO_CACHE, or ~/.cache/tppo."""
-    return Path(os.environ.get("TPPO_CACHE") or Path.home() / ".cache" / "tppo")
 
 
 def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

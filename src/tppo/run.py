@@ -1,6 +1,6 @@
 """The run folder: one folder per stage, a manifest written last, and which stages are done.
 
-A stage reads only folders to its left (`STAGE_INPUTS`). A folder without `manifest.json` is unfinished: it
+A stage reads only folders to its left (`stage_inputs`). A folder without `manifest.json` is unfinished: it
 is resumed or redone. A finished stage whose config or inputs have changed is never silently reused or
 overwritten: the error names what changed and the way out.
 """
@@ -61,6 +61,11 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     if section == "rl":
         config["rl"]["algorithm"] = stage.removeprefix("rl_")
     return config
+
+
+def cache_dir() -> Path:
+    """Folder for what outlives a run (converted models, the hash key): $TPPO_CACHE, or ~/.cache/tppo."""
+    return Path(os.environ.get("TPPO_CACHE") or Path.home() / ".cache" / "tppo")
 
 
 def sha256_file(path: Path) -> str:

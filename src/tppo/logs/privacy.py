@@ -14,9 +14,9 @@ import secrets
 import stat
 import tempfile
 from functools import lru_cache
-from pathlib import Path
 
 from tppo.errors import UserError
+from tppo.run import cache_dir
 
 KEY_VARIABLE = "TPPO_HASH_KEY"
 MIN_KEY_CHARS = 16
@@ -55,11 +55,6 @@ def _luhn(number: str) -> bool:
     digits = [int(c) for c in reversed(number) if c.isdecimal()]
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[1::2]]
     return (sum(digits[::2]) + sum(doubled)) % 10 == 0
-
-
-def cache_dir() -> Path:
-    """Folder for what outlives a run: TPPO_CACHE, or ~/.cache/tppo."""
-    return Path(os.environ.get("TPPO_CACHE") or Path.home() / ".cache" / "tppo")
 
 
 def hash_key() -> bytes:
