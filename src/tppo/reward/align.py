@@ -46,7 +46,7 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
     white space the tokenizer swallows, get an empty span. Every character is in at least one span, and the
     non-empty spans start and end in order.
 
-    This decodes n prefixes of n tokens, which sounds slow and is not: 0.3 ms for 32 tokens, 20 ms for 400.
+    This decodes n prefixes of n tokens, which sounds slow and is little beside one forward pass.
     A sliding window would have to know how each tokenizer treats its first token; a prefix does not.
     """
     text = decode_response(tokenizer, ids)

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 
-class PolicyLoss(NamedTuple):
-    loss: Tensor
-    """Scalar, to be minimised."""
-    clip_fraction: Tensor
-    """Share of tokens where the clipped term was the active one."""
-
-
-class ValueLoss(NamedTuple):
+class ClippedLoss(NamedTuple):
     loss: Tensor
     """Scalar, to be minimised."""
     clip_fraction: Tensor
@@ -33,7 +26,7 @@ def policy_loss(
     response_mask_BT: Tensor,
     clip_range: float,
     num_tokens: Tensor | int,
-) -> PolicyLoss:
+) -> ClippedLoss:
     """Eq. 6, negated: -min(r A, clip(r, 1 - eps, 1 + eps) A), with Eq. 7's ratio r against the old policy.
 
     The paper's pi_ref in Eq. 7 is the policy that sampled the rollout (old), not the frozen SFT reference.
@@ -43,7 +36,7 @@ def policy_loss(
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_range, 1 + clip_range)
     loss = (torch.maximum(unclipped_BT, clipped_BT) * response_mask_BT).sum() / num_tokens
     clip_fraction = ((clipped_BT > unclipped_BT) * response_mask_BT).sum() / num_tokens
-    return PolicyLoss(loss, clip_fraction.detach())
+    return ClippedLoss(loss, clip_fraction.detach())
 
 
 def value_loss(
@@ -53,11 +46,11 @@ def value_loss(
     response_mask_BT: Tensor,
     clip_range: float,
     num_tokens: Tensor | int,
-) -> ValueLoss:
+) -> ClippedLoss:
     """Clipped squared error, 0.5 max((V - R)^2, (V_clipped - R)^2), as in TRL and verl."""
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range, clip_range)
     error_BT = (values_BT - returns_BT) ** 2
     clipped_error_BT = (clipped_BT - returns_BT) ** 2
     loss = 0.5 * (torch.maximum(error_BT, clipped_error_BT) * response_mask_BT).sum() / num_tokens
     clip_fraction = ((clipped_error_BT > error_BT) * response_mask_BT).sum() / num_tokens
-    return ValueLoss(loss, clip_fraction.detach())
+    return ClippedLoss(loss, clip_fraction.detach())
