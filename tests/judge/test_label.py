@@ -6,6 +6,7 @@ import pytest
 
 from tppo.errors import UserError
 from tppo.judge import label
+from tppo.judge.choose import saved_judge
 from tppo.judge.embedding import EmbeddingJudge
 from tppo.judge.record import JudgeItem, split_response
 from tppo.run import RunFolder, run_stage
@@ -71,7 +72,7 @@ def test_facts_show_the_scale_of_the_judge(recipe):
 def test_evaluate_gets_the_same_judge(recipe):
     run_stage(recipe, "label", label.run)
     folder = RunFolder(recipe).path("label")
-    judge = EmbeddingJudge.load(folder)
+    judge = saved_judge(folder, recipe)
     examples = {e.example_id: e for e in load_examples(RunFolder(recipe).path("prepare"))}
     rows = [r for r in read_table(folder / "labels.parquet", LABELS).to_pylist() if r["rubric"] == "history"]
     items = [
@@ -97,4 +98,4 @@ def test_no_held_out_users_is_said_not_hidden(prepared_recipe, recipe, example_f
     examples = [e for e in load_examples(run.path("prepare")) if e.split == "train"]
     judge = EmbeddingJudge("minilm", {})
     judge.calibrate(examples, 0.95, 0)
-    assert "fewer than two" in label._scale(judge, examples, recipe.label, 0)["held_out_users"]
+    assert "fewer than two" in label._scale(judge, examples, 0)["held_out_users"]

@@ -22,8 +22,9 @@ from tppo.config import Recipe, Rubric
 from tppo.errors import UserError
 from tppo.evaluate.compare import build_metrics
 from tppo.evaluate.metrics import form_metrics, truth_metrics
-from tppo.judge.embedding import EmbeddingJudge, other_user_items
-from tppo.judge.record import Judge, JudgeItem, Verdict
+from tppo.judge.choose import make_judge, saved_judge
+from tppo.judge.embedding import other_user_items
+from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
 from tppo.models import load_policy
 from tppo.policy.generate import encode_examples, generate
 from tppo.progress import console
@@ -51,7 +52,7 @@ def _rubric_fields(rubric: str, against: str) -> list[pa.Field]:
             "1 irrelevant, 2 relevant, per word as written",
             True,
         ),
-        _field(f"status_{rubric}", pa.string(), "ok or abstained (then the four columns before are null)"),
+        _field(f"status_{rubric}", pa.string(), "ok; abstained or not_asked (then the four columns before are null)"),
     ]
 
 
@@ -99,7 +100,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         raise UserError("evaluate.splits is empty: name eval1, eval2 or both")
     if recipe.evaluate.bootstrap_samples < 100:
         raise UserError(f"evaluate.bootstrap_samples={recipe.evaluate.bootstrap_samples}: give at least 100")
-    judge = EmbeddingJudge.load(run.require("label"))
+    judge = choose_judge(recipe, run)
     examples = {split: choose_examples(recipe, run, split) for split in recipe.evaluate.splits}
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
@@ -130,6 +131,25 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "seconds_by_model": seconds,
         "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
     }
+
+
+def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
+    """The judge named by `evaluate.judge`.
+
+    Raises:
+        UserError: it does not judge what the reward models learnt, the headline of the report.
+    """
+    kind = recipe.evaluate.judge
+    if kind == "label":
+        judge = saved_judge(run.require("label"), recipe)
+    else:
+        judge, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+    if recipe.reward.rubric not in judge.rubrics:
+        raise UserError(
+            f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "
+            "it out: add it, since it is the headline of the report"
+        )
+    return judge
 
 
 def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
@@ -226,7 +246,7 @@ def response_rows(
 ) -> list[dict[str, Any]]:
     """Judge and measure one response per example: rows of generations.parquet."""
     items = [JudgeItem(e.history, e.targets, r) for e, r in zip(examples, responses, strict=True)]
-    verdicts = {rubric: judge.judge(items, rubric) for rubric in RUBRICS}
+    verdicts = {rubric: judge.judge(items, rubric, f"judging {model}, rubric {rubric}") for rubric in judge.rubrics}
     rows = []
     for i, (example, response) in enumerate(zip(examples, responses, strict=True)):
         parsed = parse_response(response, finished[i], num_queries)
@@ -246,7 +266,7 @@ def response_rows(
             "response_tokens": tokens[i],
         }
         for rubric in RUBRICS:
-            row |= _verdict_columns(verdicts[rubric][i], rubric, usable)
+            row |= _verdict_columns(verdicts[rubric][i] if rubric in verdicts else None, rubric, usable)
         score = row["sentence_score_targets"]
         row["similarity"] = 0.0 if not usable and score is not None else score
         row |= truth_metrics(parsed.queries, example.targets, usable)
@@ -255,22 +275,22 @@ def response_rows(
     return rows
 
 
-def _verdict_columns(verdict: Verdict, rubric: str, usable: bool) -> dict[str, Any]:
-    """The five columns of a rubric; an abstention is null, never a 0."""
+def _verdict_columns(verdict: Verdict | None, rubric: str, usable: bool) -> dict[str, Any]:
+    """The five columns of a rubric; an abstention, or what the judge was not asked, is null, never a 0."""
     relevant: float | None = None
     share: float | None = None
     labels: list[int] | None = None
     score: float | None = None
-    if verdict.status == "ok":
-        words = verdict.words or []
-        labels = [2 if word.relevant else 1 for word in words]
+    if verdict and verdict.status == "ok":
         relevant = float(usable and verdict.sentence_relevant)
-        share = sum(word.relevant for word in words) / len(words) if usable and words else 0.0
         score = verdict.sentence_score
+        if verdict.words is not None:
+            labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
+            share = labels.count(RELEVANT) / len(labels) if usable and labels else 0.0
     return {
         f"relevant_{rubric}": relevant,
         f"words_{rubric}": share,
         f"sentence_score_{rubric}": score,
         f"word_labels_{rubric}": labels,
-        f"status_{rubric}": verdict.status,
+        f"status_{rubric}": verdict.status if verdict else "not_asked",
     }

@@ -24,7 +24,6 @@ words can be relevant when their context is similar. It is the judge that needs 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tppo.config import Rubric
 from tppo.errors import UserError
-from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response
+from tppo.judge.record import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, split_response
 from tppo.models import load_encoder_path
 from tppo.progress import track
 from tppo.run import sha256_file, write_json
@@ -46,7 +45,6 @@ from tppo.tables import Example
 from tppo.text import normalise_query, render_response
 
 RULE_VERSION = 1
-JUDGE_FILE = "judge.json"
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
 
 
@@ -134,6 +132,8 @@ class Scores:
 
 class EmbeddingJudge:
     """The judge of the module's docstring; implements `tppo.judge.record.Judge`."""
+
+    rubrics: tuple[Rubric, ...] = get_args(Rubric)
 
     def __init__(
         self,
@@ -238,6 +238,7 @@ class EmbeddingJudge:
         write_json(
             folder / JUDGE_FILE,
             {
+                "kind": "embedding",
                 "judge": self.name,
                 "rule_version": RULE_VERSION,
                 "encoder": self.encoder_name,
@@ -249,15 +250,13 @@ class EmbeddingJudge:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> EmbeddingJudge:
-        """The judge a label stage saved.
+    def load(cls, saved: dict[str, Any], path: Path) -> EmbeddingJudge:
+        """The judge that `path` describes; `saved` is its content.
 
         Raises:
-            UserError: no judge.json, another version of the rule, or other encoder weights than then.
+            UserError: another version of the rule, or other encoder weights than then.
         """
-        path = folder / JUDGE_FILE
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["rule_version"] != RULE_VERSION:
                 raise UserError(
                     f"{path} holds rule version {saved['rule_version']}, this is version {RULE_VERSION}: "
@@ -269,7 +268,7 @@ class EmbeddingJudge:
                 repeats_irrelevant=saved["repeats_irrelevant"],
                 batch_size=saved["batch_size"],
             )
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
         if judge._weights_hash() != saved["encoder_sha256"]:
             raise UserError(

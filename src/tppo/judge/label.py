@@ -1,30 +1,30 @@
-"""The label stage: every word and every response judged, under both rubrics.
+"""The label stage: every response judged, word by word where the judge does that, under each of its rubrics.
 
-Writes labels.parquet (one row per response and rubric) and judge.json (the calibrated judge, which the
-evaluate stage loads again).
+Writes labels.parquet (one row per response and rubric) and judge.json (the judge, which the evaluate stage loads
+again).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from tppo.config import Label, Recipe, Rubric
+from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.judge.choose import draw_examples, make_judge
 from tppo.judge.embedding import EmbeddingJudge, other_user_items
+from tppo.judge.injection import probe_injection
 from tppo.judge.record import JudgeItem, Verdict, verdict_to_row
 from tppo.run import RunFolder
-from tppo.seeding import rng
 from tppo.tables import LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.text import render_response
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Calibrate the judge on training users, then label the responses of the sample stage."""
-    settings = recipe.label
+    """Label the responses of the sample stage."""
     examples = load_examples(run.require("prepare"))
     by_id = {example.example_id: example for example in examples}
     responses = read_table(run.require("sample") / "responses.parquet", RESPONSES).to_pylist()
@@ -34,55 +34,54 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"responses.parquet has {len(unknown)} responses to examples that examples.parquet lacks (first: "
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
-    judge = EmbeddingJudge(
-        settings.encoder, {}, repeats_irrelevant=settings.repeats_irrelevant, batch_size=settings.batch_size
-    )
-    calibration = _draw([e for e in examples if e.split == "train"], settings.calibration_examples, recipe.seed)
-    thresholds = judge.calibrate(calibration, settings.null_quantile, recipe.seed, "calibrating the judge")
+    judge, facts = make_judge(recipe.label.judge, recipe, examples)
     items = [
         JudgeItem(by_id[row["example_id"]].history, by_id[row["example_id"]].targets, row["response"])
         for row in responses
     ]
     rows = []
-    sampled: dict[str, Any] = {}
-    for rubric in get_args(Rubric):
+    shares: dict[str, Any] = {"sft_responses": {}}
+    for rubric in judge.rubrics:
         verdicts = judge.judge(items, rubric, f"labelling, rubric {rubric}")
-        sampled[rubric] = relevance_shares(verdicts)
+        shares["sft_responses"][rubric] = relevance_shares(verdicts)
         rows += [
             verdict_to_row(by_id[row["example_id"]], row["sample"], rubric, judge.name, row["response"], verdict)
             for row, verdict in zip(responses, verdicts, strict=True)
         ]
     write_table(folder / "labels.parquet", rows, LABELS)
     judge.save(folder)
+    if isinstance(judge, EmbeddingJudge):
+        held_out = [e for e in examples if e.split == "reward_eval"]
+        shares |= _scale(judge, draw_examples(held_out, recipe.label.calibration_examples, recipe.seed), recipe.seed)
     return {
         "judge": judge.name,
         "responses": len(responses),
         "labels": len(rows),
-        "thresholds": thresholds,
-        "relevant_share": {"sft_responses": sampled, **_scale(judge, examples, settings, recipe.seed)},
+        **facts,
+        "relevant_share": shares,
+        "injection": probe_injection(judge, items, recipe.label.injection_probes, recipe.seed),
     }
 
 
 def relevance_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Share of words and of responses judged relevant (null when there are none), and the counts."""
-    judged = [verdict for verdict in verdicts if verdict.words is not None]
+    judged = [verdict for verdict in verdicts if verdict.status == "ok"]
     words = [word.relevant for verdict in judged for word in verdict.words or []]
     return {
         "words": float(np.mean(words)) if words else None,
         "responses": float(np.mean([verdict.sentence_relevant for verdict in judged])) if judged else None,
         "word_count": len(words),
         "response_count": len(judged),
-        "empty_count": sum(not verdict.words for verdict in judged),
+        "empty_count": sum(verdict.words == [] for verdict in judged),
         "abstained_count": len(verdicts) - len(judged),
     }
 
 
-def _scale(judge: EmbeddingJudge, examples: list[Example], settings: Label, seed: int) -> dict[str, Any]:
+def _scale(judge: EmbeddingJudge, held_out: list[Example], seed: int) -> dict[str, Any]:
     """Shares relevant among the true next queries and among another user's, on users not calibrated with.
 
     The `targets` rubric on the true targets is left out: a text is always similar to itself.
     """
-    held_out = _draw([e for e in examples if e.split == "reward_eval"], settings.calibration_examples, seed)
     if len({example.user_id for example in held_out}) < 2:
         return {"held_out_users": "fewer than two reward_eval users: no scale measured"}
     true = [JudgeItem(e.history, e.targets, render_response(e.targets)) for e in held_out]
@@ -91,14 +90,6 @@ def _scale(judge: EmbeddingJudge, examples: list[Example], settings: Label, seed
         "true_targets": {"history": relevance_shares(judge.judge(true, "history", "true next queries"))},
         "other_users_targets": {
             rubric: relevance_shares(judge.judge(other, rubric, f"another user's queries, rubric {rubric}"))
-            for rubric in get_args(Rubric)
+            for rubric in judge.rubrics
         },
     }
-
-
-def _draw(examples: list[Example], count: int, seed: int) -> list[Example]:
-    """`count` examples (all when there are fewer) drawn with the seed."""
-    if len(examples) <= count:
-        return examples
-    chosen = rng(seed, "label").choice(len(examples), size=count, replace=False)
-    return [examples[i] for i in chosen]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tppo.config import Rubric
@@ -16,6 +17,8 @@ from tppo.tables import Example
 from tppo.text import Event, ParsedResponse, parse_response
 
 Status = Literal["ok", "abstained"]
+
+JUDGE_FILE = "judge.json"
 
 IRRELEVANT, RELEVANT = 1, 2
 """Classes of a word. Class 0 (separators, masked tokens) arises only when words are mapped to tokens."""
@@ -40,7 +43,10 @@ class WordVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a response. `words` is None and the sentence part meaningless when the judge abstained."""
+    """Verdict on a response. When the judge abstained, `words` is None and the sentence part means nothing.
+
+    A judge that was asked for the response only (`judge.template: sentence`) leaves `words` None too, with status ok.
+    """
 
     words: list[WordVerdict] | None
     sentence_score: float
@@ -50,12 +56,19 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Anything that fills verdicts. `name` says which judge and which version of its rule."""
+    """Anything that fills verdicts."""
 
     name: str
+    """Which judge, and which version of its rule."""
+    rubrics: tuple[Rubric, ...]
+    """What it can judge against."""
 
-    def judge(self, items: Sequence[JudgeItem], rubric: Rubric) -> list[Verdict]:
+    def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order. `rubric`: relevance to the targets, or to the history."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write judge.json, from which `tppo.judge.choose.saved_judge` makes the same judge again."""
         ...
 
 
@@ -70,14 +83,16 @@ def verdict_to_row(
     """A row of labels.parquet (`tppo.tables.LABELS`).
 
     Raises:
-        ValueError: the verdict does not have one word verdict per word of the response.
+        ValueError: the verdict has word verdicts, but not one per word of the response.
     """
     words = split_response(response).words
-    verdicts = verdict.words or []
     abstained = verdict.status == "abstained"
-    if not abstained and len(verdicts) != len(words):
-        raise ValueError(f"{judge_name} gave {len(verdicts)} word verdicts for a response of {len(words)} words")
-    pairs = [] if abstained else list(zip(words, verdicts, strict=True))
+    judged = not abstained and verdict.words is not None
+    if judged and len(verdict.words or []) != len(words):
+        raise ValueError(
+            f"{judge_name} gave {len(verdict.words or [])} word verdicts for a response of {len(words)} words"
+        )
+    pairs = list(zip(words, verdict.words or [], strict=True)) if judged else []
     return {
         "example_id": example.example_id,
         "split": example.split,

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tppo.config import Rubric
 from tppo.errors import UserError
+from tppo.judge.record import split_response
 from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
 from tppo.tables import LABELS, load_examples, read_table
 from tppo.text import QUERY_SEPARATOR, Event, Word, render_history
@@ -111,6 +112,8 @@ def _problem(row: dict[str, Any], histories: dict[str, list[Event]]) -> str | No
         return f"no example of split {row['split']} has this id"
     if row["sentence_label"] not in (0, 1):
         return f"sentence_label is {row['sentence_label']!r}, neither 0 nor 1"
+    if not row["words"] and split_response(row["response"]).words:
+        return "it has no word labels (judge.template: sentence?), which the token-level reward model learns from"
     end = 0
     for word in row["words"]:
         if word["label"] not in (IRRELEVANT, RELEVANT):

@@ -1,0 +1,207 @@
+"""The ledger: a SQLite file with every request to a judge model, every attempt and every verdict.
+
+A verdict is stored in the same transaction as the attempt that brought it, before anything else sees it. A killed
+run therefore loses at most the requests that were under way. A finished request (`ok` or `abstained`) is never sent
+again, in whichever run or stage it comes up; a `failed` one (the server could not be reached) is.
+
+Prompts are not stored, only their hashes; replies are, as they came (an audit needs them), so the file is readable
+by its owner only. WAL mode without fsync at each commit: a killed process loses nothing, a power cut at worst the
+last few verdicts, never the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tppo.errors import UserError
+from tppo.judge.templates import TEMPLATE_VERSION, Question
+
+Status = Literal["ok", "abstained", "failed"]
+FINISHED: tuple[Status, ...] = ("ok", "abstained")
+
+_SCHEMA_VERSION = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS requests (
+  key TEXT PRIMARY KEY,
+  model TEXT NOT NULL,
+  template TEXT NOT NULL,
+  template_version INTEGER NOT NULL,
+  rubric TEXT NOT NULL,
+  content_sha256 TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('ok', 'abstained', 'failed')),
+  verdict TEXT,
+  problem TEXT,
+  finished REAL NOT NULL,
+  CHECK ((status = 'ok') = (verdict IS NOT NULL))
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+  id INTEGER PRIMARY KEY,
+  key TEXT NOT NULL,
+  model TEXT NOT NULL,
+  started REAL NOT NULL,
+  seconds REAL NOT NULL,
+  outcome TEXT NOT NULL,
+  problem TEXT,
+  reply TEXT,
+  prompt_tokens INTEGER NOT NULL,
+  reply_tokens INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS attempts_key ON attempts (key);
+CREATE INDEX IF NOT EXISTS attempts_model ON attempts (model, prompt_tokens, reply_tokens);
+"""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a request. `outcome`: ok, broken (the reply), or the transport error's name."""
+
+    started: float
+    seconds: float
+    outcome: str
+    problem: str | None
+    reply: str | None
+    prompt_tokens: int
+    reply_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended. `verdict` is the checked reply as a plain object, None unless `status` is ok."""
+
+    status: Status
+    verdict: dict[str, Any] | None
+    problem: str | None
+
+
+class JudgeLedger:
+    """Open (or make) the ledger at `path`.
+
+    Raises:
+        UserError: the file is no ledger, is of another version, or cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        if read_only and not path.exists():
+            raise UserError(f"{path} does not exist: no judge model has been asked yet (judge.ledger names the file)")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                path.touch(mode=0o600)
+            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+            if not read_only:
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                self.connection.execute("PRAGMA synchronous=NORMAL")
+            self._check_version()
+        except sqlite3.Error as error:
+            raise UserError(f"judge.ledger {path} cannot be used: {error}. Name another file") from None
+
+    def _check_version(self) -> None:
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            if self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                raise UserError(f"judge.ledger {self.path} is a database of something else: name another file")
+            self.connection.executescript(f"{_TABLES} PRAGMA user_version = {_SCHEMA_VERSION};")
+        elif version != _SCHEMA_VERSION:
+            raise UserError(
+                f"judge.ledger {self.path} has version {version}, this tppo writes {_SCHEMA_VERSION}: name another file"
+            )
+
+    def __enter__(self) -> JudgeLedger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
+        """Outcomes of those of `keys` that are finished."""
+        found: dict[str, Outcome] = {}
+        for chunk in _chunks(list(dict.fromkeys(keys)), 500):
+            marks = ",".join("?" * len(chunk))
+            rows = self.connection.execute(
+                f"SELECT key, status, verdict, problem FROM requests WHERE status != 'failed' AND key IN ({marks})",
+                chunk,
+            )
+            for key, status, verdict, problem in rows:
+                found[key] = Outcome(status, verdict and json.loads(verdict), problem)
+        return found
+
+    def record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
+        """Store an attempt and, when it ends the request, the outcome: both or neither."""
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute(
+                "INSERT INTO attempts (key, model, started, seconds, outcome, problem, reply, prompt_tokens, "
+                "reply_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, model, *attempt.__dict__.values()),
+            )
+            if outcome:
+                verdict = None if outcome.verdict is None else json.dumps(outcome.verdict, ensure_ascii=False)
+                self.connection.execute(
+                    "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(key, model, question.template, TEMPLATE_VERSION, question.rubric, question.content_sha256),
+                        *(outcome.status, verdict, outcome.problem, time.time()),
+                    ),
+                )
+
+    def spent(self, model: str) -> tuple[int, int]:
+        """Prompt and reply tokens of every attempt with this model so far."""
+        row = self.connection.execute(
+            "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(reply_tokens), 0) FROM attempts WHERE model = ?",
+            (model,),
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def totals(self) -> list[dict[str, Any]]:
+        """A row per model, template, version and rubric: requests by status, attempts, tokens, seconds."""
+        return self._rows(
+            """
+            WITH tries AS (
+              SELECT key, count(*) AS attempts, sum(outcome = 'broken') AS broken, sum(prompt_tokens) AS prompt_tokens,
+                     sum(reply_tokens) AS reply_tokens, sum(seconds) AS seconds
+              FROM attempts GROUP BY key)
+            SELECT model, template, template_version AS version, rubric, sum(status = 'ok') AS ok,
+                   sum(status = 'abstained') AS abstained, sum(status = 'failed') AS failed,
+                   sum(attempts) AS attempts, sum(broken) AS broken_replies, sum(prompt_tokens) AS prompt_tokens,
+                   sum(reply_tokens) AS reply_tokens, round(sum(seconds) / count(*), 3) AS seconds_per_request
+            FROM requests LEFT JOIN tries USING (key)
+            GROUP BY model, template, template_version, rubric ORDER BY model, template, template_version, rubric
+            """
+        )
+
+    def problems(self) -> list[dict[str, Any]]:
+        """How often each kind of attempt did not bring a verdict, most frequent first."""
+        return self._rows(
+            """
+            SELECT model, outcome, CASE outcome WHEN 'broken' THEN substr(problem, 1, instr(problem, ':') - 1) END
+                   AS fault, count(*) AS attempts
+            FROM attempts WHERE outcome != 'ok' GROUP BY 1, 2, 3 ORDER BY attempts DESC
+            """
+        )
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every attempt, with its request's template, rubric, status and verdict."""
+        return self._rows(
+            """
+            SELECT a.id, a.key, a.model, r.template, r.template_version, r.rubric, r.content_sha256, r.status,
+                   r.verdict, a.started, a.seconds, a.outcome, a.problem, a.reply, a.prompt_tokens, a.reply_tokens
+            FROM attempts a LEFT JOIN requests r USING (key) ORDER BY a.id
+            """
+        )
+
+    def _rows(self, query: str) -> list[dict[str, Any]]:
+        cursor = self.connection.execute(query)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
