@@ -172,8 +172,9 @@ class LLMJudge:
     """Temperature of further replies after one that broke the contract: at 0 it would be the same again."""
     max_reply_tokens: int = 1024
     """Token limit of a reply; a reply that reaches it is truncated and counts as broken."""
-    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How the server is held to JSON. Replies are checked in full whichever it is."""
+    response_format: Literal["json_schema", "json_object_schema", "json_object", "none"] = "json_schema"
+    """How the server is held to JSON: json_schema is OpenAI's form (vLLM, Ollama, llama.cpp), json_object_schema that
+    of llama-cpp-python. Replies are checked in full whichever it is."""
     reply_attempts: int = 3
     """Replies asked for before the judge abstains."""
     transport_attempts: int = 8

@@ -34,7 +34,7 @@ from tppo.config import LLMJudge
 from tppo.errors import UserError
 from tppo.judge.ledger import Attempt, JudgeLedger, Outcome
 from tppo.judge.reply import BrokenReply, check_reply
-from tppo.judge.templates import Question, reply_schema
+from tppo.judge.templates import Question, Template, reply_schema
 
 START_CONCURRENCY = 2.0
 LONGEST_RETRY_AFTER = 600.0
@@ -297,19 +297,13 @@ class Asker:
             UserError: it will not.
         """
         settings = self.settings
-        options: dict[str, Any] = {}
-        if settings.response_format == "json_schema":
-            schema = {"name": question.template, "strict": True, "schema": reply_schema(question.template)}
-            options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif settings.response_format == "json_object":
-            options["response_format"] = {"type": "json_object"}
         try:
             completion = await self.client.chat.completions.create(
                 model=settings.model,
                 messages=question.messages,  # type: ignore[arg-type]
                 temperature=settings.temperature if number == 1 else settings.retry_temperature,
                 max_tokens=settings.max_reply_tokens,
-                **options,
+                response_format=_response_format(settings.response_format, question.template),  # type: ignore[arg-type]
             )
         except openai.APITimeoutError:
             self.limit.note(refused=True)  # a queue too long looks like this
@@ -337,6 +331,17 @@ class Asker:
             f"Check judge.base_url, judge.model ({self.settings.model!r}), the key in ${self.settings.api_key_env} and "
             f"judge.response_format ({self.settings.response_format}). Finished verdicts are kept"
         )
+
+
+def _response_format(kind: str, template: Template) -> dict[str, Any] | openai.Omit:
+    if kind == "none":
+        return openai.omit
+    if kind == "json_object":
+        return {"type": "json_object"}
+    schema = reply_schema(template)
+    if kind == "json_object_schema":
+        return {"type": "json_object", "schema": schema}
+    return {"type": "json_schema", "json_schema": {"name": template, "strict": True, "schema": schema}}
 
 
 def retry_after(header: str | None) -> float | None:
