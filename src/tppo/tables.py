@@ -17,7 +17,8 @@ from tppo.text import Event
 SPLITS = ("train", "reward_eval", "eval1", "eval2")
 
 
-def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
+def field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
+    """A documented column."""
     return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
 
 
@@ -36,45 +37,45 @@ WORD = pa.struct(
 
 EXAMPLES = pa.schema(
     [
-        _field("example_id", pa.string(), "unique id: hashed user and window number"),
-        _field("user_id", pa.string(), "keyed hash of the user id of the log"),
-        _field("split", pa.string(), "train, reward_eval, eval1 or eval2; users are in one split only"),
-        _field("history", pa.list_(EVENT), "events before the first target, oldest first"),
-        _field("targets", pa.list_(pa.string()), "the next distinct new queries, in order"),
-        _field("target_time", pa.timestamp("us"), "time of the first target"),
+        field("example_id", pa.string(), "unique id: hashed user and window number"),
+        field("user_id", pa.string(), "keyed hash of the user id of the log"),
+        field("split", pa.string(), "train, reward_eval, eval1 or eval2; users are in one split only"),
+        field("history", pa.list_(EVENT), "events before the first target, oldest first"),
+        field("targets", pa.list_(pa.string()), "the next distinct new queries, in order"),
+        field("target_time", pa.timestamp("us"), "time of the first target"),
     ]
 )
 REJECTS = pa.schema(
     [
-        _field("file", pa.string(), "log file"),
-        _field("line", pa.int64(), "1-based line; null when the whole file is meant", nullable=True),
-        _field("reason", pa.string(), "why the row was not kept"),
+        field("file", pa.string(), "log file"),
+        field("line", pa.int64(), "1-based line; null when the whole file is meant", nullable=True),
+        field("reason", pa.string(), "why the row was not kept"),
     ]
 )
 RESPONSES = pa.schema(
     [
-        _field("example_id", pa.string(), "example responded to"),
-        _field("split", pa.string(), "split of the example"),
-        _field("sample", pa.int32(), "number of the response among those to this example"),
-        _field("response_ids", pa.list_(pa.int32()), "generated token ids, end-of-sequence included when finished"),
-        _field("response", pa.string(), "decoded text without special tokens"),
-        _field("finished", pa.bool_(), "the model ended the response itself"),
-        _field("problem", pa.string(), "why the response is unparseable, else null", nullable=True),
+        field("example_id", pa.string(), "example responded to"),
+        field("split", pa.string(), "split of the example"),
+        field("sample", pa.int32(), "number of the response among those to this example"),
+        field("response_ids", pa.list_(pa.int32()), "generated token ids, end-of-sequence included when finished"),
+        field("response", pa.string(), "decoded text without special tokens"),
+        field("finished", pa.bool_(), "the model ended the response itself"),
+        field("problem", pa.string(), "why the response is unparseable, else null", nullable=True),
     ]
 )
 LABELS = pa.schema(
     [
-        _field("example_id", pa.string(), "example responded to"),
-        _field("split", pa.string(), "split of the example"),
-        _field("sample", pa.int32(), "number of the response among those to this example"),
-        _field("rubric", pa.string(), "targets or history: what relevance is judged against"),
-        _field("judge", pa.string(), "judge and version"),
-        _field("response", pa.string(), "the judged text"),
-        _field("words", pa.list_(WORD), "the words in order; label 1 irrelevant, 2 relevant; empty: not judged"),
-        _field("sentence_score", pa.float32(), "score of the whole response", nullable=True),
-        _field("sentence_label", pa.int8(), "1 relevant, 0 not, null when abstained", nullable=True),
-        _field("status", pa.string(), "ok or abstained"),
-        _field("problem", pa.string(), "why the judge abstained, else null", nullable=True),
+        field("example_id", pa.string(), "example responded to"),
+        field("split", pa.string(), "split of the example"),
+        field("sample", pa.int32(), "number of the response among those to this example"),
+        field("rubric", pa.string(), "targets or history: what relevance is judged against"),
+        field("judge", pa.string(), "judge and version"),
+        field("response", pa.string(), "the judged text"),
+        field("words", pa.list_(WORD), "the words in order; label 1 irrelevant, 2 relevant; empty: not judged"),
+        field("sentence_score", pa.float32(), "score of the whole response", nullable=True),
+        field("sentence_label", pa.int8(), "1 relevant, 0 not, null when abstained", nullable=True),
+        field("status", pa.string(), "ok or abstained"),
+        field("problem", pa.string(), "why the judge abstained, else null", nullable=True),
     ]
 )
 

@@ -78,8 +78,13 @@ class Settings:
 def truth(user_message: dict[str, Any]) -> dict[str, Any]:
     """The right reply: bits of a hash of everything the judge is shown, so any mix-up of items shows.
 
-    The sentence bit is the same with and without `words` (token and sentence template).
+    The sentence bit is the same with and without `words` (token and sentence template). Of a pair, the response with
+    the smaller hash wins in either order, but one pair in four or so gets the answer "a" whatever the order.
     """
+    if "returned_queries_a" in user_message:
+        a, b = (hashlib.sha256(json.dumps(user_message[f"returned_queries_{side}"]).encode()).digest() for side in "ab")
+        biased = (a[0] + b[0]) % 4 == 0
+        return {"winner": "a" if biased or a < b else "b"}
     context = [user_message["history"], user_message.get("next_queries"), user_message["returned_queries"]]
     digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode())
     reply: dict[str, Any] = {}

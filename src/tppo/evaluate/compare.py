@@ -16,7 +16,7 @@ from typing import Any
 
 from tppo.config import Recipe
 from tppo.evaluate.metrics import CORPUS, PER_RESPONSE, corpus_metrics
-from tppo.evaluate.stats import UserBootstrap, win_tie_lose
+from tppo.evaluate.stats import UserBootstrap, WinTieLose, win_tie_lose
 from tppo.seeding import stream_seed
 
 Rows = list[dict[str, Any]]
@@ -34,8 +34,18 @@ DISPLAY = {
 POOLED = "all"
 
 
-def build_metrics(rows: Rows, recipe: Recipe) -> dict[str, Any]:
-    """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair)."""
+def model_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Which of the models are compared: each with those after it in `MODEL_ORDER`, the farthest first."""
+    compared = [model for model in MODEL_ORDER if model in models]
+    return [(a, b) for number, a in enumerate(compared) for b in reversed(compared[number + 1 :])]
+
+
+def build_metrics(rows: Rows, recipe: Recipe, votes: Rows | None = None) -> dict[str, Any]:
+    """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair).
+
+    Args:
+        votes: rows of votes.parquet, when the judge was asked for votes.
+    """
     splits = list(dict.fromkeys(row["split"] for row in rows))
     scopes = {split: [split] for split in splits}
     if len(splits) > 1:
@@ -52,11 +62,13 @@ def build_metrics(rows: Rows, recipe: Recipe) -> dict[str, Any]:
         "abstained": [],
     }
     for scope, members in scopes.items():
-        _add_scope(result, scope, [row for row in rows if row["split"] in members], recipe)
+        chosen = [row for row in rows if row["split"] in members]
+        bootstrap = _add_scope(result, scope, chosen, recipe)
+        _add_votes(result, scope, [row for row in votes or [] if row["split"] in members], chosen, bootstrap)
     return result
 
 
-def _add_scope(result: dict[str, Any], scope: str, rows: Rows, recipe: Recipe) -> None:
+def _add_scope(result: dict[str, Any], scope: str, rows: Rows, recipe: Recipe) -> UserBootstrap:
     by_model = {model: [r for r in rows if r["model"] == model] for model in result["models"]}
     by_model = {model: found for model, found in by_model.items() if found}
     first = next(iter(by_model.values()))
@@ -75,10 +87,33 @@ def _add_scope(result: dict[str, Any], scope: str, rows: Rows, recipe: Recipe) -
         for rubric in ("targets", "history"):
             count = sum(row["status_" + rubric] == "abstained" for row in found)
             result["abstained"].append({"scope": scope, "model": model, "rubric": rubric, "count": count})
-    compared = [model for model in MODEL_ORDER if model in by_model]
-    for number, a in enumerate(compared):
-        for b in reversed(compared[number + 1 :]):
-            _add_pair(result, scope, a, b, by_model, bootstrap)
+    for a, b in model_pairs(list(by_model)):
+        _add_pair(result, scope, a, b, by_model, bootstrap)
+    return bootstrap
+
+
+def _add_votes(result: dict[str, Any], scope: str, votes: Rows, rows: Rows, bootstrap: UserBootstrap) -> None:
+    """Win-tie-lose by vote: a winner in both orders wins, anything else ties; abstentions are left out."""
+    examples = list(dict.fromkeys(row["example_id"] for row in rows))
+    for a, b in dict.fromkeys((row["model"], row["than"]) for row in votes):
+        found = {row["example_id"]: row for row in votes if (row["model"], row["than"]) == (a, b)}
+        side = {"a": 1.0, "tie": 0.0, "b": -1.0, None: None}
+        sign_N = [side[found[example]["winner"]] if example in found else None for example in examples]
+        flips = [row["flipped"] for row in found.values() if row["flipped"] is not None]
+        wins = win_tie_lose(bootstrap, sign_N, [0.0] * len(sign_N))
+        result["wins"].append(
+            {
+                **_wins_row(scope, a, b, next(iter(found.values()))["rubric"], wins, "vote"),
+                "flip_rate": sum(flips) / len(flips) if flips else None,
+                "asked": len(flips),
+                "abstained": sum(row["winner"] is None for row in found.values()),
+            }
+        )
+
+
+def _wins_row(scope: str, a: str, b: str, rubric: str, wins: WinTieLose, by: str) -> dict[str, Any]:
+    shares = {"win": wins.win, "tie": wins.tie, "lose": wins.lose, "net": wins.net.as_dict()}
+    return {"scope": scope, "model": a, "than": b, "rubric": rubric, "by": by, **shares}
 
 
 def _model_rows(scope: str, model: str, rows: Rows, bootstrap: UserBootstrap) -> Rows:
@@ -120,18 +155,7 @@ def _add_pair(
         )
     for rubric in ("targets", "history"):
         wins = win_tie_lose(bootstrap, paired_scores(by_model[a], rubric), paired_scores(by_model[b], rubric))
-        result["wins"].append(
-            {
-                "scope": scope,
-                "model": a,
-                "than": b,
-                "rubric": rubric,
-                "win": wins.win,
-                "tie": wins.tie,
-                "lose": wins.lose,
-                "net": wins.net.as_dict(),
-            }
-        )
+        result["wins"].append(_wins_row(scope, a, b, rubric, wins, "scores"))
 
 
 def paired_scores(rows: Sequence[dict[str, Any]], rubric: str) -> list[float | None]:

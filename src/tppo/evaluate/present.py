@@ -75,7 +75,7 @@ class Metrics:
         return list(dict.fromkeys(found))
 
     def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
-        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric}
+        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": "scores"}
         return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
 
 
@@ -185,11 +185,11 @@ def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) ->
     if abstained:
         notes.append(f"The judge abstained {abstained} times; those answers are left out of the relevance numbers.")
     notes.append("Each model was trained once: intervals cover the choice of users, not the luck of a training run.")
-    # The evaluate stage loads the judge of the label stage, so this always holds.
-    notes.append(
-        "The judge here is the one whose labels trained the reward models, so relevance may be learnt to "
-        "suit it. Hit and word F1 use no judge; trust a gain more when they agree."
-    )
+    if metrics.data["judge_labelled_training"]:
+        notes.append(
+            "The judge here is the one whose labels trained the reward models, so relevance may be learnt to "
+            "suit it. Hit and word F1 use no judge; trust a gain more when they agree."
+        )
     return notes
 
 
@@ -245,13 +245,15 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
             "",
             f"## Win, tie, lose, {SCOPES[part]}",
             "",
-            "| | against | win | tie | lose |",
-            "|---|---|---|---|---|",
+            "| | against | by | win | tie | lose | orders disagree |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in metrics.data["wins"]:
             if row["scope"] == part:
                 shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
-                lines.append(f"| {DISPLAY[row['model']]} vs {DISPLAY[row['than']]} | {row['rubric']} | {shares} |")
+                flips = number(row["flip_rate"], "rate") if row["by"] == "vote" else ""
+                pair = f"{DISPLAY[row['model']]} vs {DISPLAY[row['than']]}"
+                lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {flips} |")
     return "\n".join([*lines, ""])
 
 

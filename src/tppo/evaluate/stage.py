@@ -22,6 +22,7 @@ from tppo.config import Recipe, Rubric
 from tppo.errors import UserError
 from tppo.evaluate.compare import build_metrics
 from tppo.evaluate.metrics import form_metrics, truth_metrics
+from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
 from tppo.judge.embedding import other_user_items
 from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
@@ -30,51 +31,47 @@ from tppo.policy.generate import encode_examples, generate
 from tppo.progress import console
 from tppo.run import RunFolder, write_json
 from tppo.seeding import rng, stream_seed
-from tppo.tables import Example, load_examples, read_table, write_table
+from tppo.tables import Example, field, load_examples, read_table, write_table
 from tppo.text import parse_response, render_response
 
 RUBRICS: tuple[Rubric, ...] = ("targets", "history")
 REFERENCES = ("targets", "other_user")
 
 
-def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
-
-
 def _rubric_fields(rubric: str, against: str) -> list[pa.Field]:
     return [
-        _field(f"relevant_{rubric}", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0", True),
-        _field(f"words_{rubric}", pa.float64(), f"share of words relevant to {against}; unparseable 0", True),
-        _field(f"sentence_score_{rubric}", pa.float64(), "judge's score of the response as written", True),
-        _field(
+        field(f"relevant_{rubric}", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0", True),
+        field(f"words_{rubric}", pa.float64(), f"share of words relevant to {against}; unparseable 0", True),
+        field(f"sentence_score_{rubric}", pa.float64(), "judge's score of the response as written", True),
+        field(
             f"word_labels_{rubric}",
             pa.list_(pa.int8()),
             "1 irrelevant, 2 relevant, per word as written",
             True,
         ),
-        _field(f"status_{rubric}", pa.string(), "ok; abstained or not_asked (then the four columns before are null)"),
+        field(f"status_{rubric}", pa.string(), "ok; abstained or not_asked (then the four columns before are null)"),
     ]
 
 
 GENERATIONS = pa.schema(
     [
-        _field("example_id", pa.string(), "example answered"),
-        _field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
-        _field("split", pa.string(), "eval1 or eval2"),
-        _field("model", pa.string(), "sft, tppo, ppo, ppo_sum; or the references targets and other_user"),
-        _field("response", pa.string(), "text without special tokens"),
-        _field("queries", pa.list_(pa.string()), "normalised queries, in order"),
-        _field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
-        _field("word_query", pa.list_(pa.int32()), "number of the query each word belongs to"),
-        _field("finished", pa.bool_(), "the model ended the response itself"),
-        _field("problem", pa.string(), "why the response is unparseable, else null", True),
-        _field("unparseable", pa.float64(), "1 when there is a problem"),
-        _field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True),
+        field("example_id", pa.string(), "example answered"),
+        field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
+        field("split", pa.string(), "eval1 or eval2"),
+        field("model", pa.string(), "sft, tppo, ppo, ppo_sum; or the references targets and other_user"),
+        field("response", pa.string(), "text without special tokens"),
+        field("queries", pa.list_(pa.string()), "normalised queries, in order"),
+        field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
+        field("word_query", pa.list_(pa.int32()), "number of the query each word belongs to"),
+        field("finished", pa.bool_(), "the model ended the response itself"),
+        field("problem", pa.string(), "why the response is unparseable, else null", True),
+        field("unparseable", pa.float64(), "1 when there is a problem"),
+        field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True),
         *_rubric_fields("targets", "the true next queries"),
         *_rubric_fields("history", "the history"),
-        _field("similarity", pa.float64(), "sentence_score_targets; unparseable 0", True),
+        field("similarity", pa.float64(), "sentence_score_targets; unparseable 0", True),
         *[
-            _field(name, pa.float64(), "see tppo.evaluate.metrics", True)
+            field(name, pa.float64(), "see tppo.evaluate.metrics", True)
             for name in (
                 "hit",
                 "overlap",
@@ -101,7 +98,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     if recipe.evaluate.bootstrap_samples < 100:
         raise UserError(f"evaluate.bootstrap_samples={recipe.evaluate.bootstrap_samples}: give at least 100")
     judge = choose_judge(recipe, run)
-    examples = {split: choose_examples(recipe, run, split) for split in recipe.evaluate.splits}
+    examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
     seconds: dict[str, float] = {}
@@ -119,8 +116,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
     generations = pa.concat_tables(tables)
     write_table(folder / "generations.parquet", generations, GENERATIONS)
-    metrics = build_metrics(generations.to_pylist(), recipe)
+    votes = None
+    if recipe.evaluate.vote:
+        votes = vote_rows(recipe, examples, generations.to_pylist())
+        write_table(folder / "votes.parquet", votes, VOTES)
+    metrics = build_metrics(generations.to_pylist(), recipe, votes)
     metrics["judge"] = judge.name
+    metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
     write_json(folder / "metrics.json", metrics)
     shutil.rmtree(parts)
     return {

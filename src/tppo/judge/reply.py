@@ -86,7 +86,7 @@ def check_reply(question: Question, content: str | None, finish_reason: str | No
 
 def _one_object(content: str) -> Any:
     try:
-        return json.loads(content, object_pairs_hook=_distinct_keys, parse_constant=_no_constant)
+        return json.loads(content, object_pairs_hook=_distinct_keys, parse_int=_plain_int, parse_constant=_no_constant)
     except BrokenReply:
         raise
     except (ValueError, RecursionError) as error:
@@ -99,6 +99,12 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise BrokenReply("duplicate_key", "a key occurs twice in one object")
     return found
+
+
+def _plain_int(digits: str) -> int:
+    if digits == "-0":
+        raise BrokenReply("schema", "-0 is no score")
+    return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:
