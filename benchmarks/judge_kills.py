@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,13 @@ from judge_harness import (
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill at `moment` (monotonic), `finished` being what the ledger held then; `requests` when some were sent."""
+    """A run started, killed between `signalled` and `moment` (monotonic seconds), and what the ledger held then.
+
+    `requests`: the run had sent some.
+    """
 
     started: float
+    signalled: float
     moment: float
     finished: frozenset[str]
     requests: bool
@@ -86,15 +91,17 @@ class Killer:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         if process.poll() is not None:
-            if process.returncode not in (0, 2):
+            # 2: some items failed, which is for the last run to mend; without a request, the call itself is wrong.
+            if process.returncode not in (0, 2) or server_stats(self.port)["requests"] == before:
                 raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
             self.next_items()
             return
+        signalled = time.monotonic()
         kill(process)
         moment = time.monotonic()
         self.wait_for_quiet()
         sent = server_stats(self.port)["requests"] > before
-        self.kills.append(Kill(started, moment, frozenset(finished(self.ledger)), sent))
+        self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent))
 
     def wait_for_quiet(self) -> None:
         """Until the server has noticed that the client is gone, and has logged what was under way."""
@@ -150,7 +157,7 @@ def asked_twice(kills: Sequence[Kill], log: Sequence[Request]) -> list[int]:
     counts = []
     for each in kills:
         run = [r for r in log if each.started < r.arrived <= each.moment]
-        under_way = {r.sha256 for r in run if r.ended > each.moment or r.client_gone}
+        under_way = {r.sha256 for r in run if r.ended >= each.signalled}
         answered = {r.sha256 for r in run if r.decision == "ok" and r.complete}
         open_then = (under_way | answered) - each.finished
         later = {r.sha256 for r in log if r.arrived > each.moment}
@@ -204,7 +211,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def fewest_between(kills: Sequence[Kill]) -> int:
     """Fewest verdicts that a run got stored before its kill: that the runs did move on is part of the claim."""
     states = [frozenset(), *(each.finished for each in kills if each.requests)]
-    return min((len(b - a) for a, b in zip(states, states[1:], strict=False)), default=0)
+    return min((len(b - a) for a, b in pairwise(states)), default=0)
 
 
 def main() -> None:
