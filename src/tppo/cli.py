@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate": "judge SFT and every tuned policy on users never trained on",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
+    "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
 }
 MODULES = {
     "synthetic": "tppo.logs.synthetic",
@@ -50,12 +51,17 @@ MODULES = {
     "evaluate": "tppo.evaluate.stage",
     "report": "tppo.evaluate.report",
 }
+NO_STAGE = ("serve", "agreement")  # nothing of these to make anew with --redo
 SHARED = ("run_dir", "seed", "algorithms", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
     "  tppo run recipes/demo.yaml --redo reward",
     "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
+    "agreement": "tppo agreement --config recipes/demo.yaml\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action page --agreement.answers '[anna.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.answers '[anna.csv, ben.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.other llm/labels.parquet",
 }
 
 
@@ -77,7 +83,7 @@ def stage_parser(command: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
-    if command != "serve":
+    if command not in NO_STAGE:
         parser.add_argument(
             "--redo",
             type=list[str],
@@ -187,6 +193,10 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
         from tppo.serve.app import serve
 
         serve(recipe)
+    elif command == "agreement":
+        from tppo.judge.agreement import run_action
+
+        run_action(recipe)
     else:
         stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
         for name in redo:
