@@ -227,6 +227,8 @@ def test_bad_settings_are_named(recipe: Recipe, tmp_path: Path, capsys: pytest.C
     sheet = RunFolder(recipe).path("agreement") / "sheet.csv"
     assert "names a file twice" in refuse(capsys, recipe, "compare", answers=f"[{sheet}, {sheet}]")
     assert "but a page fills in one" in refuse(capsys, recipe, "page", answers="[a.csv, b.csv]")
+    assert "give at least 1" in refuse(capsys, recipe, "compare", bootstrap_samples=0)
+    assert "cannot listen on 127.0.0.1 port 70000" in refuse(capsys, recipe, "page", port=70000)
     own = RunFolder(recipe).path("label") / "labels.parquet"
     assert "is the same file as" in refuse(capsys, recipe, "compare", other=own)
     assert "does not exist" in refuse(capsys, recipe, "compare", other=tmp_path / "none.parquet")

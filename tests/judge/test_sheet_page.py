@@ -149,6 +149,7 @@ def test_a_person_answers_by_key_and_click_and_goes_on_later(running: Any, key: 
 
         page.press("Enter")
         assert page.value(f"{WORDS}.map(b => b.textContent)") == RESPONSES[1].split()
+        assert page.value(f"{WORDS}.findIndex(b => b.ariaCurrent && b === document.activeElement)") == 0
         page.click(f"{WORDS}[0]")
         page.click(f"{WORDS}[2]")
         page.click(f"{WORDS}[2]")

@@ -219,6 +219,8 @@ def _labels_path(recipe: Recipe, run: RunFolder) -> Path:
 def compare(recipe: Recipe, run: RunFolder, folder: Path) -> None:
     """Compare every pair of raters; prints a table and writes agreement.json."""
     settings = recipe.agreement
+    if settings.bootstrap_samples < 1:
+        raise UserError(f"agreement.bootstrap_samples is {settings.bootstrap_samples}: give at least 1 (2000 is usual)")
     raters = _raters(recipe, _labels_path(recipe, run), folder)
     pairs = [compare_raters(a, b, settings.bootstrap_samples, recipe.seed) for a, b in combinations(raters, 2)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +307,8 @@ def print_pairs(pairs: Sequence[PairAgreement], out: Console) -> None:
 def _shown(estimate: IntervalEstimate, unit: str, without: str = NOT_MEASURED) -> Text:
     if estimate.value is None:
         return Text(without)
-    return Text(f"{number(estimate.value, unit)} {interval(estimate, unit)}".strip())
+    # On two lines, so that the table fits into 80 columns and no interval is broken.
+    return Text(f"{number(estimate.value, unit)}\n{interval(estimate, unit)}".strip())
 
 
 def _notes(pair: PairAgreement) -> list[str]:

@@ -89,9 +89,10 @@ def listen(host: str, port: int, section: str = "serve") -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # a port above 65535 overflows
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         way_out = "--serve.host or --serve.port" if section == "serve" else f"--{section}.port"
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): give another {way_out}") from None
+        raise UserError(f"cannot listen on {host} port {port} ({reason}): give another {way_out}") from None
     return listener
 
 
