@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -10,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tppo.config import Recipe
 from tppo.run import RunFolder, run_stage
+from tppo.serve.http import listen
 from tppo.tables import EXAMPLES, Example, write_table
 from tppo.text import Event, render_prompt, render_response
 
@@ -143,3 +148,23 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _running(app: Any) -> Iterator[str]:
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=10)
+    listener.close()
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[[Any], Any]:
+    """A function: context manager around a real uvicorn on a free port that serves an app; yields its URL."""
+    return _running

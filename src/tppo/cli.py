@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": "judge SFT and every tuned policy on users never trained on",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
+    "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
 }
 MODULES = {
     "synthetic": "tppo.logs.synthetic",
@@ -51,6 +52,12 @@ MODULES = {
     "evaluate": "tppo.evaluate.stage",
     "report": "tppo.evaluate.report",
 }
+ACTIONS = {
+    "serve": ("tppo.serve.app", "serve"),
+    "agreement": ("tppo.judge.agreement", "run_action"),
+    "ledger": ("tppo.judge.show", "show_ledger"),
+}
+"""Commands that are no stage: nothing of theirs to make anew with --redo."""
 ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
 SHARED = ("run_dir", "seed", "algorithms", "task")
 EXAMPLES = {
@@ -61,6 +68,10 @@ EXAMPLES = {
     "--judge.base_url http://127.0.0.1:11434/v1",
     "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
+    "agreement": "tppo agreement --config recipes/demo.yaml\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action page --agreement.answers '[anna.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.answers '[anna.csv, ben.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.other llm/labels.parquet",
 }
 
 
@@ -82,7 +93,7 @@ def stage_parser(command: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
-    if command not in ("serve", "ledger"):
+    if command not in ACTIONS:
         parser.add_argument(
             "--redo",
             type=list[str],
@@ -188,14 +199,9 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
     recipe, redo = parse_recipe(command, arguments)
     if command == "run":
         run_all(recipe, redo)
-    elif command == "serve":
-        from tppo.serve.app import serve
-
-        serve(recipe)
-    elif command == "ledger":
-        from tppo.judge.show import show_ledger
-
-        show_ledger(recipe)
+    elif command in ACTIONS:
+        module, function = ACTIONS[command]
+        getattr(importlib.import_module(module), function)(recipe)
     else:
         stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
         for name in redo:

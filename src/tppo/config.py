@@ -348,6 +348,30 @@ class Serve:
 
 
 @dataclass
+class Agreement:
+    """Check the labels against people's, or against another judge's (the paper's App. I)."""
+
+    action: Literal["export", "page", "compare"] = "export"
+    """export: write a blind sheet; page: fill it in by clicking, in a browser on this machine; compare: measure
+    the agreement of the labels with the answered sheets, or with another judge's labels."""
+    labels: str = ""
+    """labels.parquet to check. Empty: the run's own."""
+    rubric: Rubric = "targets"
+    """What relevance is judged against: the true next queries, or the history."""
+    examples: int = 60
+    """Labelled responses on the sheet, drawn with the seed (paper: 60)."""
+    answers: list[str] = field(default_factory=list)
+    """Answered sheets, one per person (page: the one to fill in). Empty: the exported sheet itself, unless
+    `other` is given."""
+    other: str = ""
+    """labels.parquet of another judge on the same responses."""
+    port: int = 8001
+    """Port of the page; it listens on this machine only."""
+    bootstrap_samples: int = 2000
+    """Bootstrap resamples of responses for the 95% intervals."""
+
+
+@dataclass
 class Recipe:
     """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
 
@@ -369,3 +393,4 @@ class Recipe:
     rl: RL = field(default_factory=RL)
     evaluate: Evaluate = field(default_factory=Evaluate)
     serve: Serve = field(default_factory=Serve)
+    agreement: Agreement = field(default_factory=Agreement)

@@ -6,7 +6,6 @@ import hashlib
 import random
 
 import numpy as np
-import torch
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
@@ -21,6 +20,8 @@ def rng(seed: int, *names: str | int) -> np.random.Generator:
 
 def seed_everything(seed: int, *names: str | int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
+    import torch  # here: commands that only draw with `rng` should start without torch
+
     value = stream_seed(seed, *names)
     random.seed(value)
     np.random.seed(value % 2**32)

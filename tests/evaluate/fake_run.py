@@ -35,13 +35,17 @@ TOPICS = {
 SKILL = {"sft": 0.4, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66}
 
 
+JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
+
+
 class WordOverlapJudge:
     """A judge with a rule a reader can work out by hand: a word is relevant when a reference text holds it, a
     response when at least half of its words are."""
 
     name = "word-overlap-v1"
+    rubrics: tuple[Rubric, ...] = ("targets", "history")
 
-    def judge(self, items: Sequence[JudgeItem], rubric: Rubric) -> list[Verdict]:
+    def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         return [self._one(item, rubric) for item in items]
 
     def _one(self, item: JudgeItem, rubric: Rubric) -> Verdict:
@@ -146,7 +150,7 @@ def make_run(
             for seed, model in enumerate(("sft", *algorithms, "targets", "other_user")):
                 rows += generation_rows(chosen, model, seed)
         write_table(folder / "generations.parquet", rows, GENERATIONS)
-        write_json(folder / "metrics.json", {**build_metrics(rows, recipe), "judge": "word-overlap-v1"})
+        write_json(folder / "metrics.json", {**build_metrics(rows, recipe), **JUDGE})
     return recipe, run
 
 

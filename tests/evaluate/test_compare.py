@@ -30,7 +30,7 @@ def answers(model: str, texts: list[str], finished: list[bool] | None = None) ->
 def metrics(tmp_path: Path) -> Metrics:
     rows = answers("sft", [BAD, BAD, HALF, GOOD], [True, True, True, False])
     rows += answers("tppo", [GOOD, GOOD, GOOD, ""])
-    return Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), "judge": "j"})
+    return Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
 
 
 def test_rates_count_unparseable_answers_as_irrelevant(metrics: Metrics):
@@ -65,7 +65,7 @@ def test_paired_scores_are_label_plus_word_share():
 def test_abstentions_are_counted_and_left_out(tmp_path: Path):
     rows = answers("sft", [GOOD] * 4) + answers("tppo", [GOOD] * 4)
     rows[0] |= {"relevant_targets": None, "words_targets": None, "status_targets": "abstained"}
-    found = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), "judge": "j"})
+    found = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
     assert found.cell("eval1", "sft", "relevant_targets").examples == 3
     assert found.difference("eval1", "tppo", "sft", "relevant_targets").examples == 3
     assert any("abstained 1 times" in note for note in present.cautions(found, "eval1", {}))

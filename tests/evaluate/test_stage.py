@@ -37,11 +37,12 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
     with run.stage("prepare") as (folder, _):
         write_table(folder / "examples.parquet", [fake_run._example_row(e) for e in examples], EXAMPLES)
     for name in ("sft", "sample", "label", "reward", "rl_ppo", "rl_tppo"):
-        with run.stage(name) as (folder, _):
+        with run.stage(name) as (folder, facts):
             if name in ("sft", "rl_ppo"):
                 shutil.copytree(policy, folder / "model")
             if name == "label":
                 shutil.copy(judge_file, folder)
+                facts["judge"] = "embedding-v1/minilm"
             if name == "rl_tppo":
                 model, tokenizer = load_policy(policy)
                 torch.manual_seed(3)

@@ -25,7 +25,8 @@ from tppo.errors import UserError
 from tppo.models import load_policy
 from tppo.run import RunFolder
 from tppo.serve import app as app_module
-from tppo.serve.app import create_app, is_loopback, serve
+from tppo.serve.app import create_app, serve
+from tppo.serve.http import SECURITY_HEADERS, is_loopback
 
 TASK = Task(num_queries=3, history_events=4, max_prompt_tokens=200, max_response_tokens=12)
 HISTORY = [{"kind": "search", "text": "Tomato   SEEDS"}, {"kind": "click", "text": "garden shed"}]
@@ -125,7 +126,7 @@ def test_bodies_are_bounded_before_they_are_read(client: TestClient):
 def test_every_reply_carries_the_security_headers(client: TestClient):
     replies = [client.get("/"), client.get("/healthz"), ask(client, history=[]), client.get("/nowhere")]
     for reply in replies:
-        for name, value in app_module.SECURITY_HEADERS.items():
+        for name, value in SECURITY_HEADERS.items():
             assert reply.headers[name] == value
     assert client.get("/docs").status_code == 404  # its scripts would come from elsewhere
 
@@ -189,19 +190,10 @@ def test_is_loopback(host: str, expected: bool):
 
 
 @pytest.fixture(scope="module")
-def server(models: dict[str, tuple[Any, Any]]) -> Iterator[str]:
+def server(models: dict[str, tuple[Any, Any]], running: Any) -> Iterator[str]:
     """A real uvicorn on a free port."""
-    listener = app_module._listen("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(models, TASK, 0.7), log_level="warning", access_log=False)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    running.should_exit = True
-    thread.join(timeout=10)
-    listener.close()
+    with running(create_app(models, TASK, 0.7)) as url:
+        yield url
 
 
 def test_a_real_server_answers(server: str):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tppo.evaluate.compare import DISPLAY, POOLED
 from tppo.evaluate.metrics import BY_NAME, FORM, RELEVANCE, TRUTH, Metric
-from tppo.evaluate.stats import FEW_USERS, Estimate, verdict
+from tppo.evaluate.stats import FEW_USERS, Estimate, IntervalEstimate, verdict
 
 NOT_MEASURED = "not measured"
 SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
@@ -93,7 +93,7 @@ def number(value: float | None, unit: str = "number") -> str:
     return f"{100 * value:.1f}" if unit == "rate" else f"{value:.2f}"
 
 
-def interval(estimate: Estimate, unit: str = "number", signed: bool = False) -> str:
+def interval(estimate: IntervalEstimate, unit: str = "number", signed: bool = False) -> str:
     """ "[55.0, 68.2]", or an empty string when there is none."""
     if estimate.low is None or estimate.high is None:
         return ""

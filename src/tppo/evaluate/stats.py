@@ -1,14 +1,15 @@
-"""Intervals by a bootstrap over users, paired across models.
+"""Intervals by a bootstrap over clusters: users in the evaluation, responses in the label check.
 
 Responses to one user resemble each other, so users (clusters) are drawn with replacement, not responses. All
 models are measured on the same examples and the same draws: the difference of two models is taken within each
-draw, so what is common to both (easy users, hard users) cancels out.
+draw, so what is common to both (easy users, hard users) cancels out. The words of a response resemble each other
+as well: the label check (`tppo.judge.agreement`) draws responses, not words.
 
 Percentile intervals after Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; clusters
 as in Field and Welsh, Bootstrapping clustered data, JRSS B 69 (2007). They are a little narrow for few users:
 the report says so below 30.
 
-Shapes: N examples, U users, B draws.
+Shapes: N examples (or words), C clusters, K summed columns, B draws.
 """
 
 from __future__ import annotations
@@ -25,80 +26,99 @@ _BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95% interval. All three numbers are None when nothing was measured.
+class IntervalEstimate:
+    """A number with its 95% interval. All three are None when nothing was measured.
 
-    `low` and `high` alone are None when there is only one user: one cluster shows no spread.
+    `low` and `high` alone are None when there is only one cluster: it shows no spread.
     """
 
     value: float | None
     low: float | None
     high: float | None
-    examples: int
-    users: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class UserBootstrap:
-    """Draws of users with replacement, the same ones for every number asked of it."""
+@dataclass(frozen=True)
+class Estimate(IntervalEstimate):
+    """A mean over users' examples, and how many were measured."""
 
-    def __init__(self, user_ids: Sequence[str], draws: int, seed: int) -> None:
-        """`user_ids` (N): the user of each example, in the order of all values given later."""
-        names, inverse = np.unique(np.asarray(user_ids, dtype=object).astype(str), return_inverse=True)
-        self.user_of_N = inverse.reshape(-1)
-        self.users = len(names)
+    examples: int
+    users: int
+
+
+class ClusterBootstrap:
+    """Draws of clusters with replacement, the same ones for every number asked of it."""
+
+    def __init__(self, cluster_ids: Sequence[str], draws: int, seed: int) -> None:
+        """`cluster_ids` (N): the cluster of each example, in the order of all values given later."""
+        names, inverse = np.unique(np.asarray(cluster_ids, dtype=object).astype(str), return_inverse=True)
+        self.cluster_of_N = inverse.reshape(-1)
+        self.clusters = len(names)
         self.draws = draws
         self.seed = seed
         self._kept: np.ndarray | None = None  # all draws, when they fit into one block
 
+    def sums(self, columns_NK: np.ndarray) -> np.ndarray:
+        """Sums (C, K) of the columns in each cluster."""
+        assert len(columns_NK) == len(self.cluster_of_N), (len(columns_NK), len(self.cluster_of_N))
+        return np.stack([np.bincount(self.cluster_of_N, column_N, self.clusters) for column_N in columns_NK.T], axis=1)
+
+    def drawn_totals(self, sums_CK: np.ndarray) -> np.ndarray:
+        """Totals (B, K) of the columns in each draw: any statistic of totals can be bootstrapped from them."""
+        return np.concatenate([weights_BC @ sums_CK for weights_BC in self._weights()])
+
+    def _weights(self) -> Iterator[np.ndarray]:
+        """How often each cluster is drawn, in blocks of draws (the seed makes them the same for every call)."""
+        generator = np.random.default_rng(self.seed)
+        block = max(1, _BLOCK // self.clusters)
+        for start in range(0, self.draws, block):
+            if self._kept is not None:
+                yield self._kept
+                return
+            size = min(block, self.draws - start)
+            chances_C = np.full(self.clusters, 1 / self.clusters)
+            weights_BC = generator.multinomial(self.clusters, chances_C, size).astype(float)
+            if size == self.draws:
+                self._kept = weights_BC
+            yield weights_BC
+
+
+def percentile_interval(value: float, drawn_B: np.ndarray) -> IntervalEstimate:
+    """`value` with the percentiles of its draws; a draw in which it is undefined (NaN) is left out."""
+    defined = drawn_B[~np.isnan(drawn_B)]
+    if not len(defined):
+        return IntervalEstimate(value, None, None)
+    low, high = np.percentile(defined, LEVEL)
+    return IntervalEstimate(value, float(low), float(high))
+
+
+class UserBootstrap(ClusterBootstrap):
+    """Means over examples, with users as the clusters."""
+
     def mean(self, values_N: Sequence[float | None] | np.ndarray) -> Estimate:
         """Mean over the measured examples (None and NaN are not measured) and its interval."""
         values = _as_float(values_N)
-        assert len(values) == len(self.user_of_N), (len(values), len(self.user_of_N))
         measured = ~np.isnan(values)
         examples = int(measured.sum())
         if not examples:
             return Estimate(None, None, None, 0, 0)
-        sums_U = np.bincount(self.user_of_N, np.where(measured, values, 0.0), self.users)
-        counts_U = np.bincount(self.user_of_N, measured, self.users)
-        users = int((counts_U > 0).sum())
+        sums_U2 = self.sums(np.stack([np.where(measured, values, 0.0), measured], axis=1))
+        users = int((sums_U2[:, 1] > 0).sum())
         value = float(values[measured].mean())
         if users < 2:
             return Estimate(value, None, None, examples, users)
-        means_B = self._means(sums_U, counts_U)
-        low, high = np.nanpercentile(means_B, LEVEL)
-        return Estimate(value, float(low), float(high), examples, users)
+        totals_B, counts_B = self.drawn_totals(sums_U2).T
+        counts_B[counts_B == 0] = np.nan  # a draw that holds no measured example
+        found = percentile_interval(value, totals_B / counts_B)
+        return Estimate(value, found.low, found.high, examples, users)
 
     def difference(
         self, a_N: Sequence[float | None] | np.ndarray, b_N: Sequence[float | None] | np.ndarray
     ) -> Estimate:
         """Mean of a - b over the examples where both were measured, and its interval."""
         return self.mean(_as_float(a_N) - _as_float(b_N))
-
-    def _means(self, sums_U: np.ndarray, counts_U: np.ndarray) -> np.ndarray:
-        """Mean of each draw (B); NaN for a draw that holds no measured example."""
-        means = []
-        for weights_BU in self._weights():
-            totals_B = weights_BU @ counts_U
-            totals_B[totals_B == 0] = np.nan
-            means.append((weights_BU @ sums_U) / totals_B)
-        return np.concatenate(means)
-
-    def _weights(self) -> Iterator[np.ndarray]:
-        """How often each user is drawn, in blocks of draws (the seed makes them the same for every call)."""
-        generator = np.random.default_rng(self.seed)
-        block = max(1, _BLOCK // self.users)
-        for start in range(0, self.draws, block):
-            if self._kept is not None:
-                yield self._kept
-                return
-            size = min(block, self.draws - start)
-            weights_BU = generator.multinomial(self.users, np.full(self.users, 1 / self.users), size).astype(float)
-            if size == self.draws:
-                self._kept = weights_BU
-            yield weights_BU
 
 
 def verdict(difference: Estimate, better: str = "higher") -> str:

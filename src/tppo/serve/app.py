@@ -6,9 +6,6 @@ authentication of its own: put a gateway in front of it before opening it to a n
 
 from __future__ import annotations
 
-import ipaddress
-import json
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,35 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
-import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tppo.config import Algorithm, Recipe, Task
-from tppo.errors import UserError
 from tppo.models import load_policy
 from tppo.policy.generate import generate
 from tppo.progress import console
 from tppo.run import RunFolder
+from tppo.serve.http import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
 from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_response
 
 MAX_EVENTS = 100
 MAX_TEXT_CHARS = 500
-MAX_BODY_BYTES = 1_000_000
-# `unsafe-inline`: the page is one file with its script and style inside; nothing from outside is allowed.
-SECURITY_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 DISPLAY = {"sft": "SFT", "ppo": "PPO", "ppo_sum": "PPO (token sum)", "tppo": "TPPO"}
 
 
@@ -101,8 +84,7 @@ def create_app(
     Args:
         models: name -> (causal language model, tokenizer), in the order shown on the page.
         temperature: sampling temperature; 0 is greedy.
-        allowed_hosts: values of the Host header to answer; on loopback this keeps foreign web pages from
-            reaching the server through a name they control.
+        allowed_hosts: values of the Host header to answer (`tppo.serve.http.secure`).
     """
     assert models, "no model to serve"
     app = FastAPI(title="tppo", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere
@@ -132,13 +114,7 @@ def create_app(
             answer.queries = answer.queries[: request.num]
         return answers[request.model] if request.model is not None else Suggestions(suggestions=answers)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        response = _refuse_body(request) or await call_next(request)
-        response.headers.update(SECURITY_HEADERS)
-        return response
-
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
+    secure(app, allowed_hosts)
     return app
 
 
@@ -168,18 +144,6 @@ def _invalid(field: str, message: str, value: Any) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": value}])
 
 
-def _refuse_body(request: Request) -> Response | None:
-    """413 for a body that is too large, 411 for one that does not say how large it is."""
-    if request.method in ("GET", "HEAD"):
-        return None
-    length = request.headers.get("content-length")
-    if length is None or not length.isdigit():
-        return JSONResponse({"detail": "give a Content-Length"}, status_code=411)
-    if int(length) > MAX_BODY_BYTES:
-        return JSONResponse({"detail": f"the body is larger than {MAX_BODY_BYTES} bytes"}, status_code=413)
-    return None
-
-
 def _page(names: list[str], task: Task, temperature: float) -> str:
     facts = {
         "models": [{"name": name, "label": DISPLAY.get(name, name)} for name in names],
@@ -189,16 +153,7 @@ def _page(names: list[str], task: Task, temperature: float) -> str:
         "max_events": MAX_EVENTS,
         "max_text_chars": MAX_TEXT_CHARS,
     }
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    return template.replace("/*FACTS*/{}", json.dumps(facts).replace("<", "\\u003c"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return render_page(Path(__file__).parent / "page.html", facts)
 
 
 def serve(recipe: Recipe) -> None:
@@ -215,7 +170,7 @@ def serve(recipe: Recipe) -> None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:
             folders[algorithm] = run.path(stage) / "model"
-    listener = _listen(recipe.serve.host, recipe.serve.port)
+    listener = listen(recipe.serve.host, recipe.serve.port)
     try:
         loopback = is_loopback(recipe.serve.host)
         if not loopback:
@@ -226,26 +181,9 @@ def serve(recipe: Recipe) -> None:
             )
         dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
         models = {name: load_policy(folder, dtype=dtype) for name, folder in folders.items()}
-        hosts = ["127.0.0.1", "localhost", "::1", "[::1]", recipe.serve.host] if loopback else ["*"]
+        hosts = [*LOOPBACK_NAMES, recipe.serve.host] if loopback else ["*"]
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on http://{shown}:{port}/ (Ctrl+C stops)")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on {address_of(listener)} (Ctrl+C stops)")
+        run_server(app, listener)
     finally:
         listener.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket; bound before the models load, so that a busy port is told at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror}): give another --serve.host or --serve.port"
-        ) from None
-    return listener

@@ -1,0 +1,302 @@
+"""The blind sheet: labelled responses without their labels, for people to label again.
+
+Two files in `<run_dir>/agreement/`:
+
+- sheet.csv, what a person fills in: one row per word of a response and one for the whole response. UTF-8 with a
+  byte-order mark (or Excel takes it for Latin-1), commas, one line per row.
+
+  | column | holds |
+  |---|---|
+  | item | number of the response in the sheet, from 1; the order is drawn with the seed |
+  | question | `word` or `response`: what the row asks about |
+  | i | number of the word in the response, from 0; empty for the whole response |
+  | text | the word, or the whole response |
+  | label | to fill in: 1 relevant, 0 not relevant, empty not answered |
+  | response | the whole response, its queries separated by ` | ` |
+  | against | what to compare with: the true next queries, or the history (rubric) |
+
+- sheet.json, the key: hash of the labels file, seed, rubric, and which response is which item.
+
+Neither holds a label, a score, a judge's name or the model that wrote the response.
+
+Every text stands in [brackets], which are no part of it. A cell that begins with = + - @ or a tab would be run
+as a formula by a spreadsheet (OWASP, CSV Injection), and 1/2 or 007 would become a date or a 7. OWASP's leading
+apostrophe is eaten by some spreadsheets and kept by others; brackets are kept by all, so what comes back is what
+went out. A sheet that comes back with any other change is refused, never repaired.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tppo.config import Rubric
+from tppo.errors import UserError
+from tppo.judge.raters import Answer, Judged, Rater, ResponseKey, read_judge
+from tppo.judge.record import split_response
+from tppo.run import sha256_file, write_json, write_text
+from tppo.seeding import rng
+from tppo.tables import Example
+from tppo.text import Word, render_history
+
+SHEET, KEY = "sheet.csv", "sheet.json"
+COLUMNS = ("item", "question", "i", "text", "label", "response", "against")
+_LABEL = COLUMNS.index("label")
+_LABELS = {"0": 0, "1": 1, "": None}
+_BOM = "\ufeff"
+
+BinaryLabel = Annotated[int, Field(strict=True, ge=0, le=1)]
+
+
+class SheetItem(BaseModel):
+    """A response of the sheet. `against`: the texts it is to be compared with, one per query or event."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    example_id: str
+    sample: int
+    response: str
+    against: list[str]
+
+    @property
+    def key(self) -> ResponseKey:
+        return self.example_id, self.sample
+
+    @property
+    def words(self) -> list[Word]:
+        return split_response(self.response).words
+
+    @property
+    def queries(self) -> list[list[str]]:
+        """The words of each query."""
+        queries: list[list[str]] = []
+        for word in self.words:
+            if word.query == len(queries):
+                queries.append([])
+            queries[word.query].append(word.text)
+        return queries
+
+
+class SheetKey(BaseModel):
+    """sheet.json. `items` is in the order of the sheet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    version: Literal[1]
+    rubric: Rubric
+    seed: int
+    labels: str
+    labels_sha256: str
+    items: list[SheetItem]
+
+
+class ItemAnswers(BaseModel):
+    """A person's answers about one response: 1 relevant, 0 not, None not answered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    words: list[BinaryLabel | None]
+    sentence: BinaryLabel | None
+
+
+class _Row(NamedTuple):
+    """A question of the sheet: its cells (the label empty), and what it asks about."""
+
+    cells: tuple[str, ...]
+    item: int
+    word: int | None
+
+
+def make_key(labels: Path, rubric: Rubric, count: int, seed: int, examples: Sequence[Example]) -> SheetKey:
+    """Draw `count` labelled responses with the seed and put them in random order.
+
+    Raises:
+        UserError: fewer than `count` responses have a label; an example is missing.
+    """
+    judge = read_judge(labels, rubric)
+    # Sorted, so that the draw depends on the responses and not on their order in the file.
+    keys = sorted(key for key, judged in judge.judged.items() if judged.sentence in (0, 1))
+    if not 0 < count <= len(keys):
+        raise UserError(
+            f"agreement.examples is {count}, but {labels} has {len(keys)} labelled responses of rubric '{rubric}': "
+            f"give a number from 1 to {len(keys)}"
+        )
+    drawn = [keys[i] for i in rng(seed, "agreement", rubric).permutation(len(keys))[:count]]
+    by_id = {example.example_id: example for example in examples}
+    if unknown := [example_id for example_id, _ in drawn if example_id not in by_id]:
+        raise UserError(
+            f"{labels} has labels of example {unknown[0]}, which the run's prepare/examples.parquet lacks: give the "
+            "--run_dir whose examples these labels belong to"
+        )
+    items = [
+        SheetItem(
+            example_id=example_id,
+            sample=sample,
+            response=judge.judged[example_id, sample].response,
+            against=_against(by_id[example_id], rubric),
+        )
+        for example_id, sample in drawn
+    ]
+    return SheetKey(version=1, rubric=rubric, seed=seed, labels=str(labels), labels_sha256=judge.sha256, items=items)
+
+
+def _against(example: Example, rubric: Rubric) -> list[str]:
+    if rubric == "targets":
+        return example.targets
+    return [render_history([event]) for event in example.history]
+
+
+def export_sheet(folder: Path, key: SheetKey) -> Path:
+    """Write the blank sheet and its key; returns the sheet's path.
+
+    Raises:
+        UserError: there is a sheet or a key already: it may hold answers.
+    """
+    for name in (SHEET, KEY):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name} exists and may hold or explain people's answers: move or delete {folder} to export "
+                "another sheet"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / KEY, key.model_dump())
+    write_sheet(folder / SHEET, key, blank_answers(key))
+    return folder / SHEET
+
+
+def read_key(folder: Path) -> SheetKey:
+    """The key of the run's sheet.
+
+    Raises:
+        UserError: no sheet was exported, or the key was edited.
+    """
+    path = folder / KEY
+    if not path.exists():
+        raise UserError(f"{path} does not exist: export a sheet first (`tppo agreement --agreement.action export`)")
+    try:
+        return SheetKey.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole file"
+        raise UserError(
+            f"{path} is not the key of a sheet ({place}: {first['msg']}): restore it, or move {folder} away and export "
+            "a new sheet"
+        ) from None
+
+
+def blank_answers(key: SheetKey) -> list[ItemAnswers]:
+    """Nothing answered yet."""
+    return [ItemAnswers(words=[None] * len(item.words), sentence=None) for item in key.items]
+
+
+def write_sheet(path: Path, key: SheetKey, answers: Sequence[ItemAnswers]) -> None:
+    """Write the sheet with `answers` (one per item) filled in; the file appears whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerow(COLUMNS)
+    for row in _rows(key):
+        given = answers[row.item]
+        label = given.sentence if row.word is None else given.words[row.word]
+        writer.writerow([*row.cells[:_LABEL], "" if label is None else label, *row.cells[_LABEL + 1 :]])
+    write_text(path, _BOM + text.getvalue())
+
+
+def read_sheet(path: Path, key: SheetKey) -> list[ItemAnswers]:
+    """A filled sheet's answers, one per item of the key. Rows may come in any order.
+
+    Raises:
+        UserError: missing, doubled, foreign or changed rows, or a label that is not 1, 0 or empty; names file,
+            line and what to do. Nothing is repaired. No text of the sheet is quoted: it is somebody's searches.
+    """
+    expected = {row.cells[:3]: row for row in _rows(key)}
+    words: list[list[int | None]] = [[None] * len(item.words) for item in key.items]
+    sentences: list[int | None] = [None] * len(key.items)
+    lines: dict[tuple[str, ...], int] = {}
+    for line, cells in _csv_rows(path):
+        where = f"{path} line {line}"
+        row = expected.get(cells[:3])
+        if row is None:
+            raise UserError(f"{where} (columns item, question, i) is no row of {KEY}: {_RESTORE}")
+        if cells[:3] in lines:
+            raise UserError(f"{where} repeats line {lines[cells[:3]]}: delete one of the two")
+        lines[cells[:3]] = line
+        for column, (found, wanted) in enumerate(zip(cells, row.cells, strict=True)):
+            if column != _LABEL and found != wanted:
+                raise UserError(f"{where}: column '{COLUMNS[column]}' is not as exported: {_RESTORE}")
+        if cells[_LABEL] not in _LABELS:
+            raise UserError(f"{where}: label {cells[_LABEL]!r} is not 1, 0 or empty: correct it")
+        if row.word is None:
+            sentences[row.item] = _LABELS[cells[_LABEL]]
+        else:
+            words[row.item][row.word] = _LABELS[cells[_LABEL]]
+    if missing := [identity for identity in expected if identity not in lines]:
+        item, question, i = missing[0]
+        raise UserError(
+            f"{path} lacks {len(missing)} rows (first: item {item}, question {question}{i and ', i ' + i}): {_RESTORE}"
+        )
+    return [ItemAnswers(words=words[n], sentence=sentences[n]) for n in range(len(key.items))]
+
+
+_RESTORE = (
+    "only the column 'label' may be changed. Put the exported row back, or check that this sheet and the key come "
+    "from the same export"
+)
+
+
+def _csv_rows(path: Path) -> list[tuple[int, tuple[str, ...]]]:
+    """Line numbers and cells of a sheet file, the heading checked and left out."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give the answered sheets in --agreement.answers")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV UTF-8") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        # A line with nothing on it, not even commas, is no row to the csv module; the last line often is one.
+        rows = [(reader.line_num, tuple(cells)) for cells in reader if cells]
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV ({error}): {_RESTORE}") from None
+    if not rows or rows[0][1] != COLUMNS:
+        raise UserError(
+            f"{path} line 1 is not the heading {','.join(COLUMNS)}: it is not an exported sheet, or was saved with "
+            "another separator than the comma"
+        )
+    for line, cells in rows[1:]:
+        if len(cells) != len(COLUMNS):
+            raise UserError(f"{path} line {line} has {len(cells)} columns, not {len(COLUMNS)}: {_RESTORE}")
+    return rows[1:]
+
+
+def read_person(path: Path, key: SheetKey) -> Rater:
+    """A filled sheet as a rater, named after its file."""
+    judged = {
+        item.key: Judged(item.response, tuple(map(_answer, given.words)), _answer(given.sentence))
+        for item, given in zip(key.items, read_sheet(path, key), strict=True)
+    }
+    return Rater(path.stem, "person", path, sha256_file(path), judged)
+
+
+def _answer(label: int | None) -> Answer:
+    if label is None:
+        return "unanswered"
+    return 1 if label else 0
+
+
+def _rows(key: SheetKey) -> list[_Row]:
+    """Every question of the sheet, in its order: the words of a response, then the whole."""
+    rows = []
+    for number, item in enumerate(key.items):
+        response = _cell(" | ".join(" ".join(words) for words in item.queries))
+        against = _cell(" | ".join(" ".join(text.split()) for text in item.against))
+        for i, word in enumerate(item.words):
+            cells = (str(number + 1), "word", str(i), _cell(word.text), "", response, against)
+            rows.append(_Row(cells, number, i))
+        rows.append(_Row((str(number + 1), "response", "", response, "", response, against), number, None))
+    return rows
+
+
+def _cell(text: str) -> str:
+    return f"[{text}]"
