@@ -167,11 +167,12 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
         | dict(zip(("value", "low", "high"), numbers, strict=True))
         for name, numbers in cells.items()
     ]
-    wins = [{"scope": "eval1", "model": "tppo", "than": "sft", "rubric": "targets", "win": None}]
+    wins = [{"scope": "eval1", "model": "tppo", "than": "sft", "rubric": "targets", "by": "scores", "win": None}]
     row = {"scope": "eval1", "model": "sft", "metric": "relevant_targets", "examples": 90, "users": 90}
     rows = [{**row, "value": 0.4, "low": 0.3, "high": 0.5}]
     return Metrics(
         {
+            **fake_run.JUDGE,
             "headline": "relevant_targets",
             "check": "relevant_history",
             "scopes": ["eval1"],
