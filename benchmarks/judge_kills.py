@@ -152,14 +152,18 @@ def lost(kills: Sequence[Kill], last: set[str]) -> set[str]:
     return missing
 
 
+def under_way(each: Kill, log: Sequence[Request]) -> set[str]:
+    """Contents that the server was busy with when the client died."""
+    return {r.sha256 for r in log if r.arrived <= each.moment and r.ended >= each.signalled}
+
+
 def asked_twice(kills: Sequence[Kill], log: Sequence[Request]) -> list[int]:
     """For each kill: contents under way then, or answered and not stored, that were asked again later."""
     counts = []
     for each in kills:
         run = [r for r in log if each.started < r.arrived <= each.moment]
-        under_way = {r.sha256 for r in run if r.ended >= each.signalled}
         answered = {r.sha256 for r in run if r.decision == "ok" and r.complete}
-        open_then = (under_way | answered) - each.finished
+        open_then = (under_way(each, run) | answered) - each.finished
         later = {r.sha256 for r in log if r.arrived > each.moment}
         counts.append(len(open_then & later))
     return counts
@@ -183,6 +187,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     log, kills = read_log(log_path), killer.kills
     done = {sha256 for sha256, status in states.items() if status in FINISHED}
     twice = asked_twice(kills, log)
+    open_at_kills = [len(under_way(each, log)) for each in kills if each.requests]
     labels: Counter[str] = Counter()
     for run_dir in killer.run_dirs:
         labels.update(check_labels(run_dir))
@@ -197,6 +202,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "verdicts_lost": len(lost(kills, done)),
         "finished_verdicts_asked_again": len(asked_again(kills, log)),
         "asked_again_within_a_run": len(asked_again_within_a_run(kills, log)),
+        "in_flight_at_a_kill_mean": sum(open_at_kills) / len(open_at_kills),
+        "in_flight_at_a_kill_most": max(open_at_kills),
         "in_flight_asked_twice_total": sum(twice),
         "in_flight_asked_twice_most_at_a_kill": max(twice, default=0),
         "concurrency": arguments.concurrency,
@@ -219,7 +226,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5, help="kills to land while requests are under way")
     parser.add_argument("--items", type=int, default=400, help="items of a run; more are made when they are used up")
     parser.add_argument(
-        "--kill_within", type=float, default=1.0, help="latest kill, seconds after a run's first request"
+        "--kill_within", type=float, default=2.0, help="latest kill, seconds after a run's first request"
     )
     parser.add_argument("--early_share", type=float, default=0.05, help="share of kills that aim at the start-up")
     parser.add_argument("--early_within", type=float, default=3.0, help="latest of those, seconds after the start")

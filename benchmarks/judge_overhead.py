@@ -82,7 +82,7 @@ class Bench:
         self.runs += 1
         log, ledger = self.folder / f"log{self.runs}.jsonl", self.folder / f"ledger{self.runs}.sqlite"
         with spawned(self.server(log, bodies)) as port:
-            options = ("--redo", "label", *transport_options(self.arguments))
+            options = ("--redo+", "label", *transport_options(self.arguments))
             status = Labelling(self.run_dir, port, ledger, options).start(self.folder / "label.log").wait()
         labels = check_labels(self.run_dir)
         if status or labels.get("equal") != self.arguments.items:

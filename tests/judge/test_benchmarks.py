@@ -67,6 +67,7 @@ def test_asked_twice_counts_what_was_under_way_or_answered_but_not_stored():
     ]
     names = ("answered", "open", "failed before", "timed out before")
     later = [request(name, 2.0, 2.1) for name in names]
+    assert judge_kills.under_way(kill(1), first) == {"open"}
     assert judge_kills.asked_twice([kill(1, "stored")], [*first, *later]) == [2]
     assert judge_kills.asked_twice([kill(1, "stored"), kill(3, *names, started=1.5)], [*first, *later]) == [2, 0]
 
