@@ -12,7 +12,8 @@ compared, so two people's answers tell how well people agree at all: no judge ca
 Questions one side did not answer (abstained, judged whole responses only, left empty) are counted and left out.
 
 Intervals: 95% percentile bootstrap with responses as clusters (`tppo.evaluate.stats`), because the words of
-one response are not independent.
+one response are not independent. Several responses to one user count as independent; with many of them
+the intervals are too narrow.
 
 Shapes: N questions, B draws; 4 cells of a confusion table in the order of CELLS.
 """

@@ -84,15 +84,16 @@ def listen(host: str, port: int, section: str = "serve") -> socket.socket:
     Raises:
         UserError: the address cannot be had; names the settings of `section` to change.
     """
+    way_out = "--serve.host or --serve.port" if section == "serve" else f"--{section}.port"
+    if not 0 <= port <= 65535:  # getaddrinfo would silently take it modulo 65536
+        raise UserError(f"cannot listen on {host} port {port} (ports go from 0 to 65535): give another {way_out}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:  # a port above 65535 overflows
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        way_out = "--serve.host or --serve.port" if section == "serve" else f"--{section}.port"
-        raise UserError(f"cannot listen on {host} port {port} ({reason}): give another {way_out}") from None
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): give another {way_out}") from None
     return listener
 
 
