@@ -71,13 +71,6 @@ BODIES: dict[str, tuple[Any, str]] = {
     "deep nesting": (b"[" * 100_000, "failed"),
     "a number of 6,000 digits": (b'{"created": ' + b"9" * 6_000 + b"}", "failed"),
 }
-# Found with this file; the marks go when the transport is mended (strict: a mended one shows).
-CRASHES = {
-    *("usage empty", "usage of nulls", "usage a string", "usage beyond 64 bits", "content with a lone surrogate"),
-    *("content a list", "content a number", "content an object", "message null", "message a string"),
-    *("message missing", "choice null", "choice a string", "choices a string", "no UTF-8", "deep nesting"),
-    "a number of 6,000 digits",
-}
 RETRY_AFTER = ["junk", "-5", "nan", "inf", "Mon, 99 Foo", "Fri, 31 Dec 9999 23:59:59 GMT", "1 0", "", "9" * 400]
 
 
@@ -134,11 +127,7 @@ def outcome(server: Answering, tmp_path: Any) -> str:
     return verdict.status
 
 
-def _marked(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in CRASHES else name
-
-
-@pytest.mark.parametrize("name", [_marked(name) for name in BODIES])
+@pytest.mark.parametrize("name", BODIES)
 def test_bodies(server, tmp_path, name):
     body, expected = BODIES[name]
     server.body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -159,7 +148,6 @@ def test_error_bodies(server, tmp_path, status, body):
     assert outcome(server, tmp_path) == "failed"
 
 
-@pytest.mark.xfail(strict=True, reason="the words of the server go into SQLite as they are")
 def test_error_words_with_a_lone_surrogate(server, tmp_path):
     server.status, server.body = 500, b'{"error": {"message": "m\\ud800"}}'
     assert outcome(server, tmp_path) == "failed"

@@ -15,7 +15,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +139,7 @@ class JudgeLedger:
             self.connection.execute(
                 "INSERT INTO attempts (key, model, started, seconds, outcome, problem, reply, prompt_tokens, "
                 "reply_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, model, *attempt.__dict__.values()),
+                (key, model, *map(_storable, astuple(attempt))),
             )
             if outcome:
                 verdict = None if outcome.verdict is None else json.dumps(outcome.verdict, ensure_ascii=False)
@@ -147,7 +147,7 @@ class JudgeLedger:
                     "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         *(key, model, question.template, TEMPLATE_VERSION, question.rubric, question.content_sha256),
-                        *(outcome.status, verdict, outcome.problem, time.time()),
+                        *(outcome.status, verdict, _storable(outcome.problem), time.time()),
                     ),
                 )
 
@@ -200,6 +200,11 @@ class JudgeLedger:
         cursor = self.connection.execute(query)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def _storable(value: Any) -> Any:
+    """Text without lone surrogates (SQLite takes none): they are written as escapes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:

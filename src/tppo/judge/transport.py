@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import openai
 import tenacity
-from openai.types.chat import ChatCompletion
 
 from tppo.config import LLMJudge
 from tppo.errors import UserError
@@ -267,17 +266,16 @@ class Asker:
             self.on_progress(self.tally)
 
         try:
-            completion = await self._send(question, number)
-            used = _usage(completion, estimate)
-            choice = completion.choices[0]
+            completion = read_completion(await self._send(question, number))
+            used = completion.usage or estimate
             try:
-                reply = check_reply(question, choice.message.content, choice.finish_reason)
+                reply = check_reply(question, completion.content, completion.finish_reason)
             except BrokenReply as error:
                 outcome = Outcome("abstained", None, str(error)) if last_reply else None
-                record("broken", str(error), choice.message.content, outcome)
+                record("broken", str(error), completion.content, outcome)
                 return outcome
             outcome = Outcome("ok", reply.model_dump(), None)
-            record("ok", None, choice.message.content, outcome)
+            record("ok", None, completion.content, outcome)
             return outcome
         except TryAgain as error:
             too_long = error.retry_after is not None and error.retry_after > LONGEST_RETRY_AFTER
@@ -289,8 +287,8 @@ class Asker:
         finally:
             await self.budget.settle(estimate, used)
 
-    async def _send(self, question: Question, number: int) -> ChatCompletion:
-        """One HTTP request.
+    async def _send(self, question: Question, number: int) -> bytes:
+        """One HTTP request; returns the body of the answer.
 
         Raises:
             TryAgain: it may work later.
@@ -298,7 +296,7 @@ class Asker:
         """
         settings = self.settings
         try:
-            completion = await self.client.chat.completions.create(
+            answer = await self.client.chat.completions.with_raw_response.create(
                 model=settings.model,
                 messages=question.messages,  # type: ignore[arg-type]
                 temperature=settings.temperature if number == 1 else settings.retry_temperature,
@@ -314,12 +312,10 @@ class Asker:
             raise self._status_error(error) from None
         except openai.APIConnectionError as error:
             raise TryAgain("connection", repr(error.__cause__ or error)[:300]) from None
-        except (openai.APIError, json.JSONDecodeError) as error:
+        except openai.APIError as error:
             raise TryAgain("bad_body", str(error)[:300]) from None
         self.limit.note(refused=False)
-        if not isinstance(completion, ChatCompletion) or not completion.choices:
-            raise TryAgain("bad_body", f"not a chat completion: {str(completion)[:300]}")
-        return completion
+        return answer.content
 
     def _status_error(self, error: openai.APIStatusError) -> Exception:
         code = error.status_code
@@ -365,8 +361,31 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return _pause(state) if asked is None else asked
 
 
-def _usage(completion: ChatCompletion, estimate: Usage) -> Usage:
-    """Tokens by the server's count; without one, what was set aside."""
-    if completion.usage is None:
-        return estimate
-    return Usage(completion.usage.prompt_tokens, completion.usage.completion_tokens)
+class Completion(NamedTuple):
+    """The parts of a chat completion that are used."""
+
+    content: str | None
+    finish_reason: str | None
+    usage: Usage | None
+    """None when the server does not count, or not in numbers."""
+
+
+def read_completion(body: bytes) -> Completion:
+    """Read an answer by hand: servers send nearly-completions, and the client library builds them unchecked.
+
+    Raises:
+        TryAgain: the body is no chat completion.
+    """
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        content, finish_reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise TryAgain("bad_body", f"not a chat completion: {error!r}"[:300]) from None
+    if not isinstance(content, str | None) or not isinstance(finish_reason, str | None):
+        raise TryAgain("bad_body", f"the reply is a {type(content).__name__}, not text")
+    counts = answer.get("usage")
+    counts = counts if isinstance(counts, dict) else {}
+    usage = Usage(counts.get("prompt_tokens"), counts.get("completion_tokens"))  # type: ignore[arg-type]
+    counted = all(type(count) is int and 0 <= count < 2**40 for count in usage)
+    return Completion(content, finish_reason, usage if counted else None)
