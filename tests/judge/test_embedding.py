@@ -8,8 +8,8 @@ import pytest
 from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.judge.choose import saved_judge
-from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds, other_user_items
-from tppo.judge.record import JudgeItem, split_response
+from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
+from tppo.judge.record import JudgeItem, other_user_items, split_response
 from tppo.text import Event
 
 HISTORY = [

@@ -187,7 +187,7 @@ class TestAdaptiveLimit:
     def test_a_server_that_refuses_everybody_is_left_alone(self):
         limit = AdaptiveLimit(64)
         limit.limit = 64.0
-        for _ in range(200):
+        for _ in range(400):
             limit.note(refused=True)
         assert limit.limit == 1
 

@@ -24,8 +24,7 @@ from tppo.evaluate.compare import build_metrics
 from tppo.evaluate.metrics import form_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
-from tppo.judge.embedding import other_user_items
-from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
+from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict, other_user_items
 from tppo.models import load_policy
 from tppo.policy.generate import encode_examples, generate
 from tppo.progress import console

@@ -8,7 +8,6 @@ from typing import Any
 
 from tppo.config import JudgeKind, Recipe, judge_identity
 from tppo.errors import UserError
-from tppo.judge.embedding import EmbeddingJudge
 from tppo.judge.llm import LLMJudge
 from tppo.judge.record import JUDGE_FILE, Judge
 from tppo.seeding import rng
@@ -23,6 +22,8 @@ def make_judge(kind: JudgeKind, recipe: Recipe, examples: list[Example]) -> tupl
     """
     if kind == "llm":
         return LLMJudge(recipe.judge), {"settings": judge_identity(recipe.judge)}
+    from tppo.judge.embedding import EmbeddingJudge  # here: an LLM judge need not wait for torch to load
+
     settings = recipe.label
     judge = EmbeddingJudge(
         settings.encoder, {}, repeats_irrelevant=settings.repeats_irrelevant, batch_size=settings.batch_size
@@ -44,6 +45,8 @@ def saved_judge(label_folder: Path, recipe: Recipe) -> Judge:
     except (OSError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
     if kind == "embedding":
+        from tppo.judge.embedding import EmbeddingJudge
+
         return EmbeddingJudge.load(saved, path)
     if kind == "llm":
         if saved.get("settings") != judge_identity(recipe.judge):

@@ -36,13 +36,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from tppo.config import Rubric
 from tppo.errors import UserError
-from tppo.judge.record import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, split_response
+from tppo.judge.record import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 from tppo.models import load_encoder_path
 from tppo.progress import track
 from tppo.run import sha256_file, write_json
-from tppo.seeding import rng
 from tppo.tables import Example
-from tppo.text import normalise_query, render_response
+from tppo.text import normalise_query
 
 RULE_VERSION = 1
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
@@ -279,27 +278,6 @@ class EmbeddingJudge:
 
     def _weights_hash(self) -> str:
         return "+".join(sha256_file(path) for path in sorted(self.encoder.folder.glob("*.safetensors")))
-
-
-def other_user_items(examples: Sequence[Example], seed: int) -> list[JudgeItem]:
-    """Each example with the true next queries of a random example of another user as its response.
-
-    Raises:
-        UserError: all examples belong to one user.
-    """
-    if len({example.user_id for example in examples}) < 2:
-        raise UserError(
-            "calibrating the judge needs examples of at least two users: prepare a log with more users, or "
-            "raise label.calibration_examples"
-        )
-    generator = rng(seed, "judge", "other_user")
-    items = []
-    for example in examples:
-        other = example
-        while other.user_id == example.user_id:
-            other = examples[int(generator.integers(len(examples)))]
-        items.append(JudgeItem(example.history, example.targets, render_response(other.targets)))
-    return items
 
 
 def _response_queries(response: str) -> list[tuple[str, ...]]:

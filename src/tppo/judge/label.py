@@ -15,9 +15,8 @@ import numpy as np
 from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.judge.choose import draw_examples, make_judge
-from tppo.judge.embedding import EmbeddingJudge, other_user_items
 from tppo.judge.injection import probe_injection
-from tppo.judge.record import JudgeItem, Verdict, verdict_to_row
+from tppo.judge.record import Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
 from tppo.run import RunFolder
 from tppo.tables import LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.text import render_response
@@ -50,7 +49,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         ]
     write_table(folder / "labels.parquet", rows, LABELS)
     judge.save(folder)
-    if isinstance(judge, EmbeddingJudge):
+    if recipe.label.judge == "embedding":  # the LLM judge would have to be paid for it
         held_out = [e for e in examples if e.split == "reward_eval"]
         shares |= _scale(judge, draw_examples(held_out, recipe.label.calibration_examples, recipe.seed), recipe.seed)
     return {
@@ -77,7 +76,7 @@ def relevance_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def _scale(judge: EmbeddingJudge, held_out: list[Example], seed: int) -> dict[str, Any]:
+def _scale(judge: Judge, held_out: list[Example], seed: int) -> dict[str, Any]:
     """Shares relevant among the true next queries and among another user's, on users not calibrated with.
 
     The `targets` rubric on the true targets is left out: a text is always similar to itself.

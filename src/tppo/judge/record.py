@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tppo.config import Rubric
+from tppo.errors import UserError
+from tppo.seeding import rng
 from tppo.tables import Example
-from tppo.text import Event, ParsedResponse, parse_response
+from tppo.text import Event, ParsedResponse, parse_response, render_response
 
 Status = Literal["ok", "abstained"]
 
@@ -117,3 +119,24 @@ def verdict_to_row(
         "status": verdict.status,
         "problem": verdict.problem,
     }
+
+
+def other_user_items(examples: Sequence[Example], seed: int) -> list[JudgeItem]:
+    """Each example with the true next queries of a random example of another user as its response.
+
+    Raises:
+        UserError: all examples belong to one user.
+    """
+    if len({example.user_id for example in examples}) < 2:
+        raise UserError(
+            "calibrating the judge needs examples of at least two users: prepare a log with more users, or "
+            "raise label.calibration_examples"
+        )
+    generator = rng(seed, "judge", "other_user")
+    items = []
+    for example in examples:
+        other = example
+        while other.user_id == example.user_id:
+            other = examples[int(generator.integers(len(examples)))]
+        items.append(JudgeItem(example.history, example.targets, render_response(other.targets)))
+    return items

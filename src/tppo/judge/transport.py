@@ -2,8 +2,8 @@
 
 One worker carries one question through all its attempts. The number of requests under way follows the server's
 answers: slow start (it doubles with every round of replies), and once the server has refused (429, 503, or no answer
-in time), one more each round and a cut in proportion to the share of refusals (DCTCP, RFC 8257): a single one costs
-little, a server that refuses everybody is left alone at once. A question that waits out a refusal keeps its place
+in time), one more each round and a cut in proportion to the share of refusals (as DCTCP, RFC 8257): a few cost
+nothing, a server that refuses everybody is left alone at once. A question that waits out a refusal keeps its place
 among those under way, so that waiting throttles the rest, too.
 
 What happens to an attempt:
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -43,7 +44,11 @@ CHAT_FORMAT_TOKENS = 64
 """Allowance for the tokens a chat format adds to two messages."""
 _BUSY = (429, 503)
 _TRY_AGAIN = (408, 409, 429)
-_pause = tenacity.wait_random_exponential(multiplier=0.25, max=30)
+_pause = tenacity.wait_random_exponential(multiplier=0.25, max=8)
+TOLERATED_REFUSALS = 0.15
+"""Share of refusals in a round that is no reason to ask less."""
+RETRY_AFTER_JITTER = 0.5
+"""A server tells everybody the same whole second: coming back together, most would be refused again."""
 
 
 class Usage(NamedTuple):
@@ -65,7 +70,8 @@ class AdaptiveLimit:
     """How many questions may be under way.
 
     `limit` grows by 1 for every answer until the first refusal (slow start: it doubles each round), then by 1 each
-    round; at the end of a round with refusals it is multiplied by 1 - share/2. A round is `limit` answers.
+    round; at the end of a round it is multiplied by 1 - excess/2, with excess the share of refusals above
+    `TOLERATED_REFUSALS`. A round is `limit` answers.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -96,7 +102,8 @@ class AdaptiveLimit:
             self._slow_start = False
             self._answers = self._refusals = 1
         if self._answers >= self.limit:
-            self.limit *= 1 - self._refusals / self._answers / 2
+            excess = self._refusals / self._answers - TOLERATED_REFUSALS
+            self.limit *= 1 - max(excess, 0.0) / 2
             self._answers = self._refusals = 0
         self.limit = min(max(self.limit, 1.0), float(self.maximum))
 
@@ -355,10 +362,10 @@ def retry_after(header: str | None) -> float | None:
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    """Retry-After where the server gave it, plus an exponential pause with jitter."""
+    """Retry-After where the server gave it, else an exponential pause; both with jitter."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, TryAgain) else None
-    return _pause(state) if asked is None else asked
+    return _pause(state) if asked is None else asked * (1 + RETRY_AFTER_JITTER * random.random())
 
 
 class Completion(NamedTuple):
