@@ -91,8 +91,10 @@ class Killer:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         if process.poll() is not None:
-            # 2: some items failed, which is for the last run to mend; without a request, the call itself is wrong.
-            if process.returncode not in (0, 2) or server_stats(self.port)["requests"] == before:
+            # 0: all was finished, perhaps by the run that was killed last; 2: some items failed, which is for the
+            # last run to mend, but without a request the call itself is wrong.
+            asked = server_stats(self.port)["requests"] > before
+            if process.returncode != 0 and not (process.returncode == 2 and asked):
                 raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
             self.next_items()
             return
