@@ -60,7 +60,7 @@ GENERATIONS = pa.schema(
         _field("example_id", pa.string(), "example answered"),
         _field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
         _field("split", pa.string(), "eval1 or eval2"),
-        _field("model", pa.string(), "sft, tppo, ppo, ppo_sum; or the references targets and other_user"),
+        _field("model", pa.string(), "sft, tppo, ppo, ppo_sum, dpo; or the references targets and other_user"),
         _field("response", pa.string(), "text without special tokens"),
         _field("queries", pa.list_(pa.string()), "normalised queries, in order"),
         _field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),

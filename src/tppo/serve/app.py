@@ -23,8 +23,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from tppo.config import Algorithm, Recipe, Task
+from tppo.config import Recipe, Task, TuningAlgorithm
 from tppo.errors import UserError
+from tppo.evaluate.compare import DISPLAY
 from tppo.models import load_policy
 from tppo.policy.generate import generate
 from tppo.progress import console
@@ -45,7 +46,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-DISPLAY = {"sft": "SFT", "ppo": "PPO", "ppo_sum": "PPO (token sum)", "tppo": "TPPO"}
 
 
 class HistoryEvent(BaseModel):
@@ -202,14 +202,14 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(recipe: Recipe) -> None:
-    """Serve SFT and every finished RL model of the run folder until interrupted.
+    """Serve SFT and every finished tuned model of the run folder until interrupted.
 
     Raises:
         UserError: SFT is not finished, or the port cannot be had.
     """
     run = RunFolder(recipe)
     folders = {"sft": run.require("sft") / "model"}
-    for algorithm in reversed(get_args(Algorithm)):
+    for algorithm in reversed(get_args(TuningAlgorithm)):
         stage = f"rl_{algorithm}"
         if run.manifest(stage) is None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
