@@ -71,7 +71,7 @@ def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
         shared.append(line_chart(lines, title, "update"))
     frontier = [Line(m, DISPLAY[m], column(f, "kl"), column(f, "sentence_reward_mean")) for m, f in rows.items()]
     shared.append(line_chart(frontier, "Relevance bought per nat of KL", "KL from SFT, nats per response", dots=True))
-    missing = [DISPLAY[model] for model in rollout_policies(policies) if model not in rows]
+    missing = [DISPLAY[model] for model in policies if model != "sft" and not rl_rows(run, model)]
     return {"own": [c for c in own if c], "shared": [c for c in shared if c], "missing": missing}
 
 

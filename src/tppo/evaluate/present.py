@@ -284,8 +284,9 @@ def training_markdown(
     for kind, best in reward_best.items():
         cells = [_digits(best.get(name)) for name in ("token_auc", "sentence_auc")]
         lines.append(f"| {kind} | {best.get('step')} | {' | '.join(cells)} |")
-    lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
-    lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
+    if rl:
+        lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
+        lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
     for model, rows in rl.items():
         for name, part in (("first", rows[:RL_WINDOW]), ("last", rows[-RL_WINDOW:])):
             lines.append(_means_row(f"{DISPLAY[model]}, {name}", part, [key for key, _ in RL_COLUMNS]))
