@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -218,7 +219,10 @@ def trl_python(folder: Path) -> Path:
 
 def last_json(command: list[Any]) -> dict[str, Any]:
     """Run a contestant and read the JSON on its last line."""
-    done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run(
+        [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

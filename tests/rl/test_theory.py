@@ -245,10 +245,13 @@ class TestDenseAgainstSparse:
         log_policy_SV = torch.randn(4, 3, generator=generator, dtype=torch.float64).log_softmax(-1)[position_S]
         p = FULL.probabilities(log_policy_SV).numpy()
         rewards_BT = FULL.along(rewards_SV)
-        for paid_from in range(1, 4):
-            total_B, rest_B = rewards_BT.sum(-1), rewards_BT[:, paid_from:].sum(-1)
-            total, rest = (np.cov(values, aweights=p, ddof=0) for values in (total_B, rest_B))
-            assert rest <= total + 1e-12
+        zeros_BT = torch.zeros_like(rewards_BT)
+        dense_BT = gae(rewards_BT, zeros_BT, FULL.mask_BT, 1.0, 1.0).advantages
+        sparse_BT = gae(at_last(rewards_BT, FULL.mask_BT), zeros_BT, FULL.mask_BT, 1.0, 1.0).advantages
+        for t in range(4):
+            dense, sparse = (np.cov(advantages_BT[:, t], aweights=p, ddof=0) for advantages_BT in (dense_BT, sparse_BT))
+            assert dense <= sparse + 1e-12
+            assert (dense < sparse) == (t > 0)
 
     def test_dense_can_vary_more(self):
         """Rewards that cancel, r_1 = +-1 and then -r_1: the sum is always 0, so the sparse reward is silent and right
