@@ -121,9 +121,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "reward_eval": held_out.facts,
         "steps": result.global_step,
         "resumed_from_step": int(resume.name.rsplit("-", 1)[1]) if resume else None,
-        "last": {
-            name: row[name] for kind in METRICS for row in callback.rows(trainer.state) for name in kind if name in row
-        },
+        # The newest of every measure, training and held out.
+        "last": {name: value for row in callback.rows(trainer.state) for name, value in row.items()},
     }
 
 
