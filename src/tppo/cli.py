@@ -22,9 +22,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo import __version__
-from tppo.config import Recipe
+from tppo.config import Recipe, TuningAlgorithm
 from tppo.errors import UserError
-from tppo.run import RunFolder, all_stages, run_stage
+from tppo.run import RunFolder, all_stages, run_stage, stage_command
 
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
@@ -36,6 +36,7 @@ COMMANDS = {
     "ledger": "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
     "reward": "labels -> token-level reward model and its sentence-level rival",
     "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
+    "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
     "evaluate": "judge SFT and every tuned policy on users never trained on",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
@@ -49,6 +50,7 @@ MODULES = {
     "label": "tppo.judge.label",
     "reward": "tppo.reward.train",
     "rl": "tppo.rl.stage",
+    "dpo": "tppo.rl.dpo",
     "evaluate": "tppo.evaluate.stage",
     "report": "tppo.evaluate.report",
 }
@@ -67,6 +69,7 @@ EXAMPLES = {
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",
     "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
+    "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
     "agreement": "tppo agreement --config recipes/demo.yaml\n"
     "  tppo agreement --config recipes/demo.yaml --agreement.action page --agreement.answers '[anna.csv]'\n"
@@ -154,14 +157,15 @@ def _did_you_mean(parser: ArgumentParser, message: str) -> str:
 
 def run_one(recipe: Recipe, stage: str) -> bool:
     """Run a stage in this process unless it is done. True when work was done."""
-    section = stage.partition("_")[0]
-    module = importlib.import_module(MODULES[section])
+    command, _ = stage_command(stage)
+    module = importlib.import_module(MODULES[command])
     return run_stage(recipe, stage, module.run)
 
 
 def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
     """Every stage in a process of its own, so that memory returns to the machine and peaks can be told apart."""
     from tppo.progress import console
+    from tppo.rl.pairs import check_samples
 
     run = RunFolder(recipe)
     run.root.mkdir(parents=True, exist_ok=True)
@@ -170,6 +174,7 @@ def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
     stages = all_stages(recipe)
     if unknown := set(redo) - set(stages):
         raise UserError(f"--redo {sorted(unknown)}: this recipe's stages are {stages}")
+    check_samples(recipe)
     for stage in redo:
         run.discard_from(stage)
     for number, stage in enumerate(stages, start=1):
@@ -178,12 +183,9 @@ def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
             console.print(f"{head}: done before, skipped")
             continue
         console.rule(head)
-        section, _, algorithm = stage.partition("_")
-        command = [sys.executable, "-m", "tppo", section, "--config", str(resolved)]
-        if algorithm:
-            command += ["--rl.algorithm", algorithm]
+        command, flags = stage_command(stage)
         start = time.monotonic()
-        status = subprocess.call(command)
+        status = subprocess.call([sys.executable, "-m", "tppo", command, "--config", str(resolved), *flags])
         if status:
             raise UserError(f"stage {stage} stopped (exit status {status}); mend it and give the same command again")
         console.print(f"{head}: {time.monotonic() - start:.0f} s")
@@ -203,11 +205,13 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
         module, function = ACTIONS[command]
         getattr(importlib.import_module(module), function)(recipe)
     else:
-        stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
+        algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
+        algorithm = algorithms.get(command)
+        stage = f"rl_{algorithm}" if algorithm else command
         for name in redo:
             RunFolder(recipe).discard_from(name)
-        if command == "rl" and recipe.rl.algorithm not in recipe.algorithms:
-            recipe = replace(recipe, algorithms=[*recipe.algorithms, recipe.rl.algorithm])
+        if algorithm and algorithm not in recipe.algorithms:
+            recipe = replace(recipe, algorithms=[*recipe.algorithms, algorithm])
         if not run_one(recipe, stage):
             print(f"{RunFolder(recipe).path(stage)} is finished already; --redo {stage} makes it anew")
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Rubric = Literal["targets", "history"]
 Algorithm = Literal["tppo", "ppo", "ppo_sum"]
+TuningAlgorithm = Literal["tppo", "ppo", "ppo_sum", "dpo"]
+"""What makes a tuned policy from the SFT model: the algorithms of the `rl` stage, and DPO."""
 Precision = Literal["bf16", "fp32"]
 JudgeKind = Literal["embedding", "llm"]
 
@@ -315,6 +317,38 @@ class RL:
 
 
 @dataclass
+class DPO:
+    """Direct preference optimisation (TRL DPOTrainer): the paper's baseline without a reward model (App. H)."""
+
+    pairs: Literal["sft_output", "judged"] = "sft_output"
+    """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H);
+    judged: the best and the worst of several sampled responses to one prompt, by the label stage's verdicts
+    (needs sample.samples_per_example of at least 2)."""
+    rubric: Rubric = "targets"
+    """Which verdicts order judged pairs; give what reward.rubric has, or the comparison with RL is unfair."""
+    beta: float = 0.1
+    """How strongly the policy is held to the SFT model (the paper gives none; 0.1 is TRL's and DPO's own)."""
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters that are merged into the saved model."""
+    lora_r: int = 16
+    """LoRA rank."""
+    learning_rate: float = 5e-6
+    """Peak learning rate (linear decay with warm-up; the paper's 5e-6)."""
+    epochs: float = 2.0
+    """Passes over the pairs (the paper's 2)."""
+    batch_size: int = 64
+    """Pairs in an optimiser step (the paper's 64)."""
+    micro_batch_size: int = 8
+    """Pairs in a forward pass, two sequences each; lower it when memory runs out."""
+    warmup_share: float = 0.05
+    """Share of the steps used to warm the learning rate up."""
+    precision: Precision = "bf16"
+    """bf16: float32 weights under bf16 autocast."""
+    save_steps: int = 10
+    """Steps between resumable checkpoints."""
+
+
+@dataclass
 class Evaluate:
     """Judge SFT and every tuned policy on users never trained on."""
 
@@ -379,8 +413,8 @@ class Recipe:
     """Folder of the run; every stage writes one folder in it."""
     seed: int = 0
     """Seed of everything random."""
-    algorithms: list[Algorithm] = field(default_factory=lambda: ["tppo", "ppo"])
-    """RL runs that `tppo run` trains and compares, each from the same SFT model."""
+    algorithms: list[TuningAlgorithm] = field(default_factory=lambda: ["tppo", "ppo"])
+    """Policies that `tppo run` trains and compares, each from the same SFT model."""
     task: Task = field(default_factory=Task)
     synthetic: Synthetic = field(default_factory=Synthetic)
     prepare: Prepare = field(default_factory=Prepare)
@@ -391,6 +425,7 @@ class Recipe:
     ledger: Ledger = field(default_factory=Ledger)
     reward: Reward = field(default_factory=Reward)
     rl: RL = field(default_factory=RL)
+    dpo: DPO = field(default_factory=DPO)
     evaluate: Evaluate = field(default_factory=Evaluate)
     serve: Serve = field(default_factory=Serve)
     agreement: Agreement = field(default_factory=Agreement)

@@ -28,6 +28,14 @@ MANIFEST = "manifest.json"
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
+def stage_command(stage: str) -> tuple[str, list[str]]:
+    """Subcommand that runs a stage (also the recipe's section with its settings), and the flags it needs."""
+    if stage == "rl_dpo":
+        return "dpo", []
+    command, _, algorithm = stage.partition("_")
+    return command, ["--rl.algorithm", algorithm] if algorithm else []
+
+
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
@@ -42,6 +50,8 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "evaluate": ["prepare", "sft", "label", *rl_stages],
         "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
     }
+    if stage == "rl_dpo":
+        return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
     return ["prepare", "sft", "sample", "reward"] if stage.startswith("rl_") else inputs[stage]
 
 
@@ -54,7 +64,7 @@ def all_stages(recipe: Recipe) -> list[str]:
 
 def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
-    section = "rl" if stage.startswith("rl_") else stage
+    section, _ = stage_command(stage)
     config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
     if hasattr(recipe, section):
         config[section] = asdict(getattr(recipe, section))
@@ -131,11 +141,10 @@ class RunFolder:
             UserError: the stage has not been run (names the command that does).
         """
         if self.manifest(stage) is None:
-            section, _, algorithm = stage.partition("_")
-            option = f" --rl.algorithm {algorithm}" if algorithm else ""
+            command, flags = stage_command(stage)
             raise UserError(
                 f"stage '{stage}' is not finished in {self.root}: "
-                f"run `tppo {section} --run_dir {self.root}{option}` first"
+                f"run `{' '.join(['tppo', command, '--run_dir', str(self.root), *flags])}` first"
             )
         return self.path(stage)
 

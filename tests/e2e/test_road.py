@@ -13,7 +13,7 @@ import yaml
 
 from tppo import cli
 from tppo.config import Recipe
-from tppo.run import RunFolder, all_stages
+from tppo.run import RunFolder, all_stages, stage_command
 
 STAGES = [
     "synthetic",
@@ -25,6 +25,7 @@ STAGES = [
     "rl_tppo",
     "rl_ppo",
     "rl_ppo_sum",
+    "rl_dpo",
     "evaluate",
     "report",
 ]
@@ -33,7 +34,7 @@ STAGES = [
 def write_recipe(folder: Path, model: str, **sections) -> Path:
     recipe = {
         "run_dir": str(folder / "run"),
-        "algorithms": ["tppo", "ppo", "ppo_sum"],
+        "algorithms": ["tppo", "ppo", "ppo_sum", "dpo"],
         "task": {"history_events": 4, "max_prompt_tokens": 128, "max_response_tokens": 32},
         "synthetic": {"users": 150},
         "sft": {"model": model, "max_examples": 32, "max_eval_examples": 8, "micro_batch_size": 16},
@@ -41,6 +42,7 @@ def write_recipe(folder: Path, model: str, **sections) -> Path:
         "label": {"calibration_examples": 60},
         "reward": {"epochs": 1, "evals_per_epoch": 1},
         "rl": {"updates": 2, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
+        "dpo": {"batch_size": 16, "micro_batch_size": 8, "epochs": 1, "save_steps": 1},
         "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
     }
     for name, section in sections.items():
@@ -68,8 +70,10 @@ def check_run(folder: Path) -> None:
         assert [row["update"] for row in rows] == [1, 2]
         assert rows[0]["kl"] == 0
         assert not list((folder / f"rl_{algorithm}").glob("*checkpoint*"))
+    assert "reward_margin" in (folder / "rl_dpo" / "metrics.jsonl").read_text().splitlines()[0]
     html = (folder / "report" / "report.html").read_text()
     assert "TPPO" in html
+    assert "DPO minus SFT" in html
     assert "<script src" not in html
 
 
@@ -83,8 +87,8 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
         label={"null_quantile": 0.3},
     )
     for stage in STAGES:
-        command, _, algorithm = stage.partition("_")
-        cli.main([command, "--config", str(path), *(["--rl.algorithm", algorithm] if algorithm else [])])
+        command, flags = stage_command(stage)
+        cli.main([command, "--config", str(path), *flags])
     check_run(tmp_path / "run")
     capsys.readouterr()
     cli.main(["sft", "--config", str(path)])
@@ -111,7 +115,7 @@ def test_real_weights_with_one_command_and_resume(tmp_path):
     check_run(tmp_path / "run")
     assert "report.html" in second.stderr
     evaluation = json.loads((tmp_path / "run" / "evaluate" / "metrics.json").read_text())
-    assert {row["model"] for row in evaluation["rows"]} >= {"sft", "tppo", "ppo", "ppo_sum"}
+    assert {row["model"] for row in evaluation["rows"]} >= {"sft", "tppo", "ppo", "ppo_sum", "dpo"}
     again = tppo("run", str(path))
     assert again.returncode == 0
     assert again.stderr.count("done before, skipped") == len(STAGES)
@@ -189,7 +193,7 @@ def test_help_and_print_config(capsys):
 
 
 def test_stage_order():
-    recipe = Recipe(algorithms=["tppo", "ppo", "ppo_sum"])
+    recipe = Recipe(algorithms=["tppo", "ppo", "ppo_sum", "dpo"])
     assert all_stages(recipe) == STAGES
     recipe.prepare.source = ["log.tsv"]
     assert all_stages(recipe) == STAGES[1:]

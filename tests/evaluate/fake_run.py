@@ -32,7 +32,7 @@ TOPICS = {
     )
 }
 # How often a model stays on the user's topic: what separates the models in the made-up run.
-SKILL = {"sft": 0.4, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66}
+SKILL = {"sft": 0.4, "dpo": 0.45, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66}
 
 
 JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
@@ -141,6 +141,9 @@ def make_run(
         facts["token"] = {"best": {"auc": 0.912}}
     for number, algorithm in enumerate(algorithms):
         with run.stage(f"rl_{algorithm}") as (folder, facts):
+            if algorithm == "dpo":
+                _write_jsonl(folder / "metrics.jsonl", _dpo_rows())
+                continue
             _write_jsonl(folder / "metrics.jsonl", _rl_rows(algorithm, number))
             _write_jsonl(folder / "samples.jsonl", _token_rows(examples, algorithm))
     with run.stage("evaluate") as (folder, facts):
@@ -217,6 +220,23 @@ def _rl_rows(algorithm: str, seed: int) -> list[dict[str, Any]]:
                 "seconds": 40.0,
             }
         )
+    return rows
+
+
+def _dpo_rows() -> list[dict[str, Any]]:
+    rows = []
+    for step in range(1, 41):
+        margin = 0.03 * (step - 1)
+        measures = {
+            "loss": math.log1p(math.exp(-margin)),
+            "reward_margin": margin,
+            "reward_accuracy": 0.5 + 0.4 * (1 - math.exp(-step / 10)),
+            "chosen_reward": 0.4 * margin,
+            "rejected_reward": -0.6 * margin,
+        }
+        rows.append({"step": step, **measures, "learning_rate": 5e-6})
+        if step % 20 == 0:
+            rows.append({"step": step, **{f"eval_{name}": 0.9 * value for name, value in measures.items()}})
     return rows
 
 

@@ -144,6 +144,32 @@ def test_any_subset_of_algorithms_and_missing_curves(tmp_path: Path):
     assert "Only 8 users were evaluated" in html
 
 
+def test_dpo_shows_the_curves_it_has(tmp_path: Path):
+    recipe, run = fake_run.make_run(tmp_path / "run", ["tppo", "dpo"], users=4)
+    run_stage(recipe, "report", report.run)
+    html = (run.path("report") / "report.html").read_text(encoding="utf-8")
+    for text in ("DPO minus SFT", "TPPO minus DPO", "Reward margin", "Share of pairs in the right order"):
+        assert text in html
+    # Two interval charts, reward and its spread, the shared ones of TPPO, the reward models', SFT's, and DPO's five.
+    assert html.count("<svg") == 2 + 2 + 11 + 4 + 1 + 5
+    assert "No training curve" not in html
+    summary = (run.path("report") / "summary.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in summary.splitlines() if line.startswith(("| training", "| held out"))]
+    assert [row[0] for row in rows] == ["| training, first", "| training, last", "| held out"]
+    assert [row[2] for row in rows] == ["0.060", "1.110", "1.053"]
+    assert "| DPO, last" not in summary, "DPO has no rollouts to average"
+
+
+def test_dpo_alone_without_its_curves(tmp_path: Path):
+    recipe, run = fake_run.make_run(tmp_path / "run", ["dpo"], users=4)
+    (run.path("rl_dpo") / "metrics.jsonl").unlink()
+    run_stage(recipe, "report", report.run)
+    html = (run.path("report") / "report.html").read_text(encoding="utf-8")
+    assert "No training curve of DPO" in html
+    assert "Reward margin" not in html
+    assert "## RL" not in (run.path("report") / "summary.md").read_text(encoding="utf-8")
+
+
 def test_a_broken_metrics_file_is_named(tmp_path: Path):
     recipe, run = fake_run.make_run(tmp_path / "run", ["ppo"], users=2)
     path = run.path("rl_ppo") / "metrics.jsonl"

@@ -10,7 +10,8 @@ from tppo.config import SFT, Task
 from tppo.errors import UserError
 from tppo.models import load_policy
 from tppo.policy import sft
-from tppo.policy.sft import IGNORED, EpochSampler, encode_training, last_good_checkpoint, make_trainer
+from tppo.policy.sft import IGNORED, encode_training, make_trainer
+from tppo.policy.training import EpochSampler, ProgressCallback, last_good_checkpoint
 from tppo.run import RunFolder, run_stage
 from tppo.text import encode_prompt, render_response
 
@@ -196,7 +197,7 @@ def interrupt_at(monkeypatch, step):
         if state.global_step == step:
             raise Killed
 
-    monkeypatch.setattr(sft._Progress, "on_step_end", on_step_end)
+    monkeypatch.setattr(ProgressCallback, "on_step_end", on_step_end)
 
 
 def test_interrupted_run_resumes_to_the_same_model(recipe_for, monkeypatch):

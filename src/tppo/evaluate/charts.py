@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-SERIES = ("sft", "ppo", "ppo_sum", "tppo", "targets", "other_user")
+SERIES = ("sft", "dpo", "ppo", "ppo_sum", "tppo", "targets", "other_user")
 _INK, _QUIET, _LINE = "#010101", "#020202", "#030303"
 _COLOURS = {name: f"#0a000{number}" for number, name in enumerate(SERIES)}
 _CSS = {

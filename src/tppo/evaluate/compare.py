@@ -22,9 +22,10 @@ from tppo.seeding import stream_seed
 Rows = list[dict[str, Any]]
 
 # Each model is compared with those after it, the farthest (SFT) first.
-MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "sft")
+MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
 DISPLAY = {
     "sft": "SFT",
+    "dpo": "DPO",
     "ppo": "PPO",
     "ppo_sum": "PPO (token sum)",
     "tppo": "TPPO",

@@ -26,6 +26,13 @@ RL_CHARTS = (
     ("value_loss", "Value loss"),
     ("clip_fraction", "Clipped share of tokens"),
 )
+DPO_CHARTS = (
+    ("loss", "DPO loss, nats per pair"),
+    ("reward_margin", "Reward margin, nats times beta"),
+    ("reward_accuracy", "Share of pairs in the right order"),
+    ("chosen_reward", "Reward of the chosen response"),
+    ("rejected_reward", "Reward of the rejected response"),
+)
 REWARD_CHARTS = (
     ("auc", "Held-out AUC on its own task"),
     ("sentence_auc", "Held-out AUC on whole responses"),
@@ -38,9 +45,14 @@ def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
     return read_jsonl(run.path(f"rl_{model}") / "metrics.jsonl")
 
 
+def rollout_policies(policies: Sequence[str]) -> list[str]:
+    """Policies trained on rollouts, which share the metrics of the `rl` stage; DPO and SFT have their own."""
+    return [model for model in policies if model not in ("sft", "dpo")]
+
+
 def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
     """Training curves: the reward of each algorithm on its own scale, then all algorithms overlaid."""
-    rows = {model: found for model in policies if model != "sft" and (found := rl_rows(run, model))}
+    rows = {model: found for model in rollout_policies(policies) if (found := rl_rows(run, model))}
     own = []
     for model, found in rows.items():
         line = Line(
@@ -59,7 +71,7 @@ def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
         shared.append(line_chart(lines, title, "update"))
     frontier = [Line(m, DISPLAY[m], column(f, "kl"), column(f, "sentence_reward_mean")) for m, f in rows.items()]
     shared.append(line_chart(frontier, "Relevance bought per nat of KL", "KL from SFT, nats per response", dots=True))
-    missing = [DISPLAY[model] for model in policies if model != "sft" and model not in rows]
+    missing = [DISPLAY[model] for model in policies if model != "sft" and not rl_rows(run, model)]
     return {"own": [c for c in own if c], "shared": [c for c in shared if c], "missing": missing}
 
 
@@ -78,12 +90,22 @@ def reward_charts(run: RunFolder) -> list[Markup]:
 
 def sft_chart(run: RunFolder) -> Markup | None:
     rows = read_jsonl(run.path("sft") / "metrics.jsonl")
-    lines = [
-        Line("sft", label, [r["step"] for r in found], column(found, name), dashed=name == "eval_loss")
-        for name, label in (("loss", "training"), ("eval_loss", "held out"))
-        if (found := [row for row in rows if row.get(name) is not None and "step" in row])
+    return line_chart(_training_and_held_out("sft", rows, "loss"), "SFT loss, nats per response token", "step")
+
+
+def dpo_charts(run: RunFolder) -> list[Markup]:
+    rows = rl_rows(run, "dpo")
+    charts = [line_chart(_training_and_held_out("dpo", rows, name), title, "step") for name, title in DPO_CHARTS]
+    return [chart for chart in charts if chart]
+
+
+def _training_and_held_out(model: str, rows: Sequence[dict[str, Any]], name: str) -> list[Line]:
+    """A measure of a trainer of pairs or examples, and the same on held-out users (`eval_<name>`), over the steps."""
+    return [
+        Line(model, label, column(found, "step"), column(found, key), dashed=key != name)
+        for key, label in ((name, "training"), (f"eval_{name}", "held out"))
+        if (found := [row for row in rows if row.get(key) is not None and "step" in row])
     ]
-    return line_chart(lines, "SFT loss, nats per response token", "step")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,14 @@ RL_COLUMNS = (
     ("seconds", "seconds an update"),
 )
 
+DPO_COLUMNS = (
+    ("loss", "loss"),
+    ("reward_margin", "reward margin"),
+    ("reward_accuracy", "pairs in the right order"),
+    ("chosen_reward", "chosen reward"),
+    ("rejected_reward", "rejected reward"),
+)
+
 AGAINST = {
     "relevant_targets": "relevant to what the user really searched next",
     "relevant_history": "relevant to the history",
@@ -258,7 +266,10 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
 
 
 def training_markdown(
-    costs: Sequence[dict[str, Any]], reward_best: dict[str, dict[str, Any]], rl: dict[str, list[dict[str, Any]]]
+    costs: Sequence[dict[str, Any]],
+    reward_best: dict[str, dict[str, Any]],
+    rl: dict[str, list[dict[str, Any]]],
+    dpo: Sequence[dict[str, Any]],
 ) -> str:
     """How the models came to be, in Markdown: time and memory, reward models, first and last updates of RL.
 
@@ -266,6 +277,7 @@ def training_markdown(
         costs: rows {stage, seconds, memory}.
         reward_best: held-out metrics of the kept checkpoint of each reward model, by kind.
         rl: rows of metrics.jsonl by algorithm.
+        dpo: rows of DPO's metrics.jsonl.
     """
     lines = ["## Time and memory", "", "| stage | seconds | peak memory, MiB |", "|---|---|---|"]
     lines += [f"| {row['stage']} | {row['seconds']:.0f} | {row['memory']} |" for row in costs]
@@ -274,13 +286,26 @@ def training_markdown(
     for kind, best in reward_best.items():
         cells = [_digits(best.get(name)) for name in ("token_auc", "sentence_auc")]
         lines.append(f"| {kind} | {best.get('step')} | {' | '.join(cells)} |")
-    lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
-    lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
+    if rl:
+        lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
+        lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
     for model, rows in rl.items():
         for name, part in (("first", rows[:RL_WINDOW]), ("last", rows[-RL_WINDOW:])):
-            cells = [_digits(_mean([row[key] for row in part if key in row])) for key, _ in RL_COLUMNS]
-            lines.append(f"| {DISPLAY[model]}, {name} | {' | '.join(cells)} |")
+            lines.append(_means_row(f"{DISPLAY[model]}, {name}", part, [key for key, _ in RL_COLUMNS]))
+    if dpo:
+        lines += ["", f"## DPO, mean of the first and the last {RL_WINDOW} steps, and held-out pairs at the end", ""]
+        lines += [f"| | {' | '.join(label for _, label in DPO_COLUMNS)} |", "|---" * (len(DPO_COLUMNS) + 1) + "|"]
+        steps, held_out = ([row for row in dpo if key in row] for key in ("loss", "eval_loss"))
+        keys = [key for key, _ in DPO_COLUMNS]
+        lines.append(_means_row("training, first", steps[:RL_WINDOW], keys))
+        lines.append(_means_row("training, last", steps[-RL_WINDOW:], keys))
+        lines.append(_means_row("held out", held_out[-1:], [f"eval_{key}" for key in keys]))
     return "\n".join([*lines, ""])
+
+
+def _means_row(title: str, rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
+    cells = [_digits(_mean([row[key] for row in rows if key in row])) for key in keys]
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 def _markdown_table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> list[str]:

@@ -24,7 +24,15 @@ from tppo.errors import UserError
 from tppo.evaluate import present
 from tppo.evaluate.charts import Interval, interval_chart
 from tppo.evaluate.compare import DISPLAY
-from tppo.evaluate.curves import read_jsonl, reward_charts, rl_charts, rl_rows, sft_chart
+from tppo.evaluate.curves import (
+    dpo_charts,
+    read_jsonl,
+    reward_charts,
+    rl_charts,
+    rl_rows,
+    rollout_policies,
+    sft_chart,
+)
 from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stage import GENERATIONS
@@ -42,7 +50,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Write report.html and summary.md."""
     metrics = load_metrics(run)
     scope = metrics.scopes[0]
-    final_kl = {model: _last(rl_rows(run, model), "kl") for model in metrics.policies if model != "sft"}
+    final_kl = {model: _last(rl_rows(run, model), "kl") for model in rollout_policies(metrics.policies)}
     context = {
         "lead": present.lead(metrics, scope),
         "scope_label": present.SCOPES[scope],
@@ -55,6 +63,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "judge": metrics.data["judge"],
         "models": [(model, DISPLAY[model]) for model in metrics.policies],
         "rl_charts": rl_charts(run, metrics.policies),
+        "dpo_charts": dpo_charts(run) if "dpo" in metrics.policies else [],
         "reward_charts": reward_charts(run),
         "sft_chart": sft_chart(run),
         "samples": samples(recipe, run, metrics),
@@ -86,7 +95,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     training = present.training_markdown(
         costs(recipe, run),
         {kind: reward_facts[kind]["best"] for kind in ("token", "sentence") if kind in reward_facts},
-        {model: rl_rows(run, model) for model in metrics.policies if model != "sft"},
+        {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)},
+        rl_rows(run, "dpo") if "dpo" in metrics.policies else [],
     )
     summary = f"{present.summary_markdown(metrics, facts)}\n{training}"
     (folder / "summary.md").write_text(summary, encoding="utf-8")

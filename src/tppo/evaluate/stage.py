@@ -57,7 +57,7 @@ GENERATIONS = pa.schema(
         field("example_id", pa.string(), "example answered"),
         field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
         field("split", pa.string(), "eval1 or eval2"),
-        field("model", pa.string(), "sft, tppo, ppo, ppo_sum; or the references targets and other_user"),
+        field("model", pa.string(), "sft, tppo, ppo, ppo_sum, dpo; or the references targets and other_user"),
         field("response", pa.string(), "text without special tokens"),
         field("queries", pa.list_(pa.string()), "normalised queries, in order"),
         field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),

@@ -22,36 +22,43 @@ Shapes: B examples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open
-from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from tppo.config import SFT, Recipe, Task
 from tppo.errors import UserError
-from tppo.models import load_policy, save_policy
+from tppo.models import load_policy
 from tppo.policy.generate import encode_examples
-from tppo.progress import console, progress_bar
+from tppo.policy.training import (
+    EpochSampler,
+    ProgressCallback,
+    check_batch_sizes,
+    configured,
+    last_good_checkpoint,
+    lora_config,
+    save_trained,
+    training_arguments,
+)
+from tppo.progress import console
 from tppo.run import RunFolder
 from tppo.seeding import rng, stream_seed
 from tppo.tables import Example, load_examples
 from tppo.text import render_response
 
 IGNORED = -100
+METRICS = ({"loss": "loss", "learning_rate": "learning_rate"}, {"eval_loss": "eval_loss"})
+"""Rows of metrics.jsonl, beside `step` (see ProgressCallback)."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,14 @@ class Encoded:
         return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
 
+def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int]:
+    """Ids of a response as a model should write it: its text, then one end-of-sequence id."""
+    return [*tokenizer(render_response(queries), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> Encoded:
     """Prompt ids + response ids + end-of-sequence; labels on the response only."""
-    responses = [
-        [
-            *tokenizer(render_response(e.targets), add_special_tokens=False)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        for e in examples
-    ]
+    responses = [encode_response(tokenizer, example.targets) for example in examples]
     fits = [len(ids) <= task.max_response_tokens for ids in responses]
     kept = [example for example, fit in zip(examples, fits, strict=True) if fit]
     prompts, dropped = encode_examples(tokenizer, kept, task)
@@ -89,11 +95,7 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train, or take up an unfinished training again; writes model/ and metrics.jsonl."""
     settings = recipe.sft
-    if settings.batch_size % settings.micro_batch_size:
-        raise UserError(
-            f"sft.batch_size={settings.batch_size} has to be a multiple of "
-            f"sft.micro_batch_size={settings.micro_batch_size}"
-        )
+    check_batch_sizes(settings, "sft")
     prepared = run.require("prepare")
     train = _draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "train")
     held_out = _draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "eval")
@@ -105,9 +107,10 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"above task.max_response_tokens={recipe.task.max_response_tokens}; raise it, or prepare more"
         )
     if settings.tuning == "lora":
-        model = _with_lora(model, settings, recipe.seed)
+        torch.manual_seed(stream_seed(recipe.seed, "sft", "lora"))
+        model = get_peft_model(model, lora_config(settings))
     checkpoints = folder / "checkpoints"
-    callback = _Progress(folder / "metrics.jsonl")
+    callback = ProgressCallback(folder / "metrics.jsonl", "SFT", METRICS)
     trainer = make_trainer(model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints)
     trainer.add_callback(callback)
     resume = last_good_checkpoint(checkpoints)
@@ -119,7 +122,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     seconds = time.monotonic() - start
     final_eval = _final_eval_loss(trainer) if eval_set.rows else None
     callback.write(trainer.state)
-    _save(trainer, tokenizer, settings, folder / "model", train_set)
+    card = (
+        f"# Query suggestions: supervised start\n\nBase model: `{settings.model}`, {settings.tuning} tuning "
+        f"on {len(train_set.rows)} examples by tppo's `sft` stage. Writes a user's next searches, one per "
+        "line, after the prompt of `tppo.text.render_prompt`.\n"
+    )
+    save_trained(trainer, tokenizer, settings, folder / "model", card)
     shutil.rmtree(checkpoints, ignore_errors=True)
     first_step = int(resume.name.rsplit("-", 1)[1]) if resume else 0
     tokens = sum(row["length"] for row in train_set.rows) * settings.epochs
@@ -139,22 +147,6 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         # Evaluation and checkpoints included.
         "tokens_per_second": round(tokens * trained_share / seconds, 1),
     }
-
-
-class EpochSampler(LengthGroupedSampler):
-    """Batches of similar length, in an order that depends on the seed and the epoch alone (departure 4)."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(stream_seed(self.seed, "epoch", self.epoch))
-        return super().__iter__()
 
 
 class ResponseOnlySFTTrainer(SFTTrainer):
@@ -193,48 +185,18 @@ def make_trainer(
     output_dir: Path,
 ) -> ResponseOnlySFTTrainer:
     """The trainer with every default that matters here spelled out."""
-    disable_progress_bars()
     steps = math.ceil(len(train_rows) / settings.batch_size * settings.epochs)
-    on_cpu = not torch.accelerator.is_available()
-    trainer_seed = stream_seed(seed, "sft") % 2**31
-    with warnings.catch_warnings():
-        # transformers announces a new name for gradient_checkpointing that its older 5.x does not know.
-        warnings.simplefilter("ignore", FutureWarning)
-        config = SFTConfig(
-            output_dir=str(output_dir),
-            use_cpu=on_cpu,
-            bf16=settings.precision == "bf16",
-            fp16=False,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.micro_batch_size,
-            per_device_eval_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=round(settings.warmup_share * steps),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            seed=trainer_seed,
-            data_seed=trainer_seed,
-            gradient_checkpointing=False,
-            max_length=None,
-            packing=False,
-            pad_to_multiple_of=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_num_workers=0,
-            dataloader_pin_memory=not on_cpu,
-            eval_strategy="steps" if eval_rows else "no",
-            # Before, half-way, and after (if need be by `run`): an evaluation costs as much as several steps.
-            eval_on_start=bool(eval_rows),
-            eval_steps=max(1, math.ceil(steps / 2)) if steps > 1 else 1,
-            prediction_loss_only=True,
-            save_strategy="steps",
-            save_steps=settings.save_steps,
-            save_total_limit=1,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-        )
+    arguments = training_arguments(settings, stream_seed(seed, "sft"), steps, output_dir)
+    config = configured(
+        SFTConfig,
+        **arguments,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        eval_strategy="steps" if eval_rows else "no",
+        # Before, half-way, and after (if need be by `run`): an evaluation costs as much as several steps.
+        eval_on_start=bool(eval_rows),
+        eval_steps=max(1, math.ceil(steps / 2)) if steps > 1 else 1,
+    )
     trainer = ResponseOnlySFTTrainer(
         model=model,
         args=config,
@@ -246,100 +208,12 @@ def make_trainer(
     return trainer
 
 
-def last_good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; broken ones (a kill while writing) are deleted and reported."""
-    candidates = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1]))
-    for path in candidates:
-        problem = _checkpoint_problem(path)
-        if problem is None:
-            return path
-        console.print(f"skipping the broken checkpoint {path.name}: {problem}")
-        shutil.rmtree(path)
-    return None
-
-
-def _checkpoint_problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from. A cut-off file lacks its end, where the zip directory is,
-    or is shorter than its safetensors header says."""
-    weights = list(path.glob("*.safetensors"))
-    if not weights:
-        return "no weights"
-    try:
-        # The trainer writes trainer_state.json last.
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in weights:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        return str(error)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        if not zipfile.is_zipfile(path / name):
-            return f"{name} is missing or cut off"
-    return None
-
-
-class _Progress(TrainerCallback):
-    """One bar, and metrics.jsonl as contracted: {step, loss, learning_rate} and {step, eval_loss}."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bar = progress_bar()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        console.print(f"SFT: {state.max_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps}")
-        self.bar.start()
-        self.task = self.bar.add_task("SFT", total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state)
-        if state.log_history and "loss" in state.log_history[-1]:
-            self.bar.update(self.task, description=f"SFT loss {state.log_history[-1]['loss']:.2f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
-
-    def write(self, state: Any) -> None:
-        """The whole file anew: on a resumed run the rows after the checkpoint are made again."""
-        rows = [
-            {"step": row["step"], **{name: row[name] for name in names}}
-            for row in state.log_history
-            for names in (("loss", "learning_rate"), ("eval_loss",))
-            if all(name in row for name in names)
-        ]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def _final_eval_loss(trainer: ResponseOnlySFTTrainer) -> float:
     """The evaluation loss after the last step: logged already when the step count is even."""
     evals = [row for row in trainer.state.log_history if "eval_loss" in row]
     if evals and evals[-1]["step"] == trainer.state.global_step:
         return evals[-1]["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-def _with_lora(model: Any, settings: SFT, seed: int) -> Any:
-    torch.manual_seed(stream_seed(seed, "sft", "lora"))
-    config = LoraConfig(
-        r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
-
-
-def _save(trainer: Any, tokenizer: Any, settings: SFT, folder: Path, train_set: Encoded) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if settings.tuning == "lora":
-        model = model.merge_and_unload()
-    if settings.precision == "bf16":
-        model = model.to(torch.bfloat16)
-    card = (
-        f"# Query suggestions: supervised start\n\nBase model: `{settings.model}`, {settings.tuning} tuning "
-        f"on {len(train_set.rows)} examples by tppo's `sft` stage. Writes a user's next searches, one per "
-        "line, after the prompt of `tppo.text.render_prompt`.\n"
-    )
-    save_policy(model, tokenizer, folder, card)
 
 
 def _draw(examples: list[Example], count: int | None, seed: int, name: str) -> list[Example]:

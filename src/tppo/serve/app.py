@@ -18,7 +18,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tppo.config import Algorithm, Recipe, Task
+from tppo.config import Recipe, Task, TuningAlgorithm
+from tppo.evaluate.compare import DISPLAY
 from tppo.models import load_policy
 from tppo.policy.generate import generate
 from tppo.progress import console
@@ -28,7 +29,6 @@ from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_re
 
 MAX_EVENTS = 100
 MAX_TEXT_CHARS = 500
-DISPLAY = {"sft": "SFT", "ppo": "PPO", "ppo_sum": "PPO (token sum)", "tppo": "TPPO"}
 
 
 class HistoryEvent(BaseModel):
@@ -157,14 +157,14 @@ def _page(names: list[str], task: Task, temperature: float) -> str:
 
 
 def serve(recipe: Recipe) -> None:
-    """Serve SFT and every finished RL model of the run folder until interrupted.
+    """Serve SFT and every finished tuned model of the run folder until interrupted.
 
     Raises:
         UserError: SFT is not finished, or the port cannot be had.
     """
     run = RunFolder(recipe)
     folders = {"sft": run.require("sft") / "model"}
-    for algorithm in reversed(get_args(Algorithm)):
+    for algorithm in reversed(get_args(TuningAlgorithm)):
         stage = f"rl_{algorithm}"
         if run.manifest(stage) is None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")

@@ -1,0 +1,224 @@
+"""The DPO stage: SFT model + preference pairs -> a tuned policy, by TRL's DPOTrainer. No reward model is read.
+
+L = -log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))) for the chosen c and the rejected r, log-probabilities
+summed over the response, end-of-sequence included (Rafailov et al. 2023, Eq. 7). The reference is the SFT model:
+a frozen copy in full tuning, the model without its adapters in LoRA.
+
+Departures from the paper's App. H: pairs come from the prompts of the sample stage (sample.train_examples of them,
+the paper has 20k), and beta, which it does not give, is TRL's. `dpo.pairs: judged` is ours (see tppo.rl.pairs).
+
+Departures from DPOTrainer's ways, and why:
+
+1. It takes the ids as they are (`_prepare_dataset`). DPOTrainer would encode prompt + response as one text and cut it
+   where the ids begin to differ, and append end-of-sequence to a sampled response that was cut off by the limit.
+2. Pairs of similar length share a batch, in an order that can be taken up again inside an epoch, as in SFT.
+
+Its loss is used as it stands, also where it is slower than need be: on a CPU its fused head multiplies the prompt's
+positions with the vocabulary, too.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from tppo.config import DPO, Recipe
+from tppo.errors import UserError
+from tppo.models import load_policy
+from tppo.policy.generate import encode_examples
+from tppo.policy.sft import encode_response
+from tppo.policy.training import (
+    EpochSampler,
+    ProgressCallback,
+    check_batch_sizes,
+    configured,
+    last_good_checkpoint,
+    lora_config,
+    save_trained,
+    training_arguments,
+)
+from tppo.progress import console
+from tppo.rl.pairs import Pair, Pairs, check_samples, judged_pairs, sft_output_pairs
+from tppo.run import RunFolder
+from tppo.seeding import stream_seed
+from tppo.tables import LABELS, RESPONSES, load_examples, read_table
+
+_MEASURES = {
+    "loss": "loss",
+    "reward_margin": "rewards/margins",
+    "reward_accuracy": "rewards/accuracies",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "chosen_logprob": "logps/chosen",
+    "rejected_logprob": "logps/rejected",
+    "entropy": "entropy",
+}
+METRICS = (
+    {**_MEASURES, "grad_norm": "grad_norm", "learning_rate": "learning_rate"},
+    {f"eval_{column}": f"eval_{name}" for column, name in _MEASURES.items()},
+)
+"""Rows of metrics.jsonl, beside `step`. A reward is beta log(pi / ref) of a whole response; accuracy is the share of
+pairs whose chosen response has the larger one."""
+
+
+class PairSet(NamedTuple):
+    """The pairs of one split, ready for the trainer."""
+
+    rows: list[dict[str, Any]]
+    """{prompt_ids, chosen_ids, rejected_ids, length}"""
+    facts: dict[str, Any]
+    """Counts for the manifest."""
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Train, or take up an unfinished training again; writes model/ and metrics.jsonl.
+
+    Raises:
+        UserError: settings that cannot be, or no pair is left to train on.
+    """
+    settings = recipe.dpo
+    check_batch_sizes(settings, "dpo")
+    check_samples(recipe)
+    sft_folder = run.require("sft") / "model"
+    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
+    train, held_out = (make_pairs(recipe, run, tokenizer, split) for split in ("train", "reward_eval"))
+    if not train.rows:
+        raise UserError(
+            f"no pair is left to train on ({train.facts}): raise sample.train_examples or sample.samples_per_example"
+        )
+    reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
+    checkpoints = folder / "checkpoints"
+    trainer = make_trainer(
+        model, reference, tokenizer, train.rows, held_out.rows, settings, stream_seed(recipe.seed, "dpo"), checkpoints
+    )
+    callback = ProgressCallback(folder / "metrics.jsonl", "DPO", METRICS)
+    trainer.add_callback(callback)
+    resume = last_good_checkpoint(checkpoints)
+    if resume:
+        console.print(f"taking DPO up again at {resume.name}")
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    callback.write(trainer.state)
+    card = (
+        f"# Query suggestions: dpo\n\nTuned from the run's SFT model on {len(train.rows)} pairs ({settings.pairs}) by "
+        "tppo's `dpo` stage. Writes a user's next searches, one per line, after the prompt of "
+        "`tppo.text.render_prompt`.\n"
+    )
+    save_trained(trainer, tokenizer, settings, folder / "model", card)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "algorithm": "dpo",
+        "pairs": settings.pairs,
+        "rubric": settings.rubric if settings.pairs == "judged" else None,
+        "train": train.facts,
+        "reward_eval": held_out.facts,
+        "steps": result.global_step,
+        "resumed_from_step": int(resume.name.rsplit("-", 1)[1]) if resume else None,
+        # The newest of every measure, training and held out.
+        "last": {name: value for row in callback.rows(trainer.state) for name, value in row.items()},
+    }
+
+
+def make_pairs(recipe: Recipe, run: RunFolder, tokenizer: Any, split: str) -> PairSet:
+    """Pairs of a split from the sample stage's responses, with the very prompt ids they were sampled from."""
+    examples = {example.example_id: example for example in load_examples(run.require("prepare"), split)}
+    responses = _rows_of(run.require("sample") / "responses.parquet", RESPONSES, split)
+    facts: dict[str, Any] = {"responses": len(responses)}
+    if unknown := [row["example_id"] for row in responses if row["example_id"] not in examples]:
+        raise UserError(
+            f"responses.parquet has {len(unknown)} responses to {split} examples that examples.parquet lacks (first: "
+            f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
+        )
+    if recipe.dpo.pairs == "sft_output":
+        limit = recipe.task.max_response_tokens
+        found = sft_output_pairs(responses, examples, lambda queries: encode_response(tokenizer, queries), limit)
+    else:
+        labels = _rows_of(run.require("label") / "labels.parquet", LABELS, split)
+        labels = [row for row in labels if row["rubric"] == recipe.dpo.rubric]
+        facts["abstained_responses"] = sum(row["status"] == "abstained" for row in labels)
+        found = judged_pairs(responses, labels)
+    prompts, dropped_events = encode_examples(
+        tokenizer, [examples[pair.example_id] for pair in found.pairs], recipe.task
+    )
+    facts |= {"history_events_dropped_to_fit_the_prompt": dropped_events, **pair_facts(found)}
+    return PairSet(trainer_rows(found.pairs, prompts), facts)
+
+
+def _rows_of(path: Path, schema: Any, split: str) -> list[dict[str, Any]]:
+    return [row for row in read_table(path, schema).to_pylist() if row["split"] == split]
+
+
+def pair_facts(found: Pairs) -> dict[str, Any]:
+    """How many pairs were made, why the other examples gave none, and mean lengths in tokens."""
+    count = len(found.pairs)
+    return {
+        "pairs": count,
+        "examples_without_pair": dict(found.dropped),
+        "mean_chosen_tokens": sum(len(pair.chosen_ids) for pair in found.pairs) / count if count else None,
+        "mean_rejected_tokens": sum(len(pair.rejected_ids) for pair in found.pairs) / count if count else None,
+    }
+
+
+def trainer_rows(pairs: Sequence[Pair], prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Rows with the column names of DPOTrainer's collator; `length` sorts pairs into batches."""
+    return [
+        {
+            "prompt_ids": prompt,
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+            "length": len(prompt) + max(len(pair.chosen_ids), len(pair.rejected_ids)),
+        }
+        for pair, prompt in zip(pairs, prompts, strict=True)
+    ]
+
+
+class PairTrainer(DPOTrainer):
+    """DPOTrainer on ready-made ids, with an order that resumes."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        return dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(batch_size, list(self.train_dataset["length"]), self.args.data_seed)
+
+
+def make_trainer(
+    model: Any,
+    reference: Any | None,
+    tokenizer: Any,
+    train_rows: list[dict[str, Any]],
+    eval_rows: list[dict[str, Any]],
+    settings: DPO,
+    seed: int,
+    output_dir: Path,
+) -> PairTrainer:
+    """The trainer. `reference` is the frozen SFT model, or None for LoRA (adapters off)."""
+    assert (reference is None) == (settings.tuning == "lora")
+    steps = math.ceil(len(train_rows) / settings.batch_size * settings.epochs)
+    config = configured(
+        DPOConfig,
+        **training_arguments(settings, seed, steps, output_dir),
+        beta=settings.beta,
+        loss_type=["sigmoid"],
+        disable_dropout=True,
+        eval_strategy="epoch" if eval_rows else "no",
+    )
+    trainer = PairTrainer(
+        model=model,
+        ref_model=reference,
+        args=config,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(settings) if settings.tuning == "lora" else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
