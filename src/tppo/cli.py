@@ -24,7 +24,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from tppo import __version__
 from tppo.config import Recipe
 from tppo.errors import UserError
-from tppo.run import RunFolder, all_stages, run_stage
+from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage
 
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
@@ -138,8 +138,7 @@ def _did_you_mean(parser: ArgumentParser, message: str) -> str:
 
 def run_one(recipe: Recipe, stage: str) -> bool:
     """Run a stage in this process unless it is done. True when work was done."""
-    section = stage.partition("_")[0]
-    module = importlib.import_module(MODULES[section])
+    module = importlib.import_module(MODULES[split_stage(stage)[0]])
     return run_stage(recipe, stage, module.run)
 
 
@@ -162,7 +161,7 @@ def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
             console.print(f"{head}: done before, skipped")
             continue
         console.rule(head)
-        section, _, algorithm = stage.partition("_")
+        section, algorithm = split_stage(stage)
         command = [sys.executable, "-m", "tppo", section, "--config", str(resolved)]
         if algorithm:
             command += ["--rl.algorithm", algorithm]
@@ -188,7 +187,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
 
         serve(recipe)
     else:
-        stage = f"rl_{recipe.rl.algorithm}" if command == "rl" else command
+        stage = rl_stage(recipe.rl.algorithm) if command == "rl" else command
         for name in redo:
             RunFolder(recipe).discard_from(name)
         if command == "rl" and recipe.rl.algorithm not in recipe.algorithms:

@@ -28,10 +28,21 @@ MANIFEST = "manifest.json"
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
+def rl_stage(algorithm: str) -> str:
+    """Name of the stage (and its folder) that trains with this algorithm."""
+    return f"rl_{algorithm}"
+
+
+def split_stage(stage: str) -> tuple[str, str]:
+    """Section of the recipe and algorithm of a stage: `rl_ppo` -> ("rl", "ppo"), `sft` -> ("sft", "")."""
+    section, _, algorithm = stage.partition("_")
+    return section, algorithm
+
+
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
-    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
     inputs = {
         "synthetic": [],
         "prepare": synthetic,
@@ -42,24 +53,24 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "evaluate": ["prepare", "sft", "label", *rl_stages],
         "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
     }
-    return ["prepare", "sft", "sample", "reward"] if stage.startswith("rl_") else inputs[stage]
+    return ["prepare", "sft", "sample", "reward"] if split_stage(stage)[0] == "rl" else inputs[stage]
 
 
 def all_stages(recipe: Recipe) -> list[str]:
     """The stages of `tppo run`, left to right."""
     first = stage_inputs("prepare", recipe)
-    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
     return [*first, "prepare", "sft", "sample", "label", "reward", *rl_stages, "evaluate", "report"]
 
 
 def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
-    section = "rl" if stage.startswith("rl_") else stage
+    section, algorithm = split_stage(stage)
     config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
     if hasattr(recipe, section):
         config[section] = asdict(getattr(recipe, section))
     if section == "rl":
-        config["rl"]["algorithm"] = stage.removeprefix("rl_")
+        config["rl"]["algorithm"] = algorithm
     return config
 
 
@@ -114,7 +125,7 @@ class RunFolder:
             UserError: the stage has not been run (names the command that does).
         """
         if self.manifest(stage) is None:
-            section, _, algorithm = stage.partition("_")
+            section, algorithm = split_stage(stage)
             option = f" --rl.algorithm {algorithm}" if algorithm else ""
             raise UserError(
                 f"stage '{stage}' is not finished in {self.root}: "

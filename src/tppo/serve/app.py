@@ -28,7 +28,7 @@ from tppo.errors import UserError
 from tppo.models import load_policy
 from tppo.policy.generate import generate
 from tppo.progress import console
-from tppo.run import RunFolder
+from tppo.run import RunFolder, rl_stage
 from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_response
 
 MAX_EVENTS = 100
@@ -210,7 +210,7 @@ def serve(recipe: Recipe) -> None:
     run = RunFolder(recipe)
     folders = {"sft": run.require("sft") / "model"}
     for algorithm in reversed(get_args(Algorithm)):
-        stage = f"rl_{algorithm}"
+        stage = rl_stage(algorithm)
         if run.manifest(stage) is None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:
