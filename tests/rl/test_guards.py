@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tppo.config import RL
-from tppo.rl import guards, trainer as trainer_module
+from tppo.rl import guards
+from tppo.rl import trainer as trainer_module
 from tppo.rl.guards import GuardError, MaxKLExceeded
 
 NAN = float("nan")
@@ -119,7 +120,11 @@ def test_dropout_is_named(make_trainer):
 
 def test_noise_inside_the_model_is_named(make_trainer):
     trainer = make_trainer()
-    trainer.policy.lm.register_forward_hook(lambda m, a, output: output.logits.add_(torch.randn(1, 1, 21)))
+
+    def noise(module, args, output):
+        output.logits.add_(0.05 * torch.randn(21))
+
+    trainer.policy.lm.register_forward_hook(noise)
     with pytest.raises(GuardError, match=r"noise inside its forward pass.*rl\.temperature=1"):
         trainer.step()
 
@@ -161,18 +166,23 @@ def test_negative_kl_beyond_noise_is_named():
     [
         ("real", "scoring", r"rl\.micro_batch_size \(now 16\)"),
         (MemoryError(), "scoring", r"rl\.micro_batch_size \(now 16\)"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1"), "update", "micro_batch_size"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1"),
+            "update",
+            r"rl\.micro_batch_size",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), "rollout", r"rl\.batch_size \(now 16\)"),
     ],
 )
 def test_out_of_memory_names_the_setting_to_lower(error, place, setting):
-    with (
-        pytest.raises(GuardError, match=rf"out of memory in the {place}: lower {setting}"),
-        guards.out_of_memory_named(RL(batch_size=16), place),
-    ):
-        if error == "real":
-            torch.empty(1 << 60)
-        raise error
+    def work():
+        with guards.out_of_memory_named(RL(batch_size=16), place):
+            if error == "real":
+                torch.empty(1 << 60)
+            raise error
+
+    with pytest.raises(GuardError, match=rf"out of memory in the {place}: lower {setting}"):
+        work()
 
 
 def test_other_runtime_errors_pass_through():
@@ -200,19 +210,20 @@ def test_out_of_memory_in_the_second_minibatch_takes_the_first_back(make_trainer
 def test_a_hackable_reward_is_halted_within_one_rollout_of_max_kl(make_trainer, weights, assert_same, seed):
     """The reward pays for one letter. What is saved is the policy of the last rollout within the limit."""
     trainer = make_trainer(seed=seed, max_kl=2.0, learning_rate=5e-3, kl_coef=0.0)
-    kls, saved, before = [], None, None
+    kls, saved, before, facts = [], None, None, {}
     for _ in range(60):
         before = weights(trainer)
         try:
             result = trainer.step()
         except MaxKLExceeded as halt:
-            assert halt.facts["kl"] > 2.0
-            assert halt.facts["before_update"] == len(kls) + 1
+            facts = halt.facts
             break
         kls.append(result.metrics["kl"])
         saved = {name: p.clone() for name, p in trainer.rollout_model.named_parameters()}
     else:
         pytest.fail("never halted")
+    assert facts["kl"] > 2.0
+    assert facts["before_update"] == len(kls) + 1
     assert max(kls) <= 2.0
     assert kls[0] == 0
     assert_same(weights(trainer), before)
