@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import pathlib
+import resource
 import shutil
 
 import pytest
+import torch
 
 from tppo.errors import UserError
 from tppo.rl import checkpoint
@@ -178,8 +180,13 @@ def test_every_disk_operation_failed_in_turn_needs_no_repair(make_trainer, tmp_p
         shutil.rmtree(folder)
 
 
-def test_a_full_disk_under_safetensors_is_an_os_error():
-    """Written by Rust, for real: /dev/full takes nothing."""
-    with pytest.raises(OSError, match="No space left on device") as error:
-        checkpoint._save_tensors(pathlib.Path("/dev/full"), {})
-    assert error.value.errno == errno.ENOSPC
+def test_a_failure_inside_safetensors_is_an_os_error(tmp_path):
+    """Written by Rust, for real: the system's limit on file sizes takes the place of a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoint._save_tensors(tmp_path / "big.safetensors", {"a": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
