@@ -24,7 +24,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from tppo import __version__
 from tppo.config import Recipe, TuningAlgorithm
 from tppo.errors import UserError
-from tppo.run import RunFolder, all_stages, run_stage, stage_command
+from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage, stage_command
 
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
@@ -157,8 +157,7 @@ def _did_you_mean(parser: ArgumentParser, message: str) -> str:
 
 def run_one(recipe: Recipe, stage: str) -> bool:
     """Run a stage in this process unless it is done. True when work was done."""
-    command, _ = stage_command(stage)
-    module = importlib.import_module(MODULES[command])
+    module = importlib.import_module(MODULES[split_stage(stage)[0]])
     return run_stage(recipe, stage, module.run)
 
 
@@ -207,7 +206,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
     else:
         algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
         algorithm = algorithms.get(command)
-        stage = f"rl_{algorithm}" if algorithm else command
+        stage = rl_stage(algorithm) if algorithm else command
         for name in redo:
             RunFolder(recipe).discard_from(name)
         if algorithm and algorithm not in recipe.algorithms:

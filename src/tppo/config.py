@@ -262,23 +262,45 @@ class RL:
     """Responses in a forward pass; lower it when memory runs out."""
     ppo_epochs: int = 1
     """Passes over each rollout."""
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters: the reference is then the model with its adapters off, and the saved
+    model has them merged."""
+    lora_r: int = 16
+    """LoRA rank (alpha is twice the rank)."""
     learning_rate: float = 1e-5
     """Learning rate of the policy (paper: 5e-6)."""
-    value_learning_rate: float = 1e-3
-    """Learning rate of the value head."""
-    value_gradient: Literal["head", "trunk"] = "head"
-    """head: the value head is a probe on the policy's hidden states; trunk: its loss trains the policy's
-    weights too."""
     warmup_updates: int = 2
-    """Updates over which the learning rate rises to its value."""
+    """Updates over which the learning rates rise to their values."""
+    critic_warmup: int = 0
+    """First updates in which only the value function is trained."""
+    value_function: Literal["probe", "shared", "separate"] = "probe"
+    """probe: ridge regression on the policy's hidden states, solved anew after each rollout; shared: a linear head
+    whose loss trains the policy's weights too; separate: a head on a second copy of the model."""
+    value_learning_rate: float = 1e-3
+    """Learning rate of the value head; a separate value model below it learns with `learning_rate`. Not for probe."""
+    value_coef: float = 0.1
+    """Weight of the value loss. Not for probe."""
+    value_clip_range: float = 0.2
+    """Clip range of the value loss. Not for probe."""
     kl_coef: float = 0.2
-    """beta: weight of the per-token KL estimate (k1) subtracted from the token reward (the paper's 0.2)."""
+    """beta: weight of the KL to the frozen SFT policy (the paper's 0.2); with `kl_target` its start value."""
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Subtract beta x KL from the reward of every token, or add it to the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimate of the KL: k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r, with r = ref / policy. k1 has
+    an expected gradient of 0 in the loss, so it is for the reward only."""
+    kl_target: float = 0.0
+    """Above 0: the coefficient is adapted (Ziegler et al. 2019) to hold the KL at this many nats per response."""
+    kl_horizon: int = 10000
+    """Responses over which the adaptive coefficient reacts: it changes by at most 20% x batch_size / kl_horizon."""
+    max_kl: float = 0.0
+    """Above 0: when a rollout's mean KL, in nats per response, exceeds it, training halts before that update, and the
+    policy of the last rollout within the limit is the one that is saved."""
     clip_range: float = 0.2
     """epsilon of Eq. 6."""
-    value_clip_range: float = 0.2
-    """Clip range of the value loss."""
-    value_coef: float = 0.1
-    """Weight of the value loss."""
+    dual_clip: float = 0.0
+    """Above 1: bounds the loss of a token with negative advantage at dual_clip x |advantage| (Ye et al. 2020 use 3);
+    0 is off."""
     gamma: float = 1.0
     """Discount."""
     gae_lambda: float = 0.95
@@ -308,12 +330,24 @@ class RL:
     """Added at the last token of an unparseable response."""
     missing_query_reward: float = -1.0
     """Added at the last token for each query fewer than asked."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted at the last token of a response that the token limit ended; for any reward function."""
+    overlong_penalty: float = 0.0
+    """Subtracted at the last token of a response as long as the token limit, and in proportion within the last
+    `overlong_buffer` tokens before it (soft overlong punishment of DAPO); for any reward function."""
+    overlong_buffer: int = 8
+    """Tokens before the limit over which `overlong_penalty` rises from 0."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     precision: Precision = "bf16"
     """bf16: float32 weights under bf16 autocast; rollouts use a bf16 copy."""
     save_every: int = 10
-    """Updates between resumable checkpoints."""
+    """Updates between resumable checkpoints; 1 makes every update a safe point."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints kept; 2 or more survive damage to the newest."""
+    best_metric: str = ""
+    """A column of metrics.jsonl (with a leading `-`: lower is better). The policy whose rollout had the best value is
+    then the one that is saved, instead of the last."""
 
 
 @dataclass

@@ -28,18 +28,28 @@ MANIFEST = "manifest.json"
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
+def rl_stage(algorithm: str) -> str:
+    """Name of the stage (and its folder) that trains with this algorithm."""
+    return f"rl_{algorithm}"
+
+
+def split_stage(stage: str) -> tuple[str, str]:
+    """Section of the recipe and algorithm of a stage: `rl_ppo` -> ("rl", "ppo"), `rl_dpo` -> ("dpo", "dpo"), `sft` ->
+    ("sft", "")."""
+    section, _, algorithm = stage.partition("_")
+    return ("dpo" if algorithm == "dpo" else section), algorithm
+
+
 def stage_command(stage: str) -> tuple[str, list[str]]:
-    """Subcommand that runs a stage (also the recipe's section with its settings), and the flags it needs."""
-    if stage == "rl_dpo":
-        return "dpo", []
-    command, _, algorithm = stage.partition("_")
-    return command, ["--rl.algorithm", algorithm] if algorithm else []
+    """Subcommand that runs a stage, and the flags it needs."""
+    section, algorithm = split_stage(stage)
+    return section, ["--rl.algorithm", algorithm] if section == "rl" else []
 
 
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
-    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
     inputs = {
         "synthetic": [],
         "prepare": synthetic,
@@ -50,28 +60,28 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "evaluate": ["prepare", "sft", "label", *rl_stages],
         "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
     }
-    if stage == "rl_dpo":
+    if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
-    return ["prepare", "sft", "sample", "reward"] if stage.startswith("rl_") else inputs[stage]
+    return ["prepare", "sft", "sample", "reward"] if split_stage(stage)[0] == "rl" else inputs[stage]
 
 
 def all_stages(recipe: Recipe) -> list[str]:
     """The stages of `tppo run`, left to right."""
     first = stage_inputs("prepare", recipe)
-    rl_stages = [f"rl_{algorithm}" for algorithm in recipe.algorithms]
+    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
     return [*first, "prepare", "sft", "sample", "label", "reward", *rl_stages, "evaluate", "report"]
 
 
 def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
-    section, _ = stage_command(stage)
+    section, algorithm = split_stage(stage)
     config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
     if hasattr(recipe, section):
         config[section] = asdict(getattr(recipe, section))
     if uses_llm_judge(stage, recipe):
         config["judge"] = judge_identity(recipe.judge)
     if section == "rl":
-        config["rl"]["algorithm"] = stage.removeprefix("rl_")
+        config["rl"]["algorithm"] = algorithm
     return config
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tppo.config import RL
+from tppo.rl.kl import kl_estimate
 from tppo.rl.losses import policy_loss, value_loss
 from tppo.rl.rewards import (
     FormatReward,
@@ -18,7 +19,6 @@ from tppo.rl.rewards import (
     at_last_token,
     class_rewards,
     gae,
-    kl_k1,
     length_weight,
     reward_values,
     token_level_rewards,
@@ -59,7 +59,7 @@ def test_equal_to_verl(case):
 
 def test_kl_and_whitening_equal_to_verl():
     x = tensors(VERL)
-    torch.testing.assert_close(kl_k1(x["logprobs"], x["ref_logprobs"]), torch.tensor(VERL["k1"]))
+    torch.testing.assert_close(kl_estimate("k1", x["logprobs"], x["ref_logprobs"]), torch.tensor(VERL["k1"]))
     torch.testing.assert_close(
         whiten(x["rewards"], x["mask"]), torch.tensor(VERL["masked_whiten"]), atol=1e-5, rtol=1e-5
     )

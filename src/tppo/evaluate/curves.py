@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tppo.errors import UserError
 from tppo.evaluate.charts import Line, line_chart
 from tppo.evaluate.compare import DISPLAY
-from tppo.run import RunFolder
+from tppo.run import RunFolder, rl_stage
 
 RL_CHARTS = (
     ("sentence_reward_mean", "Relevance by the sentence reward model"),
@@ -42,7 +42,7 @@ REWARD_CHARTS = (
 
 
 def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
-    return read_jsonl(run.path(f"rl_{model}") / "metrics.jsonl")
+    return read_jsonl(run.path(rl_stage(model)) / "metrics.jsonl")
 
 
 def rollout_policies(policies: Sequence[str]) -> list[str]:

@@ -38,7 +38,7 @@ from tppo.evaluate.present import Metrics
 from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
-from tppo.run import RunFolder, all_stages
+from tppo.run import RunFolder, all_stages, rl_stage
 from tppo.seeding import rng
 from tppo.tables import load_examples, read_table
 
@@ -284,7 +284,7 @@ def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any
     """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1)."""
     shown = []
     for model in policies:
-        rows = read_jsonl(run.path(f"rl_{model}") / "samples.jsonl") if model != "sft" else []
+        rows = read_jsonl(run.path(rl_stage(model)) / "samples.jsonl") if model != "sft" else []
         last = [row for row in rows if row["update"] == rows[-1]["update"]][:TOKEN_SAMPLES]
         largest = max((abs(token[1]) for row in last for token in row["tokens"]), default=0) or 1.0
         responses = [

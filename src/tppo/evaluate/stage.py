@@ -28,7 +28,7 @@ from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict, o
 from tppo.models import load_policy
 from tppo.policy.generate import encode_examples, generate
 from tppo.progress import console
-from tppo.run import RunFolder, write_json
+from tppo.run import RunFolder, rl_stage, write_json
 from tppo.seeding import rng, stream_seed
 from tppo.tables import Example, field, load_examples, read_table, write_table
 from tppo.text import parse_response, render_response
@@ -181,7 +181,7 @@ def _answer(
     parts: Path,
 ) -> dict[str, int]:
     """Let one policy answer the given splits; returns how many history events did not fit, per split."""
-    stage = "sft" if model_name == "sft" else f"rl_{model_name}"
+    stage = "sft" if model_name == "sft" else rl_stage(model_name)
     dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
     model, tokenizer = load_policy(run.require(stage) / "model", dtype=dtype)
     dropped = {}

@@ -1,23 +1,180 @@
-"""Resumable state of an RL run: safetensors only, a folder that appears whole or not at all.
+"""Resumable state of an RL run: a folder that appears whole or not at all, and proves that it is whole.
 
-Everything random in an update depends on (seed, update) alone, so weights, optimiser moments and the number of
-updates done are the whole state.
+Everything random in an update depends on (seed, update) alone, so weights, optimizer moments, the adaptive KL
+coefficient, the probe's sums, the kept policies and the number of updates done are the whole state.
+
+A checkpoint is written under another name, every file is fsynced, their sha256 are written last, and then the folder
+is renamed. Whatever fails or is killed on the way leaves the older checkpoints as they were.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tppo.config import RL
+from tppo.errors import UserError
+from tppo.progress import console
+from tppo.rl.kept import KeptPolicy
 from tppo.rl.trainer import TokenPPOTrainer
+from tppo.run import sha256_file, write_json
 
 _PREFIX = "checkpoint-"
+_TEMPORARY = "tmp-"
+_CHECKSUMS = "checksums.json"
+_MAY_CHANGE = ("updates", "save_every", "keep_checkpoints")
+"""Settings that do not change what an update does."""
+
+
+def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
+    """Write `folder/checkpoint-<updates>` and remove all but the newest `keep_checkpoints`.
+
+    Raises:
+        OSError: it cannot be written; older checkpoints are untouched.
+    """
+    final = folder / f"{_PREFIX}{trainer.update}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    remove_leftovers(folder)
+    temporary.mkdir(parents=True)
+    _save_tensors(temporary / "policy.safetensors", _policy_tensors(trainer))
+    _save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(trainer))
+    kept = {name: policy for name, policy in _kept(trainer).items() if policy is not None}
+    for name, policy in kept.items():
+        _save_tensors(temporary / f"{name}.safetensors", policy.weights)
+    state = {
+        "update": trainer.update,
+        "kl_coef": trainer.kl_coef,
+        "seed": trainer.seed,
+        "config": asdict(trainer.config),
+        "kept": {name: {"update": policy.update, "value": policy.value} for name, policy in kept.items()},
+    }
+    write_json(temporary / "state.json", state)
+    write_json(temporary / _CHECKSUMS, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
+    fsync(temporary)
+    if final.exists():  # a damaged one that was skipped
+        _remove(final)
+    temporary.rename(final)
+    fsync(folder)
+    for old in _newest_first(folder)[trainer.config.keep_checkpoints :]:
+        _remove(old)
+    return final
+
+
+def load_newest_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> bool:
+    """Restore the newest undamaged checkpoint of `folder` into the trainer; False when there is none.
+
+    Raises:
+        UserError: it was made with other settings, or for another model.
+    """
+    for path in _newest_first(folder):
+        problem = _damage(path)
+        if problem is None:
+            _restore(trainer, path)
+            return True
+        console.print(f"skipping the damaged checkpoint {path}: {problem}", soft_wrap=True)
+    return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed writer left: half a checkpoint, half a saved model."""
+    for pattern in (f"{_TEMPORARY}*", ".model-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in _newest_first(folder):
+        _remove(path)
+    remove_leftovers(folder)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append JSON lines and bring them to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_rows_after(path: Path, update: int) -> None:
+    """Cut a jsonl file back to the rows of the first `update` updates: those after a checkpoint are made again.
+
+    A line that a kill cut off is dropped with them. The file is shortened in place, so a kill here does no harm.
+
+    Raises:
+        UserError: rows that the checkpoint counts on are missing.
+    """
+    last, size = 0, 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    row_update = json.loads(line)["update"] if line.endswith(b"\n") else update + 1
+                except (json.JSONDecodeError, UnicodeDecodeError):
+                    break
+                if row_update > update:
+                    break
+                last, size = row_update, size + len(line)
+        os.truncate(path, size)
+    if last != update:
+        raise UserError(
+            f"{path} ends at update {last}, but the checkpoint beside it is of update {update}: "
+            f"delete {path.parent} to train anew"
+        )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; under another name first, so that half a one is never taken for a whole."""
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    try:
+        checksums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in checksums.items():
+            if sha256_file(path / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _kept(trainer: TokenPPOTrainer) -> dict[str, KeptPolicy | None]:
+    return {"best": trainer.kept.best, "last_good": trainer.kept.last_good}
+
+
+def _policy_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
+    """What training changes. Tied weights appear once among the parameters; state_dict would hold them twice."""
+    tensors = {name: p.detach() for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    return tensors | {f"value_head.{name}": b for name, b in trainer.policy.value_head.named_buffers()}
 
 
 def _optimizer_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
@@ -29,54 +186,42 @@ def _optimizer_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
-    """Write `folder/checkpoint-<updates>` and remove older ones."""
-    final = folder / f"{_PREFIX}{trainer.update}"
-    temporary = folder / f"tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # Tied weights appear once among the parameters; state_dict would hold them twice.
-    parameters = {name: parameter.detach() for name, parameter in trainer.policy.named_parameters()}
-    save_file(parameters, temporary / "policy.safetensors")
-    save_file(_optimizer_tensors(trainer), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"update": trainer.update}), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.replace(final)
-    for other in folder.glob(f"{_PREFIX}*"):
-        if other != final:
-            shutil.rmtree(other)
-    return final
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # Written by Rust, whose I/O errors carry the number in their text only.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 5, str(error), str(path)) from error
+    fsync(path)
 
 
-def load_newest_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> bool:
-    """Restore the newest checkpoint of `folder` into the trainer; False when there is none."""
-    found = sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name.removeprefix(_PREFIX)))
-    if not found:
-        return False
-    saved = load_file(found[-1] / "policy.safetensors")
-    parameters = dict(trainer.policy.named_parameters())
-    assert saved.keys() == parameters.keys(), "the checkpoint belongs to another model"
+def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    _check_same_run(trainer, state, path)
+    saved, tensors = load_file(path / "policy.safetensors"), _policy_tensors(trainer)
+    if saved.keys() != tensors.keys() or any(saved[name].shape != tensor.shape for name, tensor in tensors.items()):
+        raise UserError(f"{path} belongs to another model than the policy: give another folder, or delete it")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+    parameters = dict(trainer.policy.named_parameters())
     trainer.optimizer.state.clear()
-    for key, value in load_file(found[-1] / "optimizer.safetensors").items():
+    for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("|")
         trainer.optimizer.state[parameters[name]][moment] = value
-    trainer.update = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))["update"]
-    return True
+    for name, facts in state["kept"].items():
+        setattr(trainer.kept, name, KeptPolicy(**facts, weights=load_file(path / f"{name}.safetensors")))
+    trainer.kl_coef = state["kl_coef"]
+    trainer.update = state["update"]
 
 
-def keep_rows_until(path: Path, update: int) -> None:
-    """Cut a jsonl file back to the rows of the first `update` updates (those after a checkpoint are redone)."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a line cut off by a kill is the last one
-        if row["update"] <= update:
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+def _check_same_run(trainer: TokenPPOTrainer, state: dict[str, Any], path: Path) -> None:
+    now: dict[str, Any] = {"seed": trainer.seed, **asdict(trainer.config)}
+    then: dict[str, Any] = {"seed": state["seed"], **state["config"]}
+    known = [name for name in RL.__dataclass_fields__ if name not in _MAY_CHANGE]
+    changed = [
+        f"{name}: {then.get(name)!r} -> {now[name]!r}" for name in ["seed", *known] if now[name] != then.get(name)
+    ]
+    if changed:
+        raise UserError(f"{path} was made with other settings ({'; '.join(changed)}): give them, or another folder")

@@ -26,15 +26,20 @@ def policy_loss(
     response_mask_BT: Tensor,
     clip_range: float,
     num_tokens: Tensor | int,
+    dual_clip: float = 0.0,
 ) -> ClippedLoss:
     """Eq. 6, negated: -min(r A, clip(r, 1 - eps, 1 + eps) A), with Eq. 7's ratio r against the old policy.
 
     The paper's pi_ref in Eq. 7 is the policy that sampled the rollout (old), not the frozen SFT reference.
+    `dual_clip` c > 1 (Ye et al. 2020, Eq. 5) bounds the loss by -c A where A < 0, where r alone is unbounded; 0 is off.
     """
     ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
     unclipped_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_range, 1 + clip_range)
-    loss = (torch.maximum(unclipped_BT, clipped_BT) * response_mask_BT).sum() / num_tokens
+    loss_BT = torch.maximum(unclipped_BT, clipped_BT)
+    if dual_clip:
+        loss_BT = torch.where(advantages_BT < 0, torch.minimum(loss_BT, -advantages_BT * dual_clip), loss_BT)
+    loss = (loss_BT * response_mask_BT).sum() / num_tokens
     clip_fraction = ((clipped_BT > unclipped_BT) * response_mask_BT).sum() / num_tokens
     return ClippedLoss(loss, clip_fraction.detach())
 

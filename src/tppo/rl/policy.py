@@ -1,18 +1,22 @@
-"""The policy with a value head, and log-probabilities of the response tokens only.
+"""The policy with its value function, and log-probabilities of the response tokens only.
 
 Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from tppo.config import Precision
+from tppo.rl.value import ValueHead, ValueProbe
 
 
 class TokenBatch(NamedTuple):
@@ -43,9 +47,24 @@ class PolicyOutput(NamedTuple):
     logprobs: Tensor
     """(B, T) float32, log pi(y_t | x, y_<t) at the sampling temperature; 0 outside the response."""
     values: Tensor | None
-    """(B, T) float32, V(s_t) before token t is chosen; 0 outside the response."""
+    """(B, T) float32, V(s_t) before token t is chosen; 0 outside the response. None for a probe while training."""
     entropy: Tensor | None
-    """(B, T) float32, in nats; 0 outside the response."""
+    """(B, T) float32, in nats; 0 outside the response. Only when scoring."""
+    hidden: Tensor | None
+    """(B, T, D) float32, what a probe reads; 0 outside the response. Only when scoring with a probe."""
+
+    def row(self, index: int) -> PolicyOutput:
+        """One response, as a batch of one, without gradients."""
+        logprobs, *others = (None if tensor is None else tensor[index : index + 1].detach() for tensor in self)
+        assert logprobs is not None
+        return PolicyOutput(logprobs, *others)
+
+    @staticmethod
+    def cat(parts: Sequence[PolicyOutput]) -> PolicyOutput:
+        """Micro-batches one after another."""
+        logprobs, *others = (None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
+        assert logprobs is not None
+        return PolicyOutput(logprobs, *others)
 
 
 def autocast(precision: Precision) -> AbstractContextManager[Any]:
@@ -54,42 +73,62 @@ def autocast(precision: Precision) -> AbstractContextManager[Any]:
 
 
 class PolicyWithValue(nn.Module):
-    """A causal language model and a linear value head on its last hidden state.
+    """A causal language model and its value function.
 
     Args:
-        lm: any causal language model of transformers.
-        detach_value: train the head as a probe; its loss then leaves the policy's weights alone.
+        lm: any causal language model of transformers, or a peft model around one.
+        value_function: `probe` reads the policy's hidden states and leaves its weights alone; `shared` trains a linear
+            head and the policy's weights below it; `separate` trains a head on a copy of the model's trunk.
     """
 
-    def __init__(self, lm: Any, detach_value: bool = True) -> None:
+    def __init__(self, lm: Any, value_function: str = "probe") -> None:
         super().__init__()
         self.lm = lm
-        self.detach_value = detach_value
-        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self._hidden: Tensor | None = None
-        # The model's own forward makes the logits (some families scale or cap them); the hook only
-        # keeps the hidden state it makes on the way.
-        lm.base_model.register_forward_hook(self._keep_hidden)
+        self.value_function = value_function
+        hidden_size = lm.config.get_text_config().hidden_size
+        self.value_trunk = copy.deepcopy(self._trunk) if value_function == "separate" else None
+        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else ValueHead(hidden_size)
 
-    def _keep_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hidden = output.last_hidden_state
+    @property
+    def _trunk(self) -> Any:
+        """The model without its vocabulary projection."""
+        return (self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm).base_model
 
     def forward(
-        self, batch: TokenBatch, temperature: float, precision: Precision, with_entropy: bool = False
+        self, batch: TokenBatch, temperature: float, precision: Precision, scoring: bool = False
     ) -> PolicyOutput:
-        with autocast(precision):
-            logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy)
-        assert self._hidden is not None
+        """Log-probabilities and values of a batch; `scoring` a rollout asks for entropy and hidden states too."""
+        # The model's own forward makes the logits (some families scale or cap them); the hook only keeps the
+        # hidden state it makes on the way.
+        kept: list[Tensor] = []
+        handle = self._trunk.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+        try:
+            with autocast(precision):
+                logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy=scoring)
+        finally:
+            handle.remove()
+        if self.value_function == "probe" and not scoring:
+            return PolicyOutput(logprobs_BT, None, entropy_BT, None)
+        if self.value_trunk is not None:
+            with autocast(precision):
+                kept = [self.value_trunk(**model_inputs(batch.trimmed()), use_cache=False).last_hidden_state]
         mask_BT = batch.trimmed().response_mask
-        num_response = mask_BT.shape[1]
-        hidden_BTD = self._hidden[:, -num_response - 1 : -1].float()
-        self._hidden = None
-        if self.detach_value:
-            hidden_BTD = hidden_BTD.detach()
-        values_BT = _padded(self.value_head(hidden_BTD).squeeze(-1) * mask_BT, batch)
-        return PolicyOutput(logprobs_BT, values_BT, entropy_BT)
+        hidden_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
+        values_BT = _padded(self.value_head(hidden_BTD) * mask_BT, batch)
+        if self.value_function != "probe":
+            return PolicyOutput(logprobs_BT, values_BT, entropy_BT, None)
+        hidden_BDT = (hidden_BTD * mask_BT[..., None]).transpose(1, 2)
+        return PolicyOutput(logprobs_BT, values_BT, entropy_BT, _padded(hidden_BDT, batch).transpose(1, 2))
+
+
+def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
+    """What a model of transformers reads; positions count from the first token that is no padding."""
+    position_ids = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask.long(),
+        "position_ids": position_ids,
+    }
 
 
 def response_logprobs(
@@ -102,14 +141,7 @@ def response_logprobs(
     """
     whole, batch = batch, batch.trimmed()
     num_response = batch.response_mask.shape[1]
-    position_ids = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    output = lm(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask.long(),
-        position_ids=position_ids,
-        logits_to_keep=num_response + 1,
-        use_cache=False,
-    )
+    output = lm(**model_inputs(batch), logits_to_keep=num_response + 1, use_cache=False)
     logits_BTV = output.logits[:, :-1].float() / temperature
     assert logits_BTV.shape[1] == num_response
     targets_BT = batch.input_ids[:, -num_response:]
@@ -122,13 +154,6 @@ def response_logprobs(
     return _padded(logprobs_BT, whole), entropy_BT
 
 
-def _padded(values_BT: Tensor, batch: TokenBatch) -> Tensor:
-    """Zeros on the right, up to the batch's response width."""
-    return F.pad(values_BT, (0, batch.response_mask.shape[1] - values_BT.shape[1]))
-
-
-@torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters into a model of the same shape, in the target's precision (the rollout copy)."""
-    for source_parameter, target_parameter in zip(source.parameters(), target.parameters(), strict=True):
-        target_parameter.copy_(source_parameter)
+def _padded(values: Tensor, batch: TokenBatch) -> Tensor:
+    """(..., t) -> (..., T): zeros on the right, up to the batch's response width."""
+    return F.pad(values, (0, batch.response_mask.shape[1] - values.shape[-1]))

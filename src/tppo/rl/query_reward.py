@@ -17,15 +17,14 @@ from tppo.config import RL, Task
 from tppo.errors import UserError
 from tppo.reward.align import token_spans
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
+from tppo.rl.reward_function import Sample, Scores
 from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
-from tppo.rl.rollout import Rollout
-from tppo.rl.trainer import RewardResult
 from tppo.tables import RESPONSES, Example, read_table
 from tppo.text import ParsedResponse, parse_response
 
 
 class QueryReward:
-    """Reward function of the RL stage (see `tppo.rl.trainer.RewardFunction`)."""
+    """Reward function of the RL stage (see `tppo.rl.reward_function`)."""
 
     def __init__(
         self,
@@ -43,16 +42,16 @@ class QueryReward:
         self.task = task
         self.scale = scale
 
-    def __call__(self, rollout: Rollout) -> RewardResult:
-        histories = [self.examples[i].history for i in rollout.prompt_index]
-        responses = [generation.response for generation in rollout.generations]
-        mask_BT = rollout.batch.response_mask
-        class_probs_BT3 = pad_class_probs(self.token_model.score(histories, responses, rollout.spans), mask_BT)
+    def __call__(self, samples: list[Sample]) -> Scores:
+        histories = [self.examples[sample.prompt_index].history for sample in samples]
+        responses = [sample.response for sample in samples]
+        length_B = torch.tensor([len(sample.response_ids) for sample in samples])
+        mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+        class_probs_BT3 = pad_class_probs(
+            self.token_model.score(histories, responses, [sample.spans for sample in samples]), mask_BT
+        )
         sentence_score_B = torch.tensor(self.sentence_model.score(histories, responses), dtype=torch.float32)
-        parsed = [
-            parse_response(generation.response, generation.finished, self.task.num_queries)
-            for generation in rollout.generations
-        ]
+        parsed = [parse_response(sample.response, sample.finished, self.task.num_queries) for sample in samples]
         rewards_BT = token_level_rewards(
             self.config,
             class_probs_BT3,
@@ -61,8 +60,9 @@ class QueryReward:
             mask_BT,
             self.scale,
         )
+        classes_BT = class_probs_BT3.argmax(-1)
         # Class 0 tokens carry no judgement; a response of class 0 tokens only has none to average.
-        judged_BT = (class_probs_BT3.argmax(-1) > 0) & mask_BT
+        judged_BT = (classes_BT > 0) & mask_BT
         relevance_BT = class_probs_BT3[..., 2] / class_probs_BT3[..., 1:].sum(-1).clamp(min=1e-6)
         metrics = {
             "token_relevance": masked_mean(relevance_BT, judged_BT).item() if judged_BT.any() else float("nan"),
@@ -70,7 +70,12 @@ class QueryReward:
             "queries": float(np.mean([len(response.queries) for response in parsed])),
             "unparseable": float(np.mean([response.problem is not None for response in parsed])),
         }
-        return RewardResult(rewards_BT, metrics, class_probs_BT3.argmax(-1))
+        return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
+
+
+def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:
+    """The responses' own entries, without padding."""
+    return [row[:length].tolist() for row, length in zip(values_BT, length_B.tolist(), strict=True)]
 
 
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:

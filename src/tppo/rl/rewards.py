@@ -10,7 +10,8 @@ Departures from the paper, each forced by a gap or a trap in it (DESIGN section 
    0 on average. With 1/2 every token pays and more is better; with -1/+1 and one word in ten relevant almost
    every token costs and the policy learns to say less.
 2. The length-weighted penalty shrinks positive rewards only; a shrunk negative one would be a gain.
-3. KL to the frozen SFT policy enters the reward of every token (k1 estimate), the field's usual place.
+3. KL to the frozen SFT policy enters the reward of every token (k1 estimate), the field's usual place
+   (`kl_placement="loss"` puts it into the loss).
 4. Positive rewards are also weighted with the share of the asked queries a response holds, 0 when it is
    unparseable, for every algorithm alike. Nobody is shown such a response, and without the weight one endless
    query of relevant words paid best: separators and end-of-sequence are worth 0 and only take up room. (Seen on
@@ -137,9 +138,16 @@ def token_level_rewards(
     return rewards_BT + at_last_token(format_reward.reward, response_mask_BT)
 
 
-def kl_k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
-    """k1 = log pi - log pi_ref of the sampled tokens: an unbiased estimate of the KL, in nats, (B, T)."""
-    return logprobs_BT - ref_logprobs_BT
+def length_penalty_rewards(config: RL, response_mask_BT: Tensor, finished_B: Tensor, max_tokens: int) -> Tensor:
+    """Penalties for length that go with any reward function, (B, T), at the last token.
+
+    `missing_eos_penalty` for a response the token limit ended; `overlong_penalty` in proportion to how far the
+    response reaches into the last `overlong_buffer` tokens before the limit (DAPO, Yu et al. 2025, Eq. 13).
+    """
+    length_B = response_mask_BT.sum(-1)
+    into_buffer_B = (length_B - (max_tokens - config.overlong_buffer)).clamp(min=0) / config.overlong_buffer
+    penalty_B = config.missing_eos_penalty * ~finished_B + config.overlong_penalty * into_buffer_B
+    return at_last_token(-penalty_B, response_mask_BT)
 
 
 class Advantages(NamedTuple):

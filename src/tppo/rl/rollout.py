@@ -1,4 +1,4 @@
-"""A rollout: responses of the old policy, as text with character spans and as padded tensors."""
+"""A rollout: responses of the old policy, as samples for the reward function and as padded tensors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 import torch
 
 from tppo.policy.generate import Generation, generate
-from tppo.reward.align import token_spans
 from tppo.rl.policy import TokenBatch
+from tppo.rl.reward_function import Sample, make_sample
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to a batch of prompts: what a reward function sees (texts, ids, spans) and what the model sees."""
+    """Responses to a batch of prompts: what a reward function sees, and what the model sees."""
 
-    prompt_index: list[int]
-    """Which prompt each response answers."""
-    generations: list[Generation]
-    spans: list[list[tuple[int, int]]]
-    """Character span of every response token in `generations[i].response`."""
+    samples: list[Sample]
     batch: TokenBatch
 
 
@@ -46,12 +42,12 @@ def roll_out(
         seed=seed,
         batch_size=len(chosen),
     )
-    spans = [token_spans(tokenizer, generation.response_ids) for generation in generations]
-    return Rollout(list(prompt_index), generations, spans, pad_batch(generations, tokenizer.pad_token_id))
+    samples = [make_sample(tokenizer, *pair) for pair in zip(generations, prompt_index, strict=True)]
+    return Rollout(samples, pad_batch(samples, tokenizer.eos_token_id))
 
 
 def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
-    """Left-pad the prompts, right-pad the responses. Padding is known by its place, never by its id."""
+    """Left-pad the prompts, right-pad the responses. Padding is known by its place, so its id does not matter."""
     prompt_width = max(len(generation.prompt_ids) for generation in generations)
     response_width = max(len(generation.response_ids) for generation in generations)
     input_ids = torch.full((len(generations), prompt_width + response_width), pad_id, dtype=torch.long)

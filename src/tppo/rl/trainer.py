@@ -14,53 +14,43 @@ the old policy, as PPO does. Epsilon, gamma, lambda and the value coefficient ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tppo.config import RL
+from tppo.models import load_policy
+from tppo.rl import guards
+from tppo.rl.copies import copy_weights, reference_copy, reference_logprobs, rollout_copy, with_adapters
+from tppo.rl.kept import KeptPolicies
+from tppo.rl.kl import kl_estimate, next_kl_coef
 from tppo.rl.losses import policy_loss, value_loss
-from tppo.rl.policy import (
-    PolicyOutput,
-    PolicyWithValue,
-    TokenBatch,
-    autocast,
-    copy_weights,
-    response_logprobs,
-)
-from tppo.rl.rewards import gae, kl_k1, masked_mean, whiten
+from tppo.rl.policy import PolicyOutput, PolicyWithValue, TokenBatch
+from tppo.rl.reward_function import RewardFunction, TokenRewards, score
+from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
 from tppo.rl.rollout import Rollout, roll_out
+from tppo.rl.setup import check_config, encode_prompts, make_optimizer, require_float32
+from tppo.rl.value import ProbeState, ValueProbe
 from tppo.seeding import rng, stream_seed
-
-RATIO_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest |log ratio| of the first minibatch that is rounding and not a bug."""
-
-
-class RewardResult(NamedTuple):
-    """What a reward function returns for a rollout."""
-
-    rewards: Tensor
-    """(B, T) float32, without KL; 0 outside the response."""
-    metrics: dict[str, float]
-    """Logged as they are."""
-    classes: Tensor | None = None
-    """(B, T) most likely class of every token, for display."""
-
-
-RewardFunction = Callable[[Rollout], RewardResult]
 
 
 class Experience(NamedTuple):
-    """A scored rollout, all (B, T) float32."""
+    """A scored rollout; tensors are (B, T) float32."""
 
-    batch: TokenBatch
+    rollout: Rollout
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+
+    def rows(self, index: Tensor) -> Experience:
+        rollout = Rollout([self.rollout.samples[i] for i in index.tolist()], self.rollout.batch.rows(index))
+        return Experience(rollout, *(tensor[index] for tensor in self[1:]))
 
 
 @dataclass
@@ -69,91 +59,110 @@ class StepResult:
 
     metrics: dict[str, float]
     rollout: Rollout
-    rewards: RewardResult
+    rewards: TokenRewards
 
 
 class TokenPPOTrainer:
-    """PPO over token-level rewards.
+    """PPO over token-level rewards, for any causal language model and any reward function.
 
     Args:
-        policy: trained in place, float32 weights.
-        reference: frozen language model in the same precision as the policy's (so that KL starts at 0).
-        rollout_model: a copy of the policy's language model used to sample, in any precision; overwritten.
-        prompts: token ids of every training prompt.
-        reward_fn: rewards of a rollout.
+        policy: a causal language model of transformers with float32 weights, trained in place; or the folder (or name)
+            of one, which brings its tokenizer. The reference and the copy that samples are made from it.
+        reward_fn: rewards of a rollout: list of samples in, list of floats (or one float) per sample out; see
+            `tppo.rl.reward_function`.
+        prompts: every training prompt, as text or as token ids.
+        config: settings; those about query rewards (`algorithm`, `reward_values` and so on) are not read here.
+        tokenizer: the policy's, when `policy` is a model.
         max_response_tokens: limit of a response, end-of-sequence included.
         seed: prompts, rollouts and minibatches of update u depend on (seed, u) only, so any update can be redone.
+
+    Raises:
+        UserError: settings that do not fit together, an empty prompt, weights that are not float32.
     """
 
     def __init__(
         self,
-        policy: PolicyWithValue,
-        reference: Any,
-        rollout_model: Any,
-        tokenizer: Any,
-        prompts: Sequence[list[int]],
+        policy: Any,
         reward_fn: RewardFunction,
-        config: RL,
+        prompts: Sequence[str | list[int]],
+        config: RL | None = None,
         *,
-        max_response_tokens: int,
-        seed: int,
+        tokenizer: Any = None,
+        max_response_tokens: int = 32,
+        seed: int = 0,
     ) -> None:
-        if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batch_size:
-            raise ValueError(
-                f"rl.batch_size={config.batch_size} must be a multiple of rl.minibatch_size={config.minibatch_size}, "
-                f"and that of rl.micro_batch_size={config.micro_batch_size}"
-            )
-        # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
-        self.policy = policy.eval()
-        self.reference = reference.eval().requires_grad_(False)
-        self.rollout_model = rollout_model.eval().requires_grad_(False)
+        self.config = config = config or RL()
+        check_config(config, max_response_tokens)
+        if isinstance(policy, str | Path):
+            policy, tokenizer = load_policy(policy)
+        require_float32(policy)
         self.tokenizer = tokenizer
-        self.prompts = prompts
+        self.prompts = encode_prompts(tokenizer, prompts)
+        self.rollout_model = rollout_copy(policy, config)
+        self.reference = None if config.tuning == "lora" else reference_copy(policy, config)
+        lm = with_adapters(policy, config, seed) if config.tuning == "lora" else policy
+        # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
+        self.policy = PolicyWithValue(lm, config.value_function).eval()
         self.reward_fn = reward_fn
-        self.config = config
         self.max_response_tokens = max_response_tokens
         self.seed = seed
         self.update = 0
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(policy.lm.parameters()), "lr": config.learning_rate},
-                {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate},
-            ],
-            weight_decay=0.0,
-            fused=True,
-        )
+        self.kl_coef = config.kl_coef
+        self.kept = KeptPolicies(config.best_metric, config.max_kl)
+        self.optimizer = make_optimizer(self.policy, config)
 
     def step(self) -> StepResult:
-        """One update: rollout, rewards, advantages, `ppo_epochs` passes of clipped losses."""
+        """One update: rollout, rewards, advantages, `ppo_epochs` passes of clipped losses.
+
+        Raises:
+            UserError: what the reward function returned does not fit the samples.
+            GuardError: a number that is none, a rollout from another distribution, or no memory. Weights and
+                optimizer are then as before the call, and the call may be made again.
+            MaxKLExceeded: the same, when the rollout's KL is above `max_kl`.
+        """
         start = time.perf_counter()
-        copy_weights(self.policy.lm, self.rollout_model)
-        # Prompts of like length side by side, so that a micro-batch has little padding to compute.
-        prompt_index = sorted(self.prompt_index(self.update), key=lambda i: len(self.prompts[i]))
-        rollout = roll_out(
-            self.rollout_model,
-            self.tokenizer,
-            self.prompts,
-            prompt_index,
-            max_new_tokens=self.max_response_tokens,
-            temperature=self.config.temperature,
-            seed=stream_seed(self.seed, "rollout", self.update),
-        )
+        with guards.out_of_memory_named(self.config, "rollout"):
+            rollout = self._roll_out()
         rolled_out = time.perf_counter()
-        rewards = self.reward_fn(rollout)
-        self._check_rewards(rewards.rewards, rollout)
-        experience, metrics = self._experience(rollout.batch, rewards.rewards)
-        scored = time.perf_counter()
-        metrics |= self._optimize(experience)
-        done = time.perf_counter()
-        self.update += 1
+        with guards.out_of_memory_named(self.config, "scoring"):
+            rewards = self._reward(rollout)
+            experience, probe, metrics = self._experience(rollout, rewards.rewards)
         metrics |= rewards.metrics
+        if self.config.max_kl and metrics["kl"] > self.config.max_kl:
+            raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], self.config.max_kl)
+        self.kept.see(self.update, metrics, self.rollout_model)
+        scored = time.perf_counter()
+        with guards.out_of_memory_named(self.config, "update"):
+            metrics |= self._optimize(experience)
+        done = time.perf_counter()
+        if probe is not None:
+            assert isinstance(self.policy.value_head, ValueProbe)
+            self.policy.value_head.accept(probe)
+        self.kl_coef = next_kl_coef(
+            self.kl_coef, metrics["kl"], self.config.kl_target, self.config.kl_horizon, self.config.batch_size
+        )
+        self.update += 1
         metrics |= {
             "seconds": done - start,
             "seconds_rollout": rolled_out - start,
             "seconds_score": scored - rolled_out,
             "seconds_update": done - scored,
+            "tokens_per_second": rollout.batch.response_mask.sum().item() / (done - start),
         }
         return StepResult({"update": self.update, **metrics}, rollout, rewards)
+
+    def policy_to_save(self, halted: bool = False) -> tuple[Any, int]:
+        """The language model the run ends with, in the rollout's precision and LoRA merged, and its number of updates.
+
+        The best by `best_metric` if that is set; else, `halted` by max_kl, that of the last rollout within the
+        limit; else the policy as it is. The returned model is the sampling copy, overwritten by the next step.
+        """
+        kept = self.kept.best or (self.kept.last_good if halted else None)
+        if kept is None:
+            copy_weights(self.policy.lm, self.rollout_model)
+            return self.rollout_model, self.update
+        kept.copy_to(self.rollout_model)
+        return self.rollout_model, kept.update
 
     def prompt_index(self, update: int) -> list[int]:
         """Prompts of an update: consecutive slices of one seeded permutation after another."""
@@ -166,127 +175,211 @@ class TokenPPOTrainer:
             index.append(int(order[place]))
         return index
 
-    def _check_rewards(self, rewards_BT: Tensor, rollout: Rollout) -> None:
+    def _roll_out(self) -> Rollout:
+        copy_weights(self.policy.lm, self.rollout_model)
+        # Prompts of like length side by side, so that a micro-batch has little padding to compute.
+        prompt_index = sorted(self.prompt_index(self.update), key=lambda i: len(self.prompts[i]))
+        return roll_out(
+            self.rollout_model,
+            self.tokenizer,
+            self.prompts,
+            prompt_index,
+            max_new_tokens=self.max_response_tokens,
+            temperature=self.config.temperature,
+            seed=stream_seed(self.seed, "rollout", self.update),
+        )
+
+    def _reward(self, rollout: Rollout) -> TokenRewards:
+        """The reward function's rewards and the penalties for length, (B, T)."""
         mask_BT = rollout.batch.response_mask
-        if rewards_BT.shape != mask_BT.shape:
-            raise ValueError(f"reward_fn returned shape {tuple(rewards_BT.shape)}, expected {tuple(mask_BT.shape)}")
-        bad_B = ~rewards_BT.isfinite().all(-1)
-        if bad_B.any():
-            row = int(bad_B.nonzero()[0])
-            raise FloatingPointError(f"reward_fn returned NaN or infinity for sample {row} of update {self.update}")
-        assert not rewards_BT[~mask_BT].any(), "a reward outside the response"
+        rewards = score(self.reward_fn, rollout.samples, mask_BT)
+        self._check("reward", rewards.rewards, rollout)
+        finished_B = torch.tensor([sample.finished for sample in rollout.samples])
+        penalties_BT = length_penalty_rewards(self.config, mask_BT, finished_B, self.max_response_tokens)
+        assert not rewards.rewards[~mask_BT].any(), "a reward outside the response"
+        return rewards._replace(rewards=rewards.rewards + penalties_BT)
 
     @torch.no_grad()
-    def _experience(self, batch: TokenBatch, rewards_BT: Tensor) -> tuple[Experience, dict[str, float]]:
-        """Log-probabilities of old and reference, KL into the rewards, GAE. Returns it with its metrics."""
-        config, mask_BT = self.config, batch.response_mask
-        old_parts: list[PolicyOutput] = []
-        ref_parts: list[Tensor] = []
-        for rows in _slices(len(mask_BT), config.micro_batch_size):
-            old_parts.append(self.policy(batch.rows(rows), config.temperature, config.precision, with_entropy=True))
-            with autocast(config.precision):
-                ref_parts.append(response_logprobs(self.reference, batch.rows(rows), config.temperature)[0])
-        old_logprobs_BT = torch.cat([part.logprobs for part in old_parts])
-        old_values_BT = torch.cat([part.values for part in old_parts if part.values is not None])
-        entropy_BT = torch.cat([part.entropy for part in old_parts if part.entropy is not None])
-        kl_BT = kl_k1(old_logprobs_BT, torch.cat(ref_parts))
+    def _experience(
+        self, rollout: Rollout, rewards_BT: Tensor
+    ) -> tuple[Experience, ProbeState | None, dict[str, float]]:
+        """Log-probabilities of old and reference, KL into the rewards, GAE.
 
-        advantages_BT, returns_BT = gae(
-            rewards_BT - config.kl_coef * kl_BT, old_values_BT, mask_BT, config.gamma, config.gae_lambda
-        )
-        residual = (returns_BT - old_values_BT)[mask_BT]
-        return_variance = returns_BT[mask_BT].var()
-        reward_B = rewards_BT.sum(-1)
-        metrics = {
-            "reward_mean": reward_B.mean().item(),
-            "reward_std": reward_B.std().item(),
-            "token_reward_mean": masked_mean(rewards_BT, mask_BT).item(),
-            "kl": kl_BT.sum(-1).mean().item(),
-            "entropy": masked_mean(entropy_BT, mask_BT).item(),
-            "response_length": mask_BT.sum(-1).float().mean().item(),
-            "value_mean": masked_mean(old_values_BT, mask_BT).item(),
-            "advantage_std": advantages_BT[mask_BT].std().item(),
-            "explained_variance": (1 - residual.var() / return_variance.clamp(min=1e-8)).item(),
-        }
+        Returns the experience, the value probe as this rollout would leave it, and the metrics.
+        """
+        config, mask_BT = self.config, rollout.batch.response_mask
+        old, ref_logprobs_BT = self._score_tokens(rollout.batch)
+        assert old.values is not None
+        assert old.entropy is not None
+        self._check("log-probability of the policy", old.logprobs, rollout)
+        self._check("log-probability of the reference", ref_logprobs_BT, rollout)
+        self._check("value", old.values, rollout)
+        kl_BT = kl_estimate("k1", old.logprobs, ref_logprobs_BT)
+        guards.check_sampling(old.logprobs, old.entropy, kl_BT.sum(-1), mask_BT, config, self.update + 1)
+
+        kl_rewarded_BT = rewards_BT
+        if config.kl_placement == "reward":
+            kl_rewarded_BT = rewards_BT - self.kl_coef * kl_estimate(config.kl_estimator, old.logprobs, ref_logprobs_BT)
+        advantages_BT, returns_BT = gae(kl_rewarded_BT, old.values, mask_BT, config.gamma, config.gae_lambda)
+        metrics = _metrics(rewards_BT, kl_BT, old, advantages_BT, returns_BT, mask_BT) | {"kl_coef": self.kl_coef}
+        probe = None
+        if isinstance(self.policy.value_head, ValueProbe):
+            assert old.hidden is not None
+            probe = self.policy.value_head.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
         if config.whiten_advantages:
             advantages_BT = whiten(advantages_BT, mask_BT)
-        return Experience(batch, old_logprobs_BT, old_values_BT, advantages_BT, returns_BT), metrics
+        self._check("advantage", advantages_BT, rollout)
+        return Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT), probe, metrics
+
+    def _score_tokens(self, batch: TokenBatch) -> tuple[PolicyOutput, Tensor]:
+        """The old policy's output and the reference's log-probabilities, micro-batch by micro-batch."""
+        config = self.config
+        old_parts: list[PolicyOutput] = []
+        ref_parts: list[Tensor] = []
+        for start in range(0, config.batch_size, config.micro_batch_size):
+            rows = batch.rows(slice(start, start + config.micro_batch_size))
+            old_parts.append(self.policy(rows, config.temperature, config.precision, scoring=True))
+            ref_parts.append(reference_logprobs(self.policy.lm, self.reference, rows, config))
+        return PolicyOutput.cat(old_parts), torch.cat(ref_parts)
 
     def _optimize(self, experience: Experience) -> dict[str, float]:
-        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps."""
+        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps. All or nothing."""
         config = self.config
         warmup = min(1.0, (self.update + 1) / max(1, config.warmup_updates))
-        for group, rate in zip(
-            self.optimizer.param_groups, (config.learning_rate, config.value_learning_rate), strict=True
-        ):
-            group["lr"] = rate * warmup
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * warmup
+        minibatches = [
+            minibatch
+            for epoch in range(config.ppo_epochs)
+            for minibatch in self._order(epoch).split(config.minibatch_size)
+        ]
+        # A single step changes nothing before its last check; only a second one needs the way back.
+        snapshot = guards.Snapshot(self.policy, self.optimizer) if len(minibatches) > 1 else None
         totals: dict[str, float] = {}
-        steps = 0
-        for epoch in range(config.ppo_epochs):
-            order = torch.arange(config.batch_size)
-            if config.minibatch_size < config.batch_size:
-                order = torch.from_numpy(rng(self.seed, "minibatch", self.update, epoch).permutation(config.batch_size))
-            for minibatch in order.split(config.minibatch_size):
-                for name, value in self._minibatch_step(experience, minibatch, first=steps == 0).items():
-                    totals[name] = totals.get(name, 0.0) + value
-                steps += 1
-        return {name: value / steps for name, value in totals.items()} | {
-            "learning_rate": config.learning_rate * warmup
-        }
+        try:
+            for number, minibatch in enumerate(minibatches):
+                for name, value in self._minibatch_step(experience.rows(minibatch), first=number == 0).items():
+                    totals[name] = totals.get(name, 0.0) + value / len(minibatches)
+        except BaseException:
+            if snapshot is not None:
+                snapshot.restore()
+            raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return totals | {"learning_rate": config.learning_rate * warmup}
 
-    def _minibatch_step(self, experience: Experience, minibatch: Tensor, first: bool) -> dict[str, float]:
+    def _order(self, epoch: int) -> Tensor:
+        """Rows of the rollout in the order of a pass; as they are when a minibatch is the whole rollout."""
+        size = self.config.batch_size
+        if self.config.minibatch_size == size:
+            return torch.arange(size)
+        return torch.from_numpy(rng(self.seed, "minibatch", self.update, epoch).permutation(size))
+
+    def _minibatch_step(self, minibatch: Experience, first: bool) -> dict[str, float]:
         """Gradients accumulated over micro-batches with one global denominator, then one optimiser step."""
-        config = self.config
-        num_tokens = experience.batch.response_mask[minibatch].sum()
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
-        self.optimizer.zero_grad(set_to_none=True)
-        for rows in minibatch.sort().values.split(config.micro_batch_size):
-            batch = experience.batch.rows(rows)
-            output = self.policy(batch, config.temperature, config.precision)
-            old_logprobs_BT = experience.old_logprobs[rows]
+        config, samples = self.config, minibatch.rollout.samples
+        num_tokens = minibatch.rollout.batch.response_mask.sum()
+        sums: dict[str, float] = {}
+        # Sorted rows keep prompts of like length side by side.
+        order = torch.tensor(sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids)))
+        for rows in order.split(config.micro_batch_size):
+            part = minibatch.rows(rows)
+            output = self.policy(part.rollout.batch, config.temperature, config.precision)
+            self._check("log-probability of the policy", output.logprobs.detach(), part.rollout)
             if first:
-                self._check_first_ratio(output.logprobs.detach() - old_logprobs_BT)
-            policy_part = policy_loss(
-                output.logprobs,
-                old_logprobs_BT,
-                experience.advantages[rows],
-                batch.response_mask,
-                config.clip_range,
-                num_tokens,
-            )
-            value_part = value_loss(
-                output.values,
-                experience.old_values[rows],
-                experience.returns[rows],
-                batch.response_mask,
-                config.value_clip_range,
-                num_tokens,
-            )
-            loss = policy_part.loss + config.value_coef * value_part.loss
+                log_ratio_BT = output.logprobs.detach() - part.old_logprobs
+                guards.check_first_ratio(log_ratio_BT, self.policy, config, self.update + 1)
+            loss, terms = self._loss(output, part, num_tokens)
             if not loss.isfinite():
-                raise FloatingPointError(f"the loss of update {self.update} is {loss.item()}; weights are unchanged")
+                self._name_bad_loss(output, part, num_tokens)
             loss.backward()
-            sums["policy_loss"] += policy_part.loss.item()
-            sums["value_loss"] += value_part.loss.item()
-            sums["clip_fraction"] += policy_part.clip_fraction.item()
-            log_ratio_BT = output.logprobs.detach() - old_logprobs_BT
-            sums["approx_kl"] += (0.5 * log_ratio_BT.square().sum() / num_tokens).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.lm.parameters(), config.max_grad_norm)
-        torch.nn.utils.clip_grad_norm_(self.policy.value_head.parameters(), config.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise FloatingPointError(f"the gradient of update {self.update} is {grad_norm}; weights are unchanged")
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        guards.check_gradients(self.policy, self.update + 1, samples)
+        sums["grad_norm"] = _clip_gradients(self.policy, config.max_grad_norm)
+        if self.update < config.critic_warmup:
+            for parameter in self.policy.lm.parameters():
+                parameter.grad = None  # the optimizer then passes it over, moments included
         self.optimizer.step()
-        loss_value = sums["policy_loss"] + config.value_coef * sums["value_loss"]
-        return {**sums, "loss": loss_value, "grad_norm": grad_norm.item()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums
 
-    def _check_first_ratio(self, log_ratio_BT: Tensor) -> None:
-        worst = log_ratio_BT.abs().max().item()
-        tolerance = RATIO_TOLERANCE[self.config.precision]
-        assert worst <= tolerance, (
-            f"before any step the ratio to the old policy must be 1, but |log ratio| reaches {worst:.3g} "
-            f"(tolerance {tolerance}): is dropout on, or the temperature not the rollout's?"
+    def _loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, and its terms for the metrics; all sums over tokens divided by `num_tokens`."""
+        config, mask_BT = self.config, part.rollout.batch.response_mask
+        policy_part = policy_loss(
+            output.logprobs,
+            part.old_logprobs,
+            part.advantages,
+            mask_BT,
+            config.clip_range,
+            num_tokens,
+            config.dual_clip,
         )
+        log_ratio_BT = output.logprobs.detach() - part.old_logprobs
+        terms = {
+            "policy_loss": policy_part.loss,
+            "clip_fraction": policy_part.clip_fraction,
+            "approx_kl": 0.5 * log_ratio_BT.square().sum() / num_tokens,
+        }
+        loss = policy_part.loss
+        if config.kl_placement == "loss":
+            kl_BT = kl_estimate(config.kl_estimator, output.logprobs, part.ref_logprobs)
+            terms["kl_loss"] = (kl_BT * mask_BT).sum() / num_tokens
+            loss = loss + self.kl_coef * terms["kl_loss"]
+        if output.values is not None:
+            terms["value_loss"] = value_loss(
+                output.values, part.old_values, part.returns, mask_BT, config.value_clip_range, num_tokens
+            ).loss
+            loss = loss + config.value_coef * terms["value_loss"]
+        else:
+            # The probe is not trained here; the error it made on this rollout is the same figure.
+            terms["value_loss"] = 0.5 * ((part.old_values - part.returns).square() * mask_BT).sum() / num_tokens
+        return loss, terms | {"loss": loss.detach()}
+
+    def _name_bad_loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> None:
+        """Raise GuardError for the first sample whose own loss is no number."""
+        losses = [
+            self._loss(output.row(row), part.rows(torch.tensor([row])), num_tokens)[0].item()
+            for row in range(len(part.rollout.samples))
+        ]
+        self._check("loss", torch.tensor(losses)[:, None], part.rollout)
+        raise guards.GuardError(f"the loss of update {self.update + 1} is infinite in sum; the weights are unchanged")
+
+    def _check(self, name: str, tensor: Tensor, rollout: Rollout) -> None:
+        guards.check_finite(name, tensor, self.update + 1, rollout.samples)
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
+@torch.no_grad()
+def _metrics(
+    rewards_BT: Tensor,
+    kl_BT: Tensor,
+    old: PolicyOutput,
+    advantages_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+) -> dict[str, float]:
+    """What is said of a rollout before the update; KL in nats per response, the rest per token or response."""
+    assert old.values is not None
+    assert old.entropy is not None
+    reward_B = rewards_BT.sum(-1)
+    residual = (returns_BT - old.values)[mask_BT]
+    return {
+        "reward_mean": reward_B.mean().item(),
+        "reward_std": reward_B.std().item(),
+        "token_reward_mean": masked_mean(rewards_BT, mask_BT).item(),
+        "kl": kl_BT.sum(-1).mean().item(),
+        "entropy": masked_mean(old.entropy, mask_BT).item(),
+        "response_length": mask_BT.sum(-1).float().mean().item(),
+        "value_mean": masked_mean(old.values, mask_BT).item(),
+        "advantage_std": advantages_BT[mask_BT].std().item(),
+        "explained_variance": (1 - residual.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
+    }
+
+
+def _clip_gradients(policy: PolicyWithValue, max_norm: float) -> float:
+    """Clip the policy's gradients and the value function's apart; the norm of the policy's before clipping."""
+    in_policy = {id(parameter) for parameter in policy.lm.parameters()}
+    value = [parameter for parameter in policy.parameters() if id(parameter) not in in_policy]
+    torch.nn.utils.clip_grad_norm_(value, max_norm)
+    return torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), max_norm).item()

@@ -23,7 +23,7 @@ from tppo.evaluate.compare import DISPLAY
 from tppo.models import load_policy
 from tppo.policy.generate import generate
 from tppo.progress import console
-from tppo.run import RunFolder
+from tppo.run import RunFolder, rl_stage
 from tppo.serve.http import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
 from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_response
 
@@ -165,7 +165,7 @@ def serve(recipe: Recipe) -> None:
     run = RunFolder(recipe)
     folders = {"sft": run.require("sft") / "model"}
     for algorithm in reversed(get_args(TuningAlgorithm)):
-        stage = f"rl_{algorithm}"
+        stage = rl_stage(algorithm)
         if run.manifest(stage) is None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:

@@ -1,0 +1,175 @@
+"""What stops an update: numbers that are none, samples from another distribution, memory, too much KL.
+
+Every `GuardError` leaves weights and optimizer state as they were before the update (`Snapshot` takes back the
+steps of earlier minibatches) and names the tensor or setting, the update and the sample.
+
+Shapes: B responses, T response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tppo.config import RL
+from tppo.errors import UserError
+from tppo.rl.reward_function import Sample, name_sample
+
+RATIO_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Largest |log ratio| of the first minibatch that is rounding and not a bug."""
+_SIGMAS = 6.0
+"""Standard errors that still count as noise: a false alarm about once in a billion rollouts."""
+_MIN_RESPONSES = 8
+"""A standard error over fewer responses says too little to stop a run."""
+_ROUNDING = 0.02
+"""Nats by which a bf16 rollout copy may differ from the policy, per token or per response."""
+
+
+class GuardError(UserError):
+    """The update was not made; weights and optimizer state are those before it."""
+
+
+class MaxKLExceeded(Exception):
+    """The rollout's KL is above `max_kl`; the update was not made."""
+
+    def __init__(self, update: int, kl: float, limit: float) -> None:
+        super().__init__(
+            f"halted before update {update}: the rollout's KL to the reference is {kl:.3g} nats per response, above "
+            f"rl.max_kl={limit:g}. A larger rl.kl_coef or a smaller rl.learning_rate holds the policy closer"
+        )
+        self.facts = {"before_update": update, "kl": kl, "max_kl": limit}
+
+
+def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sample]) -> None:
+    """Every row of `tensor` (B, ...) is finite.
+
+    Raises:
+        GuardError: names the tensor, the update and the first bad sample.
+    """
+    bad_B = ~tensor.isfinite().flatten(1).all(-1)
+    if bad_B.any():
+        row = int(bad_B.nonzero()[0])
+        raise GuardError(
+            f"NaN or infinity in the {name} of update {update}, {name_sample(samples, row)}; the weights are "
+            f"unchanged.{_way_out(name)}"
+        )
+
+
+def _way_out(name: str) -> str:
+    if name == "reward":
+        return " Mend the reward function for this sample"
+    return " A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; the last checkpoint is whole"
+
+
+def check_gradients(policy: nn.Module, update: int, samples: Sequence[Sample]) -> None:
+    """Every gradient is finite; called before anything scales or uses them.
+
+    Raises:
+        GuardError: names the first bad parameter and the update.
+    """
+    for name, parameter in policy.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise GuardError(
+                f"NaN or infinity in the gradient of {name}, update {update}, minibatch of {len(samples)} samples "
+                f"from {name_sample(samples, 0)} on; the weights are unchanged.{_way_out('gradient')}"
+            )
+
+
+def check_first_ratio(log_ratio_BT: Tensor, policy: nn.Module, config: RL, update: int) -> None:
+    """Before any step of an update the policy is the one that was scored: |log ratio| within rounding.
+
+    Raises:
+        GuardError: names the cause.
+    """
+    worst = log_ratio_BT.abs().max().item()
+    if worst <= RATIO_TOLERANCE[config.precision]:
+        return
+    if policy.training:
+        cause = "policy.train() was called, so dropout is on: call policy.eval(); the trainer needs no train mode"
+    else:
+        cause = (
+            "the model gives other log-probabilities for the same tokens at the second call: look for noise inside its "
+            f"forward pass, or a temperature other than rl.temperature={config.temperature:g} in one of them"
+        )
+    raise GuardError(
+        f"before any step of update {update} the ratio to the old policy must be 1, but |log ratio| reaches "
+        f"{worst:.3g} (rounding under rl.precision={config.precision}: {RATIO_TOLERANCE[config.precision]:g}); {cause}"
+    )
+
+
+def check_sampling(
+    logprobs_BT: Tensor, entropy_BT: Tensor, kl_B: Tensor, response_mask_BT: Tensor, config: RL, update: int
+) -> None:
+    """The rollout was drawn from the distribution its log-probabilities are taken from.
+
+    For such samples surprise - entropy is a martingale difference, so its mean is 0 within its standard error,
+    and the mean KL (k1) is not negative.
+
+    Raises:
+        GuardError: names the sampling setting at fault.
+    """
+    if len(response_mask_BT) < _MIN_RESPONSES:
+        return
+    excess_N = (-logprobs_BT - entropy_BT)[response_mask_BT]
+    count = len(excess_N)
+    excess = excess_N.mean().item()
+    # A nearly certain policy shows no spread until a rare token comes: 10 log(n)/n covers those not seen yet.
+    noise = _SIGMAS * excess_N.square().sum().sqrt().item() / count + 10 * math.log(count + 1) / count + _ROUNDING
+    kl_noise = _SIGMAS * kl_B.std().item() / math.sqrt(len(kl_B)) + _ROUNDING
+    if abs(excess) <= noise and kl_B.mean().item() >= -kl_noise:
+        return
+    if excess < 0:
+        cause = f"a temperature below rl.temperature={config.temperature:g}, top-k, top-p or a minimum length"
+    else:
+        cause = f"a temperature above rl.temperature={config.temperature:g}, or a sampling copy with other weights"
+    raise GuardError(
+        f"the responses of update {update} were not drawn from the policy they are scored with: surprise minus entropy "
+        f"is {excess:+.3g} nats per token (noise: {noise:.2g}), KL {kl_B.mean().item():+.3g} nats per response. "
+        f"Sampling used {cause}"
+    )
+
+
+@contextmanager
+def out_of_memory_named(config: RL, phase: str) -> Iterator[None]:
+    """Turn running out of memory into an error that names the setting to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+            sign in text for sign in ("not enough memory", "can't allocate memory")
+        ):
+            raise
+        setting = (
+            f"rl.batch_size (now {config.batch_size})"
+            if phase == "rollout"
+            else f"rl.micro_batch_size (now {config.micro_batch_size})"
+        )
+        raise GuardError(
+            f"out of memory in the {phase}: lower {setting}; the weights are unchanged "
+            f"({text.splitlines()[0][:200] if text else 'MemoryError'})"
+        ) from error
+
+
+class Snapshot:
+    """Weights and optimizer state before an update, to take back the steps of a stopped one."""
+
+    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
+        self.state: dict[Any, dict[str, Tensor]] = {
+            parameter: {name: value.clone() for name, value in state.items()}
+            for parameter, state in optimizer.state.items()
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in self.parameters:
+            parameter.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
