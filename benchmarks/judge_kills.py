@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +44,7 @@ from judge_harness import (
     server_stats,
     spawned,
     transport_options,
+    workplace,
 )
 
 
@@ -85,14 +86,15 @@ class Killer:
         delay = self.random.uniform(0, settings.early_within if early else settings.kill_within)
         before, started = server_stats(self.port)["requests"], time.monotonic()
         process = self.labelling(self.run_dirs[-1]).start(self.folder / "label.log")
-        while not early and process.poll() is None and server_stats(self.port)["requests"] == before:
-            time.sleep(0.005)
-        deadline = time.monotonic() + delay
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
+        try:
+            self.wait_for_the_moment(process, before, delay, early)
+        except BaseException:
+            kill(process)
+            raise
         if process.poll() is not None:
             # 2: some items failed, which is for the last run to mend; without a request, the call itself is wrong.
-            if process.returncode not in (0, 2) or server_stats(self.port)["requests"] == before:
+            asked = server_stats(self.port)["requests"] > before
+            if process.returncode and not (process.returncode == 2 and asked):
                 raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
             self.next_items()
             return
@@ -103,6 +105,14 @@ class Killer:
         sent = server_stats(self.port)["requests"] > before
         self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent))
 
+    def wait_for_the_moment(self, process: subprocess.Popen[bytes], before: int, delay: float, early: bool) -> None:
+        """`delay` seconds after the first request of the run (after its start, for an early kill), or its end."""
+        while not early and process.poll() is None and server_stats(self.port)["requests"] == before:
+            time.sleep(0.005)
+        deadline = time.monotonic() + delay
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+
     def wait_for_quiet(self) -> None:
         """Until the server has noticed that the client is gone, and has logged what was under way."""
         deadline = time.monotonic() + 60
@@ -111,7 +121,7 @@ class Killer:
 
     def finish(self) -> list[int]:
         """Every run once more without a kill, so that nothing may be missing afterwards."""
-        return [self.labelling(run_dir).start(self.folder / "label.log").wait() for run_dir in self.run_dirs]
+        return [self.labelling(run_dir).run(self.folder / "label.log") for run_dir in self.run_dirs]
 
 
 def asked_again(kills: Sequence[Kill], log: Sequence[Request]) -> set[str]:
@@ -235,9 +245,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
     add_transport_options(parser, concurrency=16, timeout=2.0, transport_attempts=8, reply_attempts=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(arguments) as folder:
         report("kill -9 of tppo label", measure(arguments, folder), arguments)
 
 
