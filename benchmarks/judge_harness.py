@@ -175,7 +175,7 @@ def transport_options(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command line of a measurement, to be kept beside its figures."""
-    hidden = ("output", "folder")
+    hidden = ("output", "folder", "generate", "bodies")
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items() if name not in hidden}
 
 
