@@ -52,14 +52,15 @@ from judge_harness import (
 class Kill:
     """A run started, killed between `signalled` and `moment` (monotonic seconds), and what the ledger held then.
 
-    `requests`: the run had sent some.
+    `sent`: the run had sent requests; `busy`: the server was working on some right before the kill.
     """
 
     started: float
     signalled: float
     moment: float
     finished: frozenset[str]
-    requests: bool
+    sent: bool
+    busy: bool
 
 
 class Killer:
@@ -98,12 +99,12 @@ class Killer:
                 raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
             self.next_items()
             return
-        signalled = time.monotonic()
+        stats, signalled = server_stats(self.port), time.monotonic()
         kill(process)
         moment = time.monotonic()
         self.wait_for_quiet()
-        sent = server_stats(self.port)["requests"] > before
-        self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent))
+        sent, busy = stats["requests"] > before, stats["in_flight"] > 0
+        self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent, busy))
 
     def wait_for_the_moment(self, process: subprocess.Popen[bytes], before: int, delay: float, early: bool) -> None:
         """`delay` seconds after the first request of the run (after its start, for an early kill), or its end."""
@@ -190,20 +191,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     with spawned(settings) as port:
         killer = Killer(arguments, folder, port)
-        while sum(each.requests for each in killer.kills) < arguments.kills:
+        while sum(each.busy for each in killer.kills) < arguments.kills:
             killer.one(early=killer.random.random() < arguments.early_share)
         statuses = killer.finish()
     states = read_ledger(killer.ledger)
     log, kills = read_log(log_path), killer.kills
     done = {sha256 for sha256, status in states.items() if status in FINISHED}
     twice = asked_twice(kills, log)
-    open_at_kills = [len(under_way(each, log)) for each in kills if each.requests]
+    open_at_kills = [len(under_way(each, log)) for each in kills if each.busy]
     labels: Counter[str] = Counter()
     for run_dir in killer.run_dirs:
         labels.update(check_labels(run_dir))
     return {
-        "kills_while_requests_were_under_way": sum(each.requests for each in kills),
-        "kills_before_the_first_request": sum(not each.requests for each in kills),
+        "kills_while_requests_were_under_way": sum(each.busy for each in kills),
+        "kills_before_the_first_request": sum(not each.sent for each in kills),
+        "kills_between_requests_or_after_the_last": sum(each.sent and not each.busy for each in kills),
         "runs_of_items": len(killer.run_dirs),
         "items": arguments.items * len(killer.run_dirs),
         "finished_at_the_end": len(done),
@@ -227,7 +229,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def fewest_between(kills: Sequence[Kill]) -> int:
     """Fewest verdicts that a run got stored before its kill: that the runs did move on is part of the claim."""
-    states = [frozenset(), *(each.finished for each in kills if each.requests)]
+    states = [frozenset(), *(each.finished for each in kills if each.sent)]
     return min((len(b - a) for a, b in pairwise(states)), default=0)
 
 
