@@ -17,7 +17,6 @@ rates until 95% of the items were answered are printed beside them.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,6 +37,7 @@ from judge_harness import (
     span,
     spawned,
     transport_options,
+    workplace,
 )
 
 TURNED_AWAY = ("rate_limited", "bad_request")
@@ -58,8 +58,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         labelling = Labelling(run_dir, port, ledger, transport_options(arguments))
         while len(rounds) < arguments.rounds:
             start = time.monotonic()
-            process = labelling.start(folder / "label.log")
-            status = process.wait()
+            status = labelling.run(folder / "label.log")
             counts = Counter(read_ledger(ledger).values())
             rounds.append({"exit_status": status, "seconds": round(time.monotonic() - start, 1), **counts})
             if len(rounds) == 1:
@@ -138,9 +137,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="most calls of `tppo label`")
     add_transport_options(parser, concurrency=64, timeout=2.0, transport_attempts=8, reply_attempts=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(arguments) as folder:
         report("tppo label against a failing server", measure(arguments, folder), arguments)
 
 

@@ -12,10 +12,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,31 @@ class Labelling:
         with log.open("ab") as file:
             return subprocess.Popen(self.command(), stdout=file, stderr=file, start_new_session=True)
 
+    def run(self, log: Path) -> int:
+        """Exit status of the process, which does not outlive an interrupted benchmark."""
+        process = self.start(log)
+        try:
+            return process.wait()
+        finally:
+            kill(process)
+
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """kill -9 for the process and whatever it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def workplace(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The benchmark's folder: `--folder`, or a temporary one. SIGTERM leaves through every `finally`, so that no
+    server or client of the benchmark stays behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def make_items(run_dir: Path, count: int, first: int = 0) -> Path:
@@ -154,7 +175,7 @@ def transport_options(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command line of a measurement, to be kept beside its figures."""
-    hidden = ("output", "folder")
+    hidden = ("output", "folder", "generate", "bodies")
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items() if name not in hidden}
 
 

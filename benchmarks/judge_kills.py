@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +44,7 @@ from judge_harness import (
     server_stats,
     spawned,
     transport_options,
+    workplace,
 )
 
 
@@ -51,14 +52,15 @@ from judge_harness import (
 class Kill:
     """A run started, killed between `signalled` and `moment` (monotonic seconds), and what the ledger held then.
 
-    `requests`: the run had sent some.
+    `sent`: the run had sent requests; `busy`: the server was working on some right before the kill.
     """
 
     started: float
     signalled: float
     moment: float
     finished: frozenset[str]
-    requests: bool
+    sent: bool
+    busy: bool
 
 
 class Killer:
@@ -85,25 +87,32 @@ class Killer:
         delay = self.random.uniform(0, settings.early_within if early else settings.kill_within)
         before, started = server_stats(self.port)["requests"], time.monotonic()
         process = self.labelling(self.run_dirs[-1]).start(self.folder / "label.log")
+        try:
+            self.wait_for_the_moment(process, before, delay, early)
+        except BaseException:
+            kill(process)
+            raise
+        if process.poll() is not None:
+            # 2: some items failed, which is for the last run to mend; without a request, the call itself is wrong.
+            asked = server_stats(self.port)["requests"] > before
+            if process.returncode and not (process.returncode == 2 and asked):
+                raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
+            self.next_items()
+            return
+        stats, signalled = server_stats(self.port), time.monotonic()
+        kill(process)
+        moment = time.monotonic()
+        self.wait_for_quiet()
+        sent, busy = stats["requests"] > before, stats["in_flight"] > 0
+        self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent, busy))
+
+    def wait_for_the_moment(self, process: subprocess.Popen[bytes], before: int, delay: float, early: bool) -> None:
+        """`delay` seconds after the first request of the run (after its start, for an early kill), or its end."""
         while not early and process.poll() is None and server_stats(self.port)["requests"] == before:
             time.sleep(0.005)
         deadline = time.monotonic() + delay
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        if process.poll() is not None:
-            # 0: all was finished, perhaps by the run that was killed last; 2: some items failed, which is for the
-            # last run to mend, but without a request the call itself is wrong.
-            asked = server_stats(self.port)["requests"] > before
-            if process.returncode != 0 and not (process.returncode == 2 and asked):
-                raise SystemExit(f"tppo label stopped with {process.returncode}: see {self.folder / 'label.log'}")
-            self.next_items()
-            return
-        signalled = time.monotonic()
-        kill(process)
-        moment = time.monotonic()
-        self.wait_for_quiet()
-        sent = server_stats(self.port)["requests"] > before
-        self.kills.append(Kill(started, signalled, moment, frozenset(finished(self.ledger)), sent))
 
     def wait_for_quiet(self) -> None:
         """Until the server has noticed that the client is gone, and has logged what was under way."""
@@ -113,7 +122,7 @@ class Killer:
 
     def finish(self) -> list[int]:
         """Every run once more without a kill, so that nothing may be missing afterwards."""
-        return [self.labelling(run_dir).start(self.folder / "label.log").wait() for run_dir in self.run_dirs]
+        return [self.labelling(run_dir).run(self.folder / "label.log") for run_dir in self.run_dirs]
 
 
 def asked_again(kills: Sequence[Kill], log: Sequence[Request]) -> set[str]:
@@ -182,20 +191,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     with spawned(settings) as port:
         killer = Killer(arguments, folder, port)
-        while sum(each.requests for each in killer.kills) < arguments.kills:
+        while sum(each.busy for each in killer.kills) < arguments.kills:
             killer.one(early=killer.random.random() < arguments.early_share)
         statuses = killer.finish()
     states = read_ledger(killer.ledger)
     log, kills = read_log(log_path), killer.kills
     done = {sha256 for sha256, status in states.items() if status in FINISHED}
     twice = asked_twice(kills, log)
-    open_at_kills = [len(under_way(each, log)) for each in kills if each.requests]
+    open_at_kills = [len(under_way(each, log)) for each in kills if each.busy]
     labels: Counter[str] = Counter()
     for run_dir in killer.run_dirs:
         labels.update(check_labels(run_dir))
     return {
-        "kills_while_requests_were_under_way": sum(each.requests for each in kills),
-        "kills_before_the_first_request": sum(not each.requests for each in kills),
+        "kills_while_requests_were_under_way": sum(each.busy for each in kills),
+        "kills_before_the_first_request": sum(not each.sent for each in kills),
+        "kills_between_requests_or_after_the_last": sum(each.sent and not each.busy for each in kills),
         "runs_of_items": len(killer.run_dirs),
         "items": arguments.items * len(killer.run_dirs),
         "finished_at_the_end": len(done),
@@ -219,7 +229,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def fewest_between(kills: Sequence[Kill]) -> int:
     """Fewest verdicts that a run got stored before its kill: that the runs did move on is part of the claim."""
-    states = [frozenset(), *(each.finished for each in kills if each.requests)]
+    states = [frozenset(), *(each.finished for each in kills if each.sent)]
     return min((len(b - a) for a, b in pairwise(states)), default=0)
 
 
@@ -237,9 +247,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
     add_transport_options(parser, concurrency=16, timeout=2.0, transport_attempts=8, reply_attempts=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(arguments) as folder:
         report("kill -9 of tppo label", measure(arguments, folder), arguments)
 
 

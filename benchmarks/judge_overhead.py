@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from judge_harness import (
     span,
     spawned,
     transport_options,
+    workplace,
 )
 
 
@@ -83,7 +83,7 @@ class Bench:
         log, ledger = self.folder / f"log{self.runs}.jsonl", self.folder / f"ledger{self.runs}.sqlite"
         with spawned(self.server(log, bodies)) as port:
             options = ("--redo+", "label", *transport_options(self.arguments))
-            status = Labelling(self.run_dir, port, ledger, options).start(self.folder / "label.log").wait()
+            status = Labelling(self.run_dir, port, ledger, options).run(self.folder / "label.log")
         labels = check_labels(self.run_dir)
         if status or labels.get("equal") != self.arguments.items:
             raise SystemExit(f"tppo label: exit status {status}, labels {labels}; see {self.folder / 'label.log'}")
@@ -147,9 +147,7 @@ def main() -> None:
         bodies = arguments.bodies.read_bytes().splitlines()
         asyncio.run(generate_load(arguments.generate, bodies, arguments.concurrency, arguments.client))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(arguments) as folder:
         report("throughput of tppo label and of a bare client", measure(arguments, folder), arguments)
 
 

@@ -99,9 +99,9 @@ def stage_parser(command: str) -> ArgumentParser:
     if command not in ACTIONS:
         parser.add_argument(
             "--redo",
-            type=list[str],
+            type=list[str] | str,
             default=[],
-            help="stages to make anew, with all that follows from them (their folders are deleted)",
+            help="stage (or [stage, stage]) to make anew, with all that follows from them (their folders are deleted)",
         )
     parser.add_class_arguments(Recipe)
     if command != "run":
@@ -134,6 +134,7 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
     redo = namespace.get("redo") or []
+    redo = [redo] if isinstance(redo, str) else redo
     recipe = parser.instantiate_classes(_without(namespace, "config", "redo"))
     return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__}), redo
 

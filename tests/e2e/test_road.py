@@ -157,7 +157,7 @@ class TestMistakes:
         message = capsys.readouterr().err
         assert "seed: 0 -> 1" in message
         assert "--redo synthetic" in message
-        cli.main([*arguments, "--seed", "1", "--redo", "[synthetic]"])
+        cli.main([*arguments, "--seed", "1", "--redo", "synthetic"])
         assert RunFolder(Recipe(run_dir=str(tmp_path / "run"))).manifest("synthetic")["config"]["seed"] == 1
 
     def test_full_disk_leaves_finished_work_valid(self, tmp_path, capsys, monkeypatch):

@@ -33,7 +33,7 @@ def request(sha256: str, arrived: float, ended: float, decision: str = "ok", **f
 
 
 def kill(moment: float, *finished: str, started: float = 0.0) -> Kill:
-    return Kill(started, moment - 0.01, moment, frozenset(finished), True)
+    return Kill(started, moment - 0.01, moment, frozenset(finished), sent=True, busy=True)
 
 
 def test_lost_verdicts_are_those_once_finished_and_later_not():
@@ -73,7 +73,7 @@ def test_asked_twice_counts_what_was_under_way_or_answered_but_not_stored():
 
 
 def test_fewest_between_leaves_kills_during_the_start_out():
-    early = Kill(0, 1, 1, frozenset({"a", "b", "c"}), requests=False)
+    early = Kill(0, 1, 1, frozenset({"a", "b", "c"}), sent=False, busy=False)
     assert judge_kills.fewest_between([kill(1, "a", "b", "c"), early, kill(2, *"abcdefg")]) == 3
     assert judge_kills.fewest_between([]) == 0
 

@@ -52,6 +52,22 @@ def test_an_attempt_and_its_outcome_are_stored_together_or_not_at_all(path):
         assert len(ledger.attempts()) == 1
 
 
+def test_a_full_disk_is_said_and_loses_nothing(path):
+    with JudgeLedger(path) as ledger:
+        ledger.record("a", "m", attempt(), OK, QUESTION)
+        (pages,) = ledger.connection.execute("PRAGMA page_count").fetchone()
+        ledger.connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        def fill() -> None:
+            for number in range(1000):
+                ledger.record(str(number), "m", attempt(), OK, QUESTION)
+
+        with pytest.raises(UserError, match="cannot be written: database or disk is full"):
+            fill()
+    with JudgeLedger(path) as ledger:
+        assert ledger.outcomes(["a"]) == {"a": OK}
+
+
 def test_many_keys(path):
     with JudgeLedger(path) as ledger:
         for number in range(1200):

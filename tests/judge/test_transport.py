@@ -136,6 +136,9 @@ def test_a_refusal_for_good_stops_at_once_with_the_servers_words(ledger_path, pa
             lost.judge(items(500), "targets")
         assert "secret-key" not in str(error.value)
         assert server.stats()["requests"] <= 16
+    with JudgeLedger(ledger_path) as ledger:
+        assert {row["outcome"] for row in ledger.attempts()} == {"refused"}
+        assert "secret-key" not in str(ledger.attempts())
 
 
 def test_tokens_are_never_overspent(ledger_path):

@@ -133,7 +133,17 @@ class JudgeLedger:
         return found
 
     def record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
-        """Store an attempt and, when it ends the request, the outcome: both or neither."""
+        """Store an attempt and, when it ends the request, the outcome: both or neither.
+
+        Raises:
+            UserError: the file cannot be written (disk full, another process holds it).
+        """
+        try:
+            self._record(key, model, attempt, outcome, question)
+        except sqlite3.OperationalError as error:
+            raise UserError(f"judge.ledger {self.path} cannot be written: {error}. What it holds stays valid") from None
+
+    def _record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
         with self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             self.connection.execute(

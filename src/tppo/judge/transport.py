@@ -284,6 +284,9 @@ class Asker:
             outcome = Outcome("ok", reply.model_dump(), None)
             record("ok", None, completion.content, outcome)
             return outcome
+        except UserError as error:
+            record("refused", str(error), None, None)
+            raise
         except TryAgain as error:
             too_long = error.retry_after is not None and error.retry_after > LONGEST_RETRY_AFTER
             outcome = Outcome("failed", None, str(error)) if final_try or too_long else None
