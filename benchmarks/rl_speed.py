@@ -119,22 +119,15 @@ def write_inputs(work: Work, weights: str, folder: Path, seed: int) -> None:
 
 def build_trainer(folder: Path, work: Work, algorithm: str, seed: int) -> Any:
     """Our trainer on this work. The only place that knows its constructor and its reward function's form."""
-    import torch
-
     from tppo.config import RL
     from tppo.models import load_policy
-    from tppo.rl.policy import PolicyWithValue
-    from tppo.rl.rewards import at_last_token, last_token_index
-    from tppo.rl.trainer import RewardResult, TokenPPOTrainer
+    from tppo.rl.trainer import TokenPPOTrainer
 
-    def parity(rollout: Any) -> Any:
+    def parity(samples: Any) -> Any:
         """tppo: 1 for every odd token; ppo: 1 for an odd last token, as on TRL's side."""
-        mask_BT = rollout.batch.response_mask
-        odd_BT = (rollout.batch.input_ids[:, -mask_BT.shape[1] :] % 2).float() * mask_BT
         if algorithm == "ppo":
-            last_B = odd_BT.gather(1, last_token_index(mask_BT)[:, None])[:, 0]
-            odd_BT = at_last_token(last_B, mask_BT)
-        return RewardResult(odd_BT, {})
+            return [float(sample.response_ids[-1] % 2) for sample in samples]
+        return [[float(token % 2) for token in sample.response_ids] for sample in samples]
 
     config = RL(
         batch_size=work.batch,
@@ -151,20 +144,15 @@ def build_trainer(folder: Path, work: Work, algorithm: str, seed: int) -> Any:
         gae_lambda=0.95,
         whiten_advantages=True,
         temperature=1.0,
-        value_gradient="head",
         precision="bf16",
     )
     policy, tokenizer = load_policy(folder)
-    reference, _ = load_policy(folder)
-    rollout_model, _ = load_policy(folder, dtype=torch.bfloat16)
     return TokenPPOTrainer(
-        PolicyWithValue(policy),
-        reference,
-        rollout_model,
-        tokenizer,
-        json.loads((folder / "prompts.json").read_text(encoding="utf-8")),
+        policy,
         parity,
+        json.loads((folder / "prompts.json").read_text(encoding="utf-8")),
         config,
+        tokenizer=tokenizer,
         max_response_tokens=work.new_tokens,
         seed=seed,
     )

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tppo.rl.kl import kl_estimate
 from tppo.rl.losses import policy_loss
-from tppo.rl.rewards import gae, kl_k1
+from tppo.rl.rewards import gae
 
 TERMINAL = -1
 
@@ -88,7 +89,7 @@ def policy_values(mdp: TokenMDP, rewards_SV: Tensor, log_policy_SV: Tensor) -> T
 
 def objective(mdp: TokenMDP, log_policy_SV: Tensor, rewards_SV: Tensor, log_ref_SV: Tensor, beta: float) -> Tensor:
     """J = E_y~pi [ sum_t r(s_t, a_t) - beta log pi/pi_ref ], summed over every response there is."""
-    gain_BT = mdp.along(rewards_SV) - beta * kl_k1(mdp.along(log_policy_SV), mdp.along(log_ref_SV))
+    gain_BT = mdp.along(rewards_SV) - beta * kl_estimate("k1", mdp.along(log_policy_SV), mdp.along(log_ref_SV))
     return (mdp.probabilities(log_policy_SV) * gain_BT.sum(-1)).sum()
 
 

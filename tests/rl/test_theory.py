@@ -19,7 +19,8 @@ from tabular import (
     soft_optimum,
 )
 
-from tppo.rl.rewards import gae, kl_k1
+from tppo.rl.kl import kl_estimate
+from tppo.rl.rewards import gae
 
 MDP = TokenMDP.build(vocabulary=3, horizon=4)
 WIDE = TokenMDP.build(vocabulary=4, horizon=3)
@@ -127,7 +128,7 @@ class TestLemma:
         """r_t - beta k1_t + V*(s_t+1) - V*(s_t) = 0 for every token, not on average: no gradient and no noise."""
         rewards_SV, log_ref_SV, _ = problem(MDP, seed)
         optimum = soft_optimum(MDP, rewards_SV, log_ref_SV, beta)
-        kl_BT = kl_k1(MDP.along(optimum.log_policy), MDP.along(log_ref_SV))
+        kl_BT = kl_estimate("k1", MDP.along(optimum.log_policy), MDP.along(log_ref_SV))
         values_BT = MDP.values_along(optimum.values)
         found = gae(MDP.along(rewards_SV) - beta * kl_BT, values_BT, MDP.mask_BT, 1.0, lam)
         close(found.advantages, torch.zeros_like(values_BT))
@@ -151,7 +152,7 @@ class TestLemma:
         assert distance(MDP, log_ref_SV, optimum) > 0.3
         for _ in range(500):
             old_SV = logits_SV.detach().log_softmax(-1)
-            kl_SV = kl_k1(old_SV, log_ref_SV)
+            kl_SV = kl_estimate("k1", old_SV, log_ref_SV)
             values_BT = torch.zeros_like(paid_BT)
             if critic == "exact":
                 values_BT = MDP.values_along(policy_values(MDP, rewards_SV - BETA * kl_SV, old_SV))
