@@ -102,6 +102,12 @@ def test_judged_pairs_do_not_depend_on_the_order_of_the_rows(tables, random):
     )
 
 
+def test_a_judge_of_whole_responses_orders_by_the_sentence_label():
+    bad, good = response("e", 0, "a b"), response("e", 1, "c d")
+    [pair] = judged_pairs([bad, good], [label(bad, 0, []), label(good, 1, [])]).pairs
+    assert pair.chosen_ids == good["response_ids"]
+
+
 def test_the_sentence_label_comes_before_the_words():
     half_relevant, all_words = response("e", 0, "a b"), response("e", 1, "c d")
     labels = [label(half_relevant, 1, [1, 2]), label(all_words, 0, [2, 2])]

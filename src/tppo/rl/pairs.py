@@ -87,12 +87,16 @@ def sft_output_pairs(
 
 
 def standing(response: Row, label: Row) -> Standing:
-    """How a judged response stands. An unparseable one is worth nothing, as in the evaluation: nobody is shown it."""
+    """How a judged response stands. An unparseable one is worth nothing, as in the evaluation: nobody is shown it.
+
+    A judge of whole responses gives no word labels; the sentence label alone then orders them.
+    """
     assert label["status"] == "ok", "an abstained response has no standing"
     words = label["words"]
-    if response["problem"] is not None or not words:
+    if response["problem"] is not None:
         return Standing(0, 0.0)
-    return Standing(label["sentence_label"], sum(word["label"] == RELEVANT for word in words) / len(words))
+    share = sum(word["label"] == RELEVANT for word in words) / len(words) if words else 0.0
+    return Standing(label["sentence_label"], share)
 
 
 def judged_pairs(responses: Sequence[Row], labels: Sequence[Row]) -> Pairs:
