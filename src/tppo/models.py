@@ -15,6 +15,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
@@ -59,6 +60,11 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
             "embeddings: they do not belong together; save the tokenizer the model was trained with there"
         )
     return model.eval(), tokenizer
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Adapters on every linear layer but the output head."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def save_policy(model: Any, tokenizer: Any, folder: Path, card: str) -> None:

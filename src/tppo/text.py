@@ -56,6 +56,14 @@ class ParsedResponse:
     words: list[Word]
     problem: Problem | None
 
+    @property
+    def query_words(self) -> list[list[str]]:
+        """The words of each query, as written."""
+        grouped: list[list[str]] = [[] for _ in self.queries]
+        for word in self.words:
+            grouped[word.query].append(word.text)
+        return grouped
+
 
 def normalise_query(text: str) -> str:
     """NFKC, lower case, control characters and runs of white space folded to one space."""

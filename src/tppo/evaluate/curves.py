@@ -52,7 +52,8 @@ def rollout_policies(policies: Sequence[str]) -> list[str]:
 
 def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
     """Training curves: the reward of each algorithm on its own scale, then all algorithms overlaid."""
-    rows = {model: found for model in rollout_policies(policies) if (found := rl_rows(run, model))}
+    trained = {model: found for model in policies if model != "sft" and (found := rl_rows(run, model))}
+    rows = {model: trained[model] for model in rollout_policies(policies) if model in trained}
     own = []
     for model, found in rows.items():
         line = Line(
@@ -71,7 +72,7 @@ def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
         shared.append(line_chart(lines, title, "update"))
     frontier = [Line(m, DISPLAY[m], column(f, "kl"), column(f, "sentence_reward_mean")) for m, f in rows.items()]
     shared.append(line_chart(frontier, "Relevance bought per nat of KL", "KL from SFT, nats per response", dots=True))
-    missing = [DISPLAY[model] for model in policies if model != "sft" and not rl_rows(run, model)]
+    missing = [DISPLAY[model] for model in policies if model != "sft" and model not in trained]
     return {"own": [c for c in own if c], "shared": [c for c in shared if c], "missing": missing}
 
 

@@ -172,7 +172,7 @@ class EmbeddingJudge:
         scores: list[Scores] = []
         chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
         for chunk in track(chunks, description) if description and chunks else chunks:
-            responses = [_response_queries(item.response) for item in chunk]
+            responses = [[tuple(words) for words in split_response(item.response).query_words] for item in chunk]
             references = [_reference_texts(item, rubric) for item in chunk]
             embeddings = self.encoder.encode(text for texts in responses + references for text in texts)
             scores += [
@@ -278,15 +278,6 @@ class EmbeddingJudge:
 
     def _weights_hash(self) -> str:
         return "+".join(sha256_file(path) for path in sorted(self.encoder.folder.glob("*.safetensors")))
-
-
-def _response_queries(response: str) -> list[tuple[str, ...]]:
-    """Words of each query of a response, in the order of `parse_response(...).words`."""
-    parsed = split_response(response)
-    queries: list[list[str]] = [[] for _ in parsed.queries]
-    for word in parsed.words:
-        queries[word.query].append(word.text)
-    return [tuple(words) for words in queries]
 
 
 def _reference_texts(item: JudgeItem, rubric: Rubric) -> list[tuple[str, ...]]:

@@ -73,12 +73,7 @@ class SheetItem(BaseModel):
     @property
     def queries(self) -> list[list[str]]:
         """The words of each query."""
-        queries: list[list[str]] = []
-        for word in self.words:
-            if word.query == len(queries):
-                queries.append([])
-            queries[word.query].append(word.text)
-        return queries
+        return split_response(self.response).query_words
 
 
 class SheetKey(BaseModel):

@@ -38,7 +38,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tppo.config import SFT, Recipe, Task
 from tppo.errors import UserError
-from tppo.models import load_policy
+from tppo.models import load_policy, lora_config
 from tppo.policy.generate import encode_examples
 from tppo.policy.training import (
     EpochSampler,
@@ -46,7 +46,6 @@ from tppo.policy.training import (
     check_batch_sizes,
     configured,
     last_good_checkpoint,
-    lora_config,
     save_trained,
     training_arguments,
 )
@@ -108,7 +107,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         )
     if settings.tuning == "lora":
         torch.manual_seed(stream_seed(recipe.seed, "sft", "lora"))
-        model = get_peft_model(model, lora_config(settings))
+        model = get_peft_model(model, lora_config(settings.lora_r))
     checkpoints = folder / "checkpoints"
     callback = ProgressCallback(folder / "metrics.jsonl", "SFT", METRICS)
     trainer = make_trainer(model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import disable_progress_bars
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -98,13 +97,6 @@ class EpochSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(stream_seed(self.seed, "epoch", self.epoch))
         return super().__iter__()
-
-
-def lora_config(settings: SFT | DPO) -> LoraConfig:
-    """Adapters on every linear layer but the output head."""
-    return LoraConfig(
-        r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
 
 
 def save_trained(trainer: Any, tokenizer: Any, settings: SFT | DPO, folder: Path, card: str) -> None:

@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tppo.config import RL
+from tppo.models import lora_config
 from tppo.rl.policy import TokenBatch, autocast, response_logprobs
 from tppo.seeding import stream_seed
 
@@ -47,12 +48,7 @@ def with_adapters(lm: Any, config: RL, seed: int) -> Any:
     """The language model with fresh LoRA adapters on every linear layer but the output; they start at zero change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "rl", "lora"))
-        return get_peft_model(
-            lm,
-            LoraConfig(
-                r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-        )
+        return get_peft_model(lm, lora_config(config.lora_r))
 
 
 @torch.no_grad()

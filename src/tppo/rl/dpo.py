@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tppo.config import DPO, Recipe
 from tppo.errors import UserError
-from tppo.models import load_policy
+from tppo.models import load_policy, lora_config
 from tppo.policy.generate import encode_examples
 from tppo.policy.sft import encode_response
 from tppo.policy.training import (
@@ -41,7 +41,6 @@ from tppo.policy.training import (
     check_batch_sizes,
     configured,
     last_good_checkpoint,
-    lora_config,
     save_trained,
     training_arguments,
 )
@@ -218,7 +217,7 @@ def make_trainer(
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
-        peft_config=lora_config(settings) if settings.tuning == "lora" else None,
+        peft_config=lora_config(settings.lora_r) if settings.tuning == "lora" else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
