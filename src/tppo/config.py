@@ -341,6 +341,9 @@ class RL:
     """Gradient clipping."""
     precision: Precision = "bf16"
     """bf16: float32 weights under bf16 autocast; rollouts use a bf16 copy."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """sdpa: torch's fused attention; eager: two matrix products and a softmax, faster on a CPU and short texts, but its
+    memory grows with the square of the length. auto: eager on a CPU up to 512 tokens, else sdpa."""
     save_every: int = 10
     """Updates between resumable checkpoints; 1 makes every update a safe point."""
     keep_checkpoints: int = 1

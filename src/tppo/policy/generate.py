@@ -102,7 +102,9 @@ def _generate_batch(
             position_ids=positions_BT,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # The last position by index, not as a slice: a slice of bf16 hidden states is not contiguous, and the
+            # matrix product with the vocabulary would first copy the weights once for every row.
+            logits_to_keep=torch.tensor([ids_BT.shape[1] - 1], device=ids_BT.device),
         )
         next_B = sample_tokens(output.logits[:, -1], temperature, uniforms_BT[alive, step])
         for row, token in zip(alive.tolist(), next_B.tolist(), strict=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +66,19 @@ def _way_out(name: str) -> str:
     return " A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; the last checkpoint is whole"
 
 
-def check_gradients(policy: nn.Module, update: int, samples: Sequence[Sample]) -> None:
-    """Every gradient is finite; called before anything scales or uses them.
+def raise_for_gradients(policy: nn.Module, update: int, samples: Sequence[Sample]) -> NoReturn:
+    """Their norm is no number: name the first gradient that is at fault, before anything scales or uses them.
 
     Raises:
         GuardError: names the first bad parameter and the update.
     """
-    for name, parameter in policy.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise GuardError(
-                f"NaN or infinity in the gradient of {name}, update {update}, minibatch of {len(samples)} samples "
-                f"from {name_sample(samples, 0)} on; the weights are unchanged.{_way_out('gradient')}"
-            )
+    gradients = [(name, parameter.grad) for name, parameter in policy.named_parameters() if parameter.grad is not None]
+    bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
+    what = f"NaN or infinity in the gradient of {bad[0]}" if bad else "the norm of the gradients is infinite"
+    raise GuardError(
+        f"{what}, update {update}, minibatch of {len(samples)} samples from {name_sample(samples, 0)} on; "
+        f"the weights are unchanged.{_way_out('gradient')}"
+    )
 
 
 def check_first_ratio(log_ratio_BT: Tensor, policy: nn.Module, config: RL, update: int) -> None:

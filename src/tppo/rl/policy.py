@@ -142,14 +142,16 @@ def response_logprobs(
     whole, batch = batch, batch.trimmed()
     num_response = batch.response_mask.shape[1]
     output = lm(**model_inputs(batch), logits_to_keep=num_response + 1, use_cache=False)
-    logits_BTV = output.logits[:, :-1].float() / temperature
+    logits_BTV = output.logits[:, :-1].float()
+    if temperature != 1:
+        logits_BTV = logits_BTV / temperature
     assert logits_BTV.shape[1] == num_response
     targets_BT = batch.input_ids[:, -num_response:]
-    logprobs_BT = -F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-    logprobs_BT = logprobs_BT.view_as(targets_BT) * batch.response_mask
+    log_p_BTV = logits_BTV.log_softmax(-1)
+    logprobs_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0] * batch.response_mask
     entropy_BT = None
     if with_entropy:
-        log_p_BTV = logits_BTV.detach().log_softmax(-1)
+        log_p_BTV = log_p_BTV.detach()
         entropy_BT = _padded(-(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask, whole)
     return _padded(logprobs_BT, whole), entropy_BT
 

@@ -11,6 +11,8 @@ from tppo.config import RL
 from tppo.errors import UserError
 from tppo.rl.policy import PolicyWithValue
 
+EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
+
 
 def check_config(config: RL, max_response_tokens: int) -> None:
     """Settings that fit each other.
@@ -74,6 +76,14 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[l
         if not ids:
             raise UserError(f"prompt {index} ({prompts[index]!r}) is empty: give it at least one token")
     return encoded
+
+
+def set_attention(lm: Any, config: RL, longest: int) -> None:
+    """Set `config.attention` on a model whose longest sequence (prompt and response) has this many tokens."""
+    chosen = config.attention
+    if chosen == "auto":
+        chosen = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
+    lm.set_attn_implementation(chosen)
 
 
 def make_optimizer(policy: PolicyWithValue, config: RL) -> torch.optim.Optimizer:

@@ -30,10 +30,10 @@ from tppo.rl.kept import KeptPolicies
 from tppo.rl.kl import kl_estimate, next_kl_coef
 from tppo.rl.losses import policy_loss, value_loss
 from tppo.rl.policy import PolicyOutput, PolicyWithValue, TokenBatch
-from tppo.rl.reward_function import RewardFunction, TokenRewards, score
+from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, score
 from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
 from tppo.rl.rollout import Rollout, roll_out
-from tppo.rl.setup import check_config, encode_prompts, make_optimizer, require_float32
+from tppo.rl.setup import check_config, encode_prompts, make_optimizer, require_float32, set_attention
 from tppo.rl.value import ProbeState, ValueProbe
 from tppo.seeding import rng, stream_seed
 
@@ -98,6 +98,7 @@ class TokenPPOTrainer:
         require_float32(policy)
         self.tokenizer = tokenizer
         self.prompts = encode_prompts(tokenizer, prompts)
+        set_attention(policy, config, max(map(len, self.prompts)) + max_response_tokens)
         self.rollout_model = rollout_copy(policy, config)
         self.reference = None if config.tuning == "lora" else reference_copy(policy, config)
         lm = with_adapters(policy, config, seed) if config.tuning == "lora" else policy
@@ -295,14 +296,26 @@ class TokenPPOTrainer:
             loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        guards.check_gradients(self.policy, self.update + 1, samples)
-        sums["grad_norm"] = _clip_gradients(self.policy, config.max_grad_norm)
+        sums["grad_norm"] = self._clip_gradients(samples)
         if self.update < config.critic_warmup:
             for parameter in self.policy.lm.parameters():
                 parameter.grad = None  # the optimizer then passes it over, moments included
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums
+
+    def _clip_gradients(self, samples: Sequence[Sample]) -> float:
+        """Clip the policy's gradients and the value function's apart; the norm of the policy's before clipping."""
+        in_policy = {id(parameter) for parameter in self.policy.lm.parameters()}
+        norms = []
+        for inside in (False, True):
+            trained = [p for p in self.policy.parameters() if p.grad is not None and (id(p) in in_policy) == inside]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            if not norm.isfinite():
+                guards.raise_for_gradients(self.policy, self.update + 1, samples)
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
+            norms.append(norm.item())
+        return norms[-1]
 
     def _loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its terms for the metrics; all sums over tokens divided by `num_tokens`."""
@@ -375,11 +388,3 @@ def _metrics(
         "advantage_std": advantages_BT[mask_BT].std().item(),
         "explained_variance": (1 - residual.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
     }
-
-
-def _clip_gradients(policy: PolicyWithValue, max_norm: float) -> float:
-    """Clip the policy's gradients and the value function's apart; the norm of the policy's before clipping."""
-    in_policy = {id(parameter) for parameter in policy.lm.parameters()}
-    value = [parameter for parameter in policy.parameters() if id(parameter) not in in_policy]
-    torch.nn.utils.clip_grad_norm_(value, max_norm)
-    return torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), max_norm).item()
