@@ -45,8 +45,8 @@ def test_true_interests_hold_what_the_user_searches_but_for_the_noise(user: int)
 
 
 def test_words_of_another_interest_or_thing_are_irrelevant() -> None:
-    interests = [frozenset("flights to rome cheap".split()), frozenset("yoga for beginners shoes".split())]
-    marks = synthetic.relevant_words("cheap flights to paris yoga".split(), interests)
+    interests = [frozenset(["flights", "to", "rome", "cheap"]), frozenset(["yoga", "for", "beginners", "shoes"])]
+    marks = synthetic.relevant_words(["cheap", "flights", "to", "paris", "yoga"], interests)
     assert marks == [True, True, True, False, False]
     assert synthetic.relevant_words(["paris"], interests) == [False]
     assert synthetic.relevant_words([], interests) == []
