@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int, updates: int) -> 
     parser.add_argument("--batch_size", type=int, default=32, help="prompts of a rollout")
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--kl_coef", type=float, default=0.05)
-    parser.add_argument("--users", type=int, default=600, help="users of the synthetic log")
+    parser.add_argument("--users", type=int, default=1000, help="users of the synthetic log")
     parser.add_argument("--sft_epochs", type=float, default=6.0)
     parser.add_argument("--base", type=Path, help="keep the SFT policy here, and use the one that is here")
     parser.add_argument("--output", type=Path, help="write every seed and update as JSON, and curves as .png beside it")

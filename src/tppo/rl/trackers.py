@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from tppo.config import RL
@@ -65,7 +65,7 @@ class Trackers:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, dict[str, Any]] = {}
-        self.started: dict[str, GeneralTracker] = {}
+        self.started: dict[str, Any] = {}
         self.failing: set[str] = set()
         if not config.trackers:
             return
@@ -107,7 +107,7 @@ class Trackers:
             except Exception as error:  # as above; the model is worth more than the end of a curve
                 console.print(f"{name} did not finish: {error}", soft_wrap=True)
 
-    def _start(self, name: str, config: RL) -> GeneralTracker:
+    def _start(self, name: str, config: RL) -> Any:
         new = name not in self.notes
         note = self.notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
         tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, note, config, new))
