@@ -115,7 +115,7 @@ def start(command: str, recipe: Path, run_dir: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "tppo", command, "--config", str(recipe), "--run_dir", str(run_dir)],
         stdout=subprocess.DEVNULL,
         stderr=(run_dir / "stderr.txt").open("ab"),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TPPO_HASH_KEY": "kill-resume-benchmark"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TPPO_HASH_KEY": "kill-resume"},
     )
 
 

@@ -8,7 +8,6 @@ sample). The reward is not learnt: which words a user could have searched is kno
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
 
 from tppo.config import RL, SFT, Recipe, Sample, Synthetic, Task
 from tppo.logs import prepare, synthetic
-from tppo.logs.privacy import KEY_VARIABLE, UserHasher, hash_key
+from tppo.logs.privacy import UserHasher
 from tppo.models import load_policy
 from tppo.policy import sample, sft
 from tppo.policy.generate import encode_examples
@@ -54,7 +53,7 @@ class Truth:
     """
 
     def __init__(self, config: Synthetic, seed: int) -> None:
-        hasher = UserHasher(hash_key())
+        hasher = UserHasher(prepare.SYNTHETIC_KEY)
         self.interests = {
             f"{hasher.hash(synthetic.user_name(user)):016x}": synthetic.user_interests(
                 user, config.events_per_user, seed
@@ -125,7 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int, updates: int) -> 
 
 def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
     """Log, SFT policy and its samples, in `arguments.base` or in a folder that goes with `stack`."""
-    os.environ[KEY_VARIABLE] = "the users of this log are made up"
     root = arguments.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     recipe = Recipe(
         run_dir=str(root / "run"),

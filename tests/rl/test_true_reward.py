@@ -31,9 +31,8 @@ def true_reward():
 
 
 @pytest.fixture
-def setting(true_reward, monkeypatch):
+def setting(true_reward):
     """The truth about user 0, an example of theirs, and two of their queries that are not in its history."""
-    monkeypatch.setenv("TPPO_HASH_KEY", "a key for made-up users")
     truth = true_reward.Truth(Synthetic(users=1, events_per_user=60), seed=0)
     (user_id,) = truth.interests
     rows = [row for row in synthetic.user_rows(0, 60, 0) if row[2] == "search" and len(row) == 4]

@@ -52,7 +52,7 @@ def open_trackers(config: RL, folder: Path) -> Iterator[Trackers]:
             raise UserError(f"rl.trackers names {name}, which is not installed: `pip install {name}`, or leave it out")
     trackers = Trackers(config, folder)
     try:
-        trackers.catch_up()
+        trackers.start()
         yield trackers
     finally:
         trackers.finish()
@@ -62,30 +62,34 @@ class Trackers:
     """Started trackers and how far each has got. None of them can stop training once it has started."""
 
     def __init__(self, config: RL, folder: Path) -> None:
+        self.config = config
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, dict[str, Any]] = {}
         self.started: dict[str, Any] = {}
         self.failing: set[str] = set()
-        if not config.trackers:
+
+    def start(self) -> None:
+        """Start every tracker, and log the rows of metrics.jsonl that it has not had."""
+        if not self.config.trackers:
             return
         PartialState()  # accelerate's trackers log through it
-        if (folder / NOTES).exists():
-            self.notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-        if (metrics := folder / "metrics.jsonl").exists():
+        notes, metrics = self.folder / NOTES, self.folder / "metrics.jsonl"
+        if notes.exists():
+            self.notes = json.loads(notes.read_text(encoding="utf-8"))
+        if metrics.exists():
             self.rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        for name in dict.fromkeys(config.trackers):
-            self.started[name] = self._start(name, config)
+        for name in dict.fromkeys(self.config.trackers):
+            self.started[name] = self._start(name)
+        self._catch_up()
 
     def log(self, row: dict[str, Any]) -> None:
         """Log a row of metrics.jsonl, after those a tracker has not had."""
-        self.rows.append(row)
-        self.catch_up()
+        if self.started:
+            self.rows.append(row)
+            self._catch_up()
 
-    def catch_up(self) -> None:
-        """Log the rows that a tracker has not had."""
-        if not self.started:
-            return
+    def _catch_up(self) -> None:
         for name, tracker in self.started.items():
             try:
                 for row in self.rows:
@@ -107,10 +111,10 @@ class Trackers:
             except Exception as error:  # as above; the model is worth more than the end of a curve
                 console.print(f"{name} did not finish: {error}", soft_wrap=True)
 
-    def _start(self, name: str, config: RL) -> Any:
+    def _start(self, name: str) -> Any:
         new = name not in self.notes
         note = self.notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
-        tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, note, config, new))
+        tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, note, new))
         try:
             with _no_questions():
                 tracker.start()
@@ -118,15 +122,15 @@ class Trackers:
                 note["run"] = tracker.tracker.info.run_id
             write_json(self.folder / NOTES, self.notes)
             if new:
-                settings = {key: value for key, value in asdict(config).items() if not isinstance(value, list)}
+                settings = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
                 tracker.store_init_configuration(settings)
-        except Exception as error:  # as in catch_up
+        except Exception as error:  # as in _catch_up
             raise UserError(f"{name} does not start: {error}{_WAY_OUT.get(name, '')}") from error
         return tracker
 
-    def _arguments(self, name: str, note: dict[str, Any], config: RL, new: bool) -> dict[str, Any]:
+    def _arguments(self, name: str, note: dict[str, Any], new: bool) -> dict[str, Any]:
         """What this tracker's class needs to start the run of the note, or to go on in it."""
-        project, shown = config.tracker_project, f"{self.folder.resolve().parent.name}-{self.folder.name}"
+        project, shown = self.config.tracker_project, f"{self.folder.resolve().parent.name}-{self.folder.name}"
         if name == "tensorboard":
             return {"run_name": name, "logging_dir": str(self.folder), "purge_step": note["logged"] + 1}
         if name == "wandb":
