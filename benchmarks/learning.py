@@ -39,15 +39,26 @@ RIVAL = "ppo"
 
 def final_table(runs: Runs) -> Table:
     table = Table(title="final, mean ± std over the seeds; shares in %", title_justify="left")
-    heads = ("reward paid", "words", "over steps", "responses", "over steps", "KL", "tokens", "queries", "unparseable")
+    # A policy that writes next to nothing has little that is irrelevant: how much it writes stands beside the shares.
+    heads = (
+        "reward paid",
+        "words",
+        "over steps",
+        "responses",
+        "over steps",
+        "relevant words",
+        "KL",
+        "tokens",
+        "queries",
+    )
     table.add_column("algorithm")
-    for head in heads:
+    for head in (*heads, "unparseable"):
         table.add_column(head, justify="right")
     for name, seeds in runs.items():
         cells = [mean_std(final(seeds, "reward_mean"))]
         for key in SCORES:
             cells += [mean_std(final(seeds, key), percent=True), f"± {100 * step_std(seeds, key):.1f}"]
-        cells += [mean_std(final(seeds, key)) for key in ("kl", "response_length", "queries")]
+        cells += [mean_std(final(seeds, key)) for key in ("relevant_words", "kl", "response_length", "queries")]
         table.add_row(name, *cells, mean_std(final(seeds, "unparseable"), percent=True))
     return table
 
@@ -90,7 +101,7 @@ def main() -> None:
         print(f"SFT: {base.sft}; {base.scale}", flush=True)
         variants = {name: rl_config(arguments, algorithm=name) for name in arguments.algorithms}
         runs = run_variants(arguments, base, variants)
-    console = Console(width=160)
+    console = Console(width=180)
     console.print(final_table(runs))
     if RIVAL in runs:
         console.print(reach_table(runs))

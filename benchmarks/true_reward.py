@@ -84,11 +84,12 @@ class Truth:
         )
 
     def shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
-        """Share of the words, and share of the responses, that are relevant."""
+        """Share of the words, and share of the responses, that are relevant; relevant words per response."""
         marks = [self.words(*pair)[1] for pair in zip(examples, responses, strict=True)]
         return {
             "words_relevant": sum(map(sum, marks)) / max(1, sum(map(len, marks))),
             "responses_relevant": sum(map(is_relevant, marks)) / len(marks),
+            "relevant_words": sum(map(sum, marks)) / len(marks),
         }
 
 

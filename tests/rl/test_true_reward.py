@@ -51,7 +51,9 @@ def test_only_new_queries_of_the_users_interests_are_relevant(setting):
     repeated = truth.words(example, f"{first}\n{first}")[1]
     assert repeated == [True] * len(first.split()) + [False] * len(first.split())
     assert truth.words(example, f"{first} zzz")[1] == [True] * len(first.split()) + [False]
-    assert truth.shares([example] * 2, [first, f"{first}\n{old}"])["responses_relevant"] == 0.5
+    shares = truth.shares([example] * 2, [first, f"{first}\n{old}"])
+    assert shares["responses_relevant"] == 0.5
+    assert shares["relevant_words"] == len(first.split())
 
 
 def test_every_token_of_a_word_is_paid_for_it(setting, tiny_tokenizer):
