@@ -24,61 +24,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
+from transformers import BertConfig, BertModel
 
 TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
 BEFORE = {"rl": ("synthetic", "prepare", "sft", "sample", "label", "reward"), "sft": ("synthetic", "prepare")}
 CORPUS = ["search: garden chairs", "click: cheap flights rome", "next searches:", "how to fix a flat tire"] * 5
-
-
-def byte_level_tokenizer(**special: str) -> Any:
-    """Any text in bytes, with these special tokens."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokens = list(dict.fromkeys(special.values()))
-    raw.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=330,
-            special_tokens=tokens,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    if "cls_token" in special:
-        raw.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>",
-            pair="<s> $A </s> $B:1 </s>:1",
-            special_tokens=[(token, raw.token_to_id(token)) for token in ("<s>", "</s>")],
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+VOCABULARY = 330
 
 
 def make_models(folder: Path) -> tuple[Path, Path]:
     """Folders of a random policy (two Llama layers) and a random encoder (two BERT layers)."""
-    torch.manual_seed(0)
     policy, encoder = folder / "policy", folder / "encoder"
-    tokenizer = byte_level_tokenizer(eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unk|>")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    make_policy(
+        policy,
+        byte_level_tokenizer(CORPUS, VOCABULARY, **POLICY_TOKENS),
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(policy)
-    tokenizer.save_pretrained(policy)
     tokenizer = byte_level_tokenizer(
-        cls_token="<s>", bos_token="<s>", eos_token="</s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        CORPUS,
+        VOCABULARY,
+        cls_token="<s>",
+        bos_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     BertModel(
         BertConfig(

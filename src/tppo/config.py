@@ -11,6 +11,7 @@ TuningAlgorithm = Literal["tppo", "ppo", "ppo_sum", "dpo"]
 """What makes a tuned policy from the SFT model: the algorithms of the `rl` stage, and DPO."""
 Precision = Literal["bf16", "fp32"]
 JudgeKind = Literal["embedding", "llm"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 @dataclass
@@ -351,6 +352,20 @@ class RL:
     best_metric: str = ""
     """A column of metrics.jsonl (with a leading `-`: lower is better). The policy whose rollout had the best value is
     then the one that is saved, instead of the last."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Trackers that get the numbers of metrics.jsonl, too; each is a pip package of its name. tensorboard writes into
+    the stage's folder; wandb needs WANDB_API_KEY, an earlier `wandb login` or WANDB_MODE=offline, and never asks."""
+    tracker_project: str = "tppo"
+    """Project (mlflow: experiment) that trackers with such a thing log under."""
+
+
+RL_DISPLAY = ("trackers", "tracker_project")
+"""Settings of RL that say where metrics are shown; they may change without making a finished policy stale."""
+
+
+def rl_identity(settings: RL) -> dict[str, Any]:
+    """The settings that the policy depends on."""
+    return {name: value for name, value in asdict(settings).items() if name not in RL_DISPLAY}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tppo.config import Recipe, judge_identity
+from tppo.config import Recipe, judge_identity, rl_identity
 from tppo.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -81,7 +81,7 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     if uses_llm_judge(stage, recipe):
         config["judge"] = judge_identity(recipe.judge)
     if section == "rl":
-        config["rl"]["algorithm"] = algorithm
+        config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
     return config
 
 

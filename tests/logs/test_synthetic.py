@@ -35,6 +35,23 @@ def test_events_per_user_kinds_and_times() -> None:
     assert {len(row) for row in rows} == {3, 4}
 
 
+@pytest.mark.parametrize("user", range(12))
+def test_true_interests_hold_what_the_user_searches_but_for_the_noise(user: int) -> None:
+    interests = synthetic.user_interests(user, 60, seed=0)
+    queries = [row[3].split() for row in synthetic.user_rows(user, 60, seed=0) if row[2] == "search" and len(row) == 4]
+    known = [all(synthetic.relevant_words(query, interests)) for query in queries if query]
+    assert 1 <= len(interests) <= 3
+    assert mean(known) > 0.75
+
+
+def test_words_of_another_interest_or_thing_are_irrelevant() -> None:
+    interests = [frozenset(["flights", "to", "rome", "cheap"]), frozenset(["yoga", "for", "beginners", "shoes"])]
+    marks = synthetic.relevant_words(["cheap", "flights", "to", "paris", "yoga"], interests)
+    assert marks == [True, True, True, False, False]
+    assert synthetic.relevant_words(["paris"], interests) == [False]
+    assert synthetic.relevant_words([], interests) == []
+
+
 def test_written_file_equals_generated_rows(tmp_path) -> None:
     config = Synthetic(users=4, events_per_user=10)
     count = synthetic.write_log(config, 0, tmp_path / "log.tsv")

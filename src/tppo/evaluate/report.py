@@ -38,6 +38,7 @@ from tppo.evaluate.present import Metrics
 from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
+from tppo.rl.show import shown_tokens
 from tppo.run import RunFolder, all_stages, rl_stage
 from tppo.seeding import rng
 from tppo.tables import load_examples, read_table
@@ -286,21 +287,12 @@ def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any
     for model in policies:
         rows = read_jsonl(run.path(rl_stage(model)) / "samples.jsonl") if model != "sft" else []
         last = [row for row in rows if row["update"] == rows[-1]["update"]][:TOKEN_SAMPLES]
-        largest = max((abs(token[1]) for row in last for token in row["tokens"]), default=0) or 1.0
         responses = [
-            {
-                "reward": row["reward"],
-                "tokens": [(_visible(text), reward, abs(reward) / largest) for text, reward, _ in row["tokens"]],
-            }
-            for row in last
+            {"reward": row["reward"], "tokens": tokens} for row, tokens in zip(last, shown_tokens(last), strict=True)
         ]
         if responses:
             shown.append({"model": model, "label": DISPLAY[model], "update": last[0]["update"], "responses": responses})
     return shown
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "⏎") or "∎"
 
 
 def costs(recipe: Recipe, run: RunFolder) -> list[dict[str, Any]]:

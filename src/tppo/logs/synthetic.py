@@ -11,11 +11,14 @@ reserved telephone numbers, test card numbers, example domains), rows that canno
 hardly any event.
 
 A user depends on the seed and the user's number only: a log of more users begins with the log of fewer.
+
+Since the log is made, it is known what a user may search next: `user_interests` and `relevant_words` are the true
+relevance that no judge is needed for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
@@ -184,12 +187,8 @@ def generate_rows(config: Synthetic, seed: int) -> Iterator[tuple[str, ...]]:
 
 def user_rows(user: int, events_per_user: int, seed: int) -> list[tuple[str, ...]]:
     """Rows of one user, oldest first."""
-    random = Random(f"synthetic/{seed}/{user}")
-    # One user in 25 hardly shows up; the mean of the others makes up for it.
-    rare = random.random() < 0.04
-    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, events_per_user / 4))
-    names = random.sample(sorted(TOPICS), random.choice((1, 2, 2, 3)))
-    interests = [_Interest(random, TOPICS[name]) for name in names]
+    random = _user_random(user, seed)
+    count, interests = _draw_user(random, events_per_user)
     missions: list[list[tuple[str, str]]] = []
     searched: list[str] = []
     left = count
@@ -200,11 +199,53 @@ def user_rows(user: int, events_per_user: int, seed: int) -> list[tuple[str, ...
         events = _mission(random, interest, searched)[:left]
         left -= len(events)
         missions.append(events)
-    name = f"user{user:06d}"
+    name = user_name(user)
     return [
         _row(random, name, time, kind, text)
         for (kind, text), time in zip((e for m in missions for e in m), _times(random, missions), strict=True)
     ]
+
+
+def user_name(user: int) -> str:
+    """The user id in the log."""
+    return f"user{user:06d}"
+
+
+def user_interests(user: int, events_per_user: int, seed: int) -> list[frozenset[str]]:
+    """Every word that a user's searches about each of their interests can hold, one set per interest.
+
+    Known from how the log is made, not from the log: the words of the interest's questions, of the user's own things
+    and of the user's own refinements. Typos, site names and personal data are noise and belong to none.
+    """
+    interests = _draw_user(_user_random(user, seed), events_per_user)[1]
+    return [
+        frozenset(word for part in (i.things, i.topic.questions, i.habits) for text in part for word in text.split())
+        - {"{}"}
+        for i in interests
+    ]
+
+
+def relevant_words(query: Sequence[str], interests: Sequence[frozenset[str]]) -> list[bool]:
+    """Which words (lower case) of a query its user could have written in it.
+
+    A query is about one interest, the one that holds most of its words; the words which that interest holds are
+    relevant, so mixing interests within a query does not pay.
+    """
+    marks = [[word in interest for word in query] for interest in interests]
+    return max(marks, key=sum)
+
+
+def _user_random(user: int, seed: int) -> Random:
+    return Random(f"synthetic/{seed}/{user}")
+
+
+def _draw_user(random: Random, events_per_user: int) -> tuple[int, list[_Interest]]:
+    """Number of events and interests of a user: the first draws of their stream."""
+    # One user in 25 hardly shows up; the mean of the others makes up for it.
+    rare = random.random() < 0.04
+    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, events_per_user / 4))
+    names = random.sample(sorted(TOPICS), random.choice((1, 2, 2, 3)))
+    return count, [_Interest(random, TOPICS[name]) for name in names]
 
 
 class _Interest:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tppo.config import RL
+from tppo.config import RL, RL_DISPLAY
 from tppo.errors import UserError
 from tppo.progress import console
 from tppo.rl.kept import KeptPolicy
@@ -33,7 +33,7 @@ from tppo.run import sha256_file, write_json
 _PREFIX = "checkpoint-"
 _TEMPORARY = "tmp-"
 _CHECKSUMS = "checksums.json"
-_MAY_CHANGE = ("updates", "save_every", "keep_checkpoints")
+_MAY_CHANGE = ("updates", "save_every", "keep_checkpoints", *RL_DISPLAY)
 """Settings that do not change what an update does."""
 
 

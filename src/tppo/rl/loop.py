@@ -1,4 +1,4 @@
-"""Training to the end, in a folder: checkpoints, metrics.jsonl, samples.jsonl, one progress line an update.
+"""Training to the end, in a folder: checkpoints, metrics.jsonl, samples.jsonl, trackers, one progress line an update.
 
 A run that was killed, or that an error stopped, goes on from its newest checkpoint when `train` is called again, and
 ends with the same weights and metrics as one that was never stopped.
@@ -20,6 +20,8 @@ from tppo.rl.checkpoint import (
     save_checkpoint,
 )
 from tppo.rl.guards import MaxKLExceeded
+from tppo.rl.show import show_samples
+from tppo.rl.trackers import open_trackers
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
 
 SAMPLES_PER_UPDATE = 3
@@ -37,7 +39,8 @@ def train(
         example_ids: names of the prompts in samples.jsonl; their numbers by default.
 
     Raises:
-        UserError: the folder holds another run, or an update was stopped by a guard. Call again to go on.
+        UserError: the folder holds another run, a tracker is missing, or an update was stopped by a guard. Call again
+            to go on.
     """
     folder, config = Path(folder), trainer.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def train(
         console.print(f"resuming {folder.name} after update {trainer.update}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_rows_after(folder / name, trainer.update)
-    with progress_bar() as bar:
+    with open_trackers(config, folder) as trackers, progress_bar() as bar:
         task = bar.add_task(folder.name, total=config.updates, completed=trainer.update)
         while trainer.update < config.updates:
             try:
@@ -55,13 +58,16 @@ def train(
                 console.print(f"{folder.name} {halt}", soft_wrap=True)
                 return halt.facts
             append_rows(folder / "metrics.jsonl", [result.metrics])
-            append_rows(folder / "samples.jsonl", sample_rows(result, example_ids))
+            samples = sample_rows(result, example_ids)
+            append_rows(folder / "samples.jsonl", samples)
+            trackers.log(result.metrics)
             description = progress_line(folder.name, result.metrics, config)
             bar.update(task, completed=trainer.update, description=description)
             if not console.is_terminal:
                 console.print(description, soft_wrap=True)
             if trainer.update % config.save_every == 0 or trainer.update == config.updates:
                 save_checkpoint(trainer, folder)
+                show_samples(samples, console)
     return None
 
 

@@ -1,13 +1,14 @@
-"""The reward of a query-generation rollout: both reward models score it, one of them pays.
+"""The reward of a query-generation rollout: words and responses are scored for relevance, one of the two pays.
 
-Scoring with both costs little and puts the curves of every algorithm on the same two scales.
+Scoring both costs little and puts the curves of every algorithm on the same two scales. The scores come from the two
+reward models (`score_with_models`), or from any other callable of their kind, such as a known truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,34 +24,51 @@ from tppo.tables import RESPONSES, Example, read_table
 from tppo.text import ParsedResponse, parse_response
 
 
+class Relevance(NamedTuple):
+    """How relevant responses and their tokens are."""
+
+    class_probs: Sequence[np.ndarray]
+    """(T_i, 3) for each response: class probabilities of its tokens, rows sum to 1."""
+    sentence_scores: Sequence[float]
+    """One number in [0, 1] per response."""
+
+
+RelevanceScorer = Callable[[list[Example], list[Sample]], Relevance]
+"""Scores responses to examples; entry i of both lists belongs together."""
+
+
+def score_with_models(token_model: TokenRewardModel, sentence_model: SentenceRewardModel) -> RelevanceScorer:
+    """The two reward models as one scorer."""
+
+    def score(examples: list[Example], samples: list[Sample]) -> Relevance:
+        histories = [example.history for example in examples]
+        responses = [sample.response for sample in samples]
+        return Relevance(
+            token_model.score(histories, responses, [sample.spans for sample in samples]),
+            sentence_model.score(histories, responses),
+        )
+
+    return score
+
+
 class QueryReward:
     """Reward function of the RL stage (see `tppo.rl.reward_function`)."""
 
     def __init__(
-        self,
-        token_model: TokenRewardModel,
-        sentence_model: SentenceRewardModel,
-        examples: Sequence[Example],
-        config: RL,
-        task: Task,
-        scale: RewardScale,
+        self, scorer: RelevanceScorer, examples: Sequence[Example], config: RL, task: Task, scale: RewardScale
     ) -> None:
-        self.token_model = token_model
-        self.sentence_model = sentence_model
+        self.scorer = scorer
         self.examples = examples
         self.config = config
         self.task = task
         self.scale = scale
 
     def __call__(self, samples: list[Sample]) -> Scores:
-        histories = [self.examples[sample.prompt_index].history for sample in samples]
-        responses = [sample.response for sample in samples]
+        relevance = self.scorer([self.examples[sample.prompt_index] for sample in samples], samples)
         length_B = torch.tensor([len(sample.response_ids) for sample in samples])
         mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
-        class_probs_BT3 = pad_class_probs(
-            self.token_model.score(histories, responses, [sample.spans for sample in samples]), mask_BT
-        )
-        sentence_score_B = torch.tensor(self.sentence_model.score(histories, responses), dtype=torch.float32)
+        class_probs_BT3 = pad_class_probs(relevance.class_probs, mask_BT)
+        sentence_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
         parsed = [parse_response(sample.response, sample.finished, self.task.num_queries) for sample in samples]
         rewards_BT = token_level_rewards(
             self.config,

@@ -16,7 +16,7 @@ from tppo.policy.generate import encode_examples
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.checkpoint import remove_checkpoints
 from tppo.rl.loop import train
-from tppo.rl.query_reward import QueryReward, median_suggested_length
+from tppo.rl.query_reward import QueryReward, median_suggested_length, score_with_models
 from tppo.rl.rewards import RewardScale
 from tppo.rl.trainer import TokenPPOTrainer
 from tppo.run import RunFolder, split_stage
@@ -70,8 +70,9 @@ def build_trainer(
         labelled["responses_relevant"] / labelled["responses"],
     )
     reward_fn = QueryReward(
-        TokenRewardModel.load(reward_folder / "token"),
-        SentenceRewardModel.load(reward_folder / "sentence"),
+        score_with_models(
+            TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
+        ),
         examples,
         config,
         recipe.task,

@@ -1,0 +1,272 @@
+"""What the benchmarks with a known true reward share: a policy on the synthetic log, the truth about it, RL, curves.
+
+The policy is a small Llama made from scratch and trained by the package's own stages (synthetic, prepare, sft,
+sample). The reward is not learnt: which words a user could have searched is known from how the log is made
+(`tppo.logs.synthetic`), and takes the place of the reward models in `tppo.rl.query_reward`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
+
+from tppo.config import RL, SFT, Recipe, Sample, Synthetic, Task
+from tppo.logs import prepare, synthetic
+from tppo.logs.privacy import UserHasher
+from tppo.models import load_policy
+from tppo.policy import sample, sft
+from tppo.policy.generate import encode_examples
+from tppo.reward.align import IRRELEVANT, RELEVANT, classes_from_words
+from tppo.rl.query_reward import QueryReward, Relevance, median_suggested_length
+from tppo.rl.reward_function import Sample as Response
+from tppo.rl.reward_function import Scores
+from tppo.rl.rewards import RewardScale
+from tppo.rl.trainer import TokenPPOTrainer
+from tppo.run import RunFolder, run_stage, write_json
+from tppo.tables import RESPONSES, Example, load_examples, read_table
+from tppo.text import Word, normalise_query, parse_response, render_prompt, render_response
+
+Row = dict[str, float]
+Runs = dict[str, list[list[Row]]]
+"""Name of a variant -> its seeds -> rows of metrics, one per update."""
+WINDOW = 5
+"""Updates averaged for a final score, and before a score counts as reached: one rollout is a small sample."""
+
+
+class Truth:
+    """The true relevance of words and responses, as a scorer for `QueryReward`.
+
+    A word is relevant when its user could have written it in that query (`synthetic.relevant_words`); a query that
+    repeats a search of the history or of the same response is not new, so none of its words is. A response is
+    relevant when all of its words are.
+    """
+
+    def __init__(self, config: Synthetic, seed: int) -> None:
+        hasher = UserHasher(prepare.SYNTHETIC_KEY)
+        self.interests = {
+            f"{hasher.hash(synthetic.user_name(user)):016x}": synthetic.user_interests(
+                user, config.events_per_user, seed
+            )
+            for user in range(config.users)
+        }
+
+    def words(self, example: Example, response: str) -> tuple[list[Word], list[bool]]:
+        """The words of a response and whether each is relevant."""
+        parsed = parse_response(response, finished=True, num_queries=1)
+        seen = {normalise_query(event.text) for event in example.history if event.kind == "search"}
+        marks: list[bool] = []
+        for query, words in zip(parsed.queries, parsed.query_words, strict=True):
+            known = synthetic.relevant_words([word.lower() for word in words], self.interests[example.user_id])
+            marks += [mark and query not in seen for mark in known]
+            seen.add(query)
+        return parsed.words, marks
+
+    def __call__(self, examples: list[Example], samples: list[Response]) -> Relevance:
+        found = [self.words(example, sample.response) for example, sample in zip(examples, samples, strict=True)]
+        classes = [
+            classes_from_words(words, [RELEVANT if mark else IRRELEVANT for mark in marks], sample.spans)
+            for (words, marks), sample in zip(found, samples, strict=True)
+        ]
+        return Relevance(
+            [np.eye(3, dtype=np.float32)[np.array(row, dtype=np.int64)] for row in classes],
+            [float(is_relevant(marks)) for _, marks in found],
+        )
+
+    def shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
+        """Share of the words, and share of the responses, that are relevant; relevant words per response."""
+        marks = [self.words(*pair)[1] for pair in zip(examples, responses, strict=True)]
+        return {
+            "words_relevant": sum(map(sum, marks)) / max(1, sum(map(len, marks))),
+            "responses_relevant": sum(map(is_relevant, marks)) / len(marks),
+            "relevant_words": sum(map(sum, marks)) / len(marks),
+        }
+
+
+def is_relevant(marks: Sequence[bool]) -> bool:
+    """Whether a response with these words is relevant."""
+    return bool(marks) and all(marks)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The SFT policy all runs start from, and what they are trained on."""
+
+    recipe: Recipe
+    sft_model: Path
+    examples: list[Example]
+    truth: Truth
+    scale: RewardScale
+    sft: dict[str, Any]
+    """What is known of the SFT policy's samples."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: int, updates: int) -> None:
+    parser.add_argument("--seeds", type=int, default=seeds, help="seeds of RL, 0 to n-1")
+    parser.add_argument("--updates", type=int, default=updates)
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts of a rollout")
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--kl_coef", type=float, default=0.05)
+    parser.add_argument("--users", type=int, default=1000, help="users of the synthetic log")
+    parser.add_argument("--sft_epochs", type=float, default=6.0)
+    parser.add_argument("--base", type=Path, help="keep the SFT policy here, and use the one that is here")
+    parser.add_argument("--output", type=Path, help="write every seed and update as JSON, and curves as .png beside it")
+
+
+def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
+    """Log, SFT policy and its samples, in `arguments.base` or in a folder that goes with `stack`."""
+    root = arguments.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    recipe = Recipe(
+        run_dir=str(root / "run"),
+        task=Task(num_queries=3, history_events=6, max_prompt_tokens=160, max_response_tokens=40),
+        synthetic=Synthetic(users=arguments.users),
+        sft=SFT(
+            model=str(root / "start"),
+            max_examples=0,
+            max_eval_examples=100,
+            learning_rate=2e-3,
+            epochs=arguments.sft_epochs,
+            batch_size=32,
+            micro_batch_size=32,
+            precision="fp32",
+            save_steps=500,
+        ),
+        sample=Sample(train_examples=400, reward_eval_examples=32),
+    )
+    run = RunFolder(recipe)
+    run_stage(recipe, "synthetic", synthetic.run)
+    run_stage(recipe, "prepare", prepare.run)
+    examples = load_examples(run.require("prepare"), "train")
+    if not (root / "start").exists():
+        corpus = [render_prompt(e.history, 3) + render_response(e.targets) for e in examples]
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+        make_policy(root / "start", byte_level_tokenizer(corpus, 1500, **POLICY_TOKENS), **sizes, **heads)
+    run_stage(recipe, "sft", sft.run)
+    run_stage(recipe, "sample", sample.run)
+    truth = Truth(recipe.synthetic, recipe.seed)
+    shares = _sample_shares(run, truth, examples)
+    model = run.require("sft") / "model"
+    length = median_suggested_length(run.require("sample"), load_policy(model)[1], recipe.task)
+    scale = RewardScale(length, shares["words_relevant"], shares["responses_relevant"])
+    return Base(recipe, model, examples, truth, scale, shares | {"sft_eval_loss": run.facts("sft")["eval_loss"]})
+
+
+def _sample_shares(run: RunFolder, truth: Truth, examples: Sequence[Example]) -> dict[str, float]:
+    by_id = {example.example_id: example for example in examples}
+    table = read_table(run.require("sample") / "responses.parquet", RESPONSES).to_pylist()
+    rows = [row for row in table if row["example_id"] in by_id]
+    shares = truth.shares([by_id[row["example_id"]] for row in rows], [row["response"] for row in rows])
+    return shares | {"unparseable": sum(row["problem"] is not None for row in rows) / len(rows)}
+
+
+def rl_config(arguments: argparse.Namespace, **settings: Any) -> RL:
+    """The settings every variant of a benchmark has, and its own."""
+    size = arguments.batch_size
+    return replace(
+        RL(updates=arguments.updates, batch_size=size, minibatch_size=size, micro_batch_size=size, precision="fp32"),
+        learning_rate=arguments.learning_rate,
+        kl_coef=arguments.kl_coef,
+        **settings,
+    )
+
+
+def train(base: Base, config: RL, seed: int) -> list[Row]:
+    """One RL run from the SFT policy; metrics of every update, true shares among them."""
+    model, tokenizer = load_policy(base.sft_model, dtype=torch.float32)
+    prompts, _ = encode_examples(tokenizer, base.examples, base.recipe.task)
+    reward = QueryReward(base.truth, base.examples, config, base.recipe.task, base.scale)
+
+    def reward_fn(samples: list[Response]) -> Scores:
+        scores = reward(samples)
+        examples = [base.examples[sample.prompt_index] for sample in samples]
+        shares = base.truth.shares(examples, [sample.response for sample in samples])
+        return replace(scores, metrics=scores.metrics | shares)
+
+    trainer = TokenPPOTrainer(
+        model,
+        reward_fn,
+        prompts,
+        config,
+        tokenizer=tokenizer,
+        max_response_tokens=base.recipe.task.max_response_tokens,
+        seed=seed,
+    )
+    return [trainer.step().metrics for _ in range(config.updates)]
+
+
+def run_variants(arguments: argparse.Namespace, base: Base, variants: dict[str, RL]) -> Runs:
+    """Every variant with every seed; with --output, what is done so far is in the file after each run."""
+    runs: Runs = {name: [] for name in variants}
+    for seed in range(arguments.seeds):
+        for name, config in variants.items():
+            start = time.monotonic()
+            runs[name].append(train(base, config, seed))
+            print(f"{name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+            if arguments.output:
+                write_json(
+                    arguments.output,
+                    {
+                        "task": asdict(base.recipe.task),
+                        "sft": base.sft,
+                        "scale": base.scale._asdict(),
+                        "configs": {name: asdict(config) for name, config in variants.items()},
+                        "runs": runs,
+                    },
+                )
+    return runs
+
+
+def curves(seeds: Sequence[Sequence[Row]], key: str) -> np.ndarray:
+    """(S, U): a column of S seeds over U updates."""
+    return np.array([[row[key] for row in rows] for rows in seeds])
+
+
+def final(seeds: Sequence[Sequence[Row]], key: str) -> np.ndarray:
+    """(S,): mean of the last WINDOW updates of each seed."""
+    return curves(seeds, key)[:, -WINDOW:].mean(1)
+
+
+def step_std(seeds: Sequence[Sequence[Row]], key: str) -> float:
+    """Standard deviation over the updates of the second half of training, mean over the seeds."""
+    values_SU = curves(seeds, key)
+    return float(values_SU[:, values_SU.shape[1] // 2 :].std(1).mean())
+
+
+def updates_to_reach(curve_U: np.ndarray, score: float) -> int | None:
+    """The first update at which the mean of the last WINDOW updates is at least `score`; None: never."""
+    means = np.convolve(curve_U, np.full(WINDOW, 1 / WINDOW), mode="valid")
+    reached = np.flatnonzero(means >= score - 1e-9)
+    return int(reached[0]) + WINDOW if len(reached) else None
+
+
+def mean_std(values: np.ndarray, percent: bool = False) -> str:
+    times, digits = (100, 1) if percent else (1, 2)
+    return f"{times * values.mean():.{digits}f} ± {times * values.std():.{digits}f}"
+
+
+def plot(runs: Runs, panels: dict[str, str], path: Path) -> None:
+    """A PNG: mean over the seeds as a line, one standard deviation to either side as a band."""
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for name, seeds in runs.items():
+            values_SU = curves(seeds, key)
+            mean_U, std_U = values_SU.mean(0), values_SU.std(0)
+            updates = np.arange(1, len(mean_U) + 1)
+            axes.plot(updates, mean_U, label=name)
+            axes.fill_between(updates, mean_U - std_U, mean_U + std_U, alpha=0.2, linewidth=0)
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=150)
