@@ -205,8 +205,8 @@ def _trainings(seeds: int) -> str:
     if seeds == 1:
         return "Each model was trained once: intervals cover the choice of users, not the luck of a training run."
     return (
-        f"Each model was tuned {seeds} times from one SFT model and one set of reward models: intervals cover the choice "
-        "of users and the luck of the tuning, not that of SFT, labels and reward models."
+        f"Each model was tuned {seeds} times from one SFT model and one set of reward models: intervals cover the "
+        "choice of users and the luck of the tuning, not that of SFT, labels and reward models."
     )
 
 

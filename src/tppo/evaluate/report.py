@@ -103,15 +103,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return {"verdict": context["lead"], "cautions": context["cautions"]}
 
 
-def render(context: dict[str, Any]) -> str:
+def render(context: dict[str, Any], template: Path = Path(__file__).parent / "report.html") -> str:
+    """The page; another template may extend report.html."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(context)
+    return environment.get_template(template.name).render(context)
 
 
 def load_metrics(run: RunFolder) -> Metrics:

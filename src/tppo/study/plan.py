@@ -51,7 +51,7 @@ class Job:
 
     def finished(self) -> bool:
         """Whether all its stages are done, with these settings and inputs (UserError: with others)."""
-        return all([self.run.is_done(stage) for stage in self.stages])
+        return all(self.run.is_done(stage) for stage in self.stages)
 
     def needs(self, other: Job) -> bool:
         """Whether it takes over a stage that the other job makes."""
@@ -218,7 +218,7 @@ def check_study(recipe: Recipe) -> None:
 
 
 def describe(plan: Plan) -> list[str]:
-    """Lines for the console: every job with its stages and whether it is finished, then how often each stage is made."""
+    """Lines for the console: every job, its stages and whether it is finished; then how often each stage is made."""
     lines, left = [], Counter[str]()
     for job in plan.jobs:
         missing = [stage for stage in job.stages if job.run.manifest(stage) is None]

@@ -24,8 +24,6 @@ from tppo.road import run_stages, write_recipe
 from tppo.run import RunFolder
 from tppo.study.plan import BASE, Job, Plan, describe, make_plan
 
-LOG = "log.txt"
-
 
 def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     """Do what `study.action` says.
@@ -43,7 +41,6 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     if recipe.study.action == "plan":
         print("\n".join(describe(plan)))
         return
-    failed: dict[str, str] = {}
     if recipe.study.action == "run":
         devices = worker_devices(recipe.study.workers)
         with locked(Path(recipe.run_dir)) as lock:
@@ -53,6 +50,8 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
                 for stage in redo:
                     job.run.discard_from(stage)
             failed = run_plan(plan, devices, lock)
+    else:
+        failed = stale_jobs(plan)
     from tppo.study.report import write_report  # here: training needs no charts
 
     page = write_report(recipe, plan, failed)
@@ -61,6 +60,17 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     if failed:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(plan.jobs)} run folders failed; what is finished stays valid:{listed}")
+
+
+def stale_jobs(plan: Plan) -> dict[str, str]:
+    """Run folders whose finished stages were made with other settings or inputs, and what changed."""
+    stale = {}
+    for job in plan.jobs:
+        try:
+            job.finished()
+        except UserError as error:
+            stale[job.name] = str(error)
+    return stale
 
 
 def check_taken(recipe: Recipe) -> None:
@@ -103,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], lock: int) -> d
         wait(needed)  # submitted earlier, so at work or done: no worker waits for a job behind it
         device = free.get()
         try:
-            call = partial(_call, processes, Path(job.recipe.run_dir) / LOG, device, lock)
+            call = partial(_call, processes, Path(job.recipe.run_dir), device, lock)
             run_stages(job.recipe, job.stages, call, f"{number}/{len(jobs)} {job.name} ")
         finally:
             free.put(device)
@@ -130,24 +140,31 @@ def _failure(job: Job, future: Future[None]) -> tuple[str, str] | None:
     if not isinstance(error, UserError):
         raise error
     console.print(f"{job.name} failed: {error}", style="red", markup=False, soft_wrap=True)
-    log = Path(job.recipe.run_dir) / LOG
-    said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    last = next((line for line in reversed(said) if line.startswith("tppo: ")), f"see {log}")
-    return job.name, f"{error} ({last})"
+    return job.name, str(error)
 
 
 def _call(
-    processes: set[subprocess.Popen[bytes]], log: Path, device: str | None, lock: int, command: list[str]
+    processes: set[subprocess.Popen[bytes]], folder: Path, device: str | None, lock: int, command: list[str]
 ) -> int:
-    """Run a stage with its output in the job's log; it holds the lock for as long as it lives."""
+    """Run a stage with its output in a log of the job's folder; it holds the lock for as long as it lives.
+
+    Raises:
+        UserError: it stopped; with the last line of its log.
+    """
     environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-    with log.open("ab") as output:
+    log = folder / f"{command[3]}.log"  # python -m tppo STAGE
+    with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, pass_fds=(lock,))
     processes.add(process)
     try:
-        return process.wait()
+        status = process.wait()
     finally:
         processes.discard(process)
+    if status:
+        said = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        raise UserError(f"{command[3]} stopped (exit status {status}): {last[:300]} (all of it: {log})")
+    return 0
 
 
 @contextmanager

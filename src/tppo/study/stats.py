@@ -87,8 +87,8 @@ class SeedUserBootstrap(UserBootstrap):
 def bootstrap_p_value(drawn_B: np.ndarray) -> float:
     """Two-sided p-value of "the difference is 0": twice the share of draws on the rarer side of 0, at most 1.
 
-    It is below 0.05 when the 95% percentile interval leaves 0 out (Efron and Tibshirani 1993, section 15.4); one draw is
-    added to each side, so that it is never 0 (Davison and Hinkley 1997, section 4.2).
+    It is below 0.05 when the 95% percentile interval leaves 0 out (Efron and Tibshirani 1993, section 15.4); one draw
+    is added to each side, so that it is never 0 (Davison and Hinkley 1997, section 4.2).
     """
     drawn_B = drawn_B[~np.isnan(drawn_B)]
     rarer = min(int((drawn_B <= 0).sum()), int((drawn_B >= 0).sum()))
