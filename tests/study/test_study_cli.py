@@ -45,6 +45,10 @@ def start(path: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_killed_study_goes_on_and_names_the_cells_that_fail(tmp_path: Path, tiny_policy: Path):
@@ -59,6 +63,8 @@ def test_a_killed_study_goes_on_and_names_the_cells_that_fail(tmp_path: Path, ti
     while not under_way.exists():
         assert first.poll() is None, first.communicate()[1][-3000:]
         time.sleep(0.02)
+    (stage,) = children(first.pid)
+    os.kill(stage, signal.SIGSTOP)  # so that it is sure to be at work when the next study starts
     first.send_signal(signal.SIGKILL)  # the study only: the stage it had started lives on
     first.communicate()
     assert not (root / "cells/base-ppo-s0/evaluate").exists()
@@ -66,7 +72,14 @@ def test_a_killed_study_goes_on_and_names_the_cells_that_fail(tmp_path: Path, ti
     assert root / "cells/base-tppo-s0/evaluate/manifest.json" in finished
 
     second = start(path)
-    _, said = second.communicate()
+    assert second.stderr is not None
+    said = ""
+    while "waiting for it" not in said:
+        line = second.stderr.readline()
+        assert line, f"the second study did not wait for the stage at work: {said[-3000:]}"
+        said += line
+    os.kill(stage, signal.SIGCONT)
+    said += second.communicate()[1]
     assert second.returncode == 2, said[-3000:]
     assert {manifest: manifest.stat().st_mtime_ns for manifest in finished} == finished, (
         "a finished stage was made anew"
@@ -77,7 +90,6 @@ def test_a_killed_study_goes_on_and_names_the_cells_that_fail(tmp_path: Path, ti
             assert (root / "cells" / name / "evaluate/manifest.json").exists()
         assert not (root / f"cells/broken-tppo-s{seed}/evaluate").exists()
     assert "2 of 9 run folders failed" in said
-    assert "waiting for it" in said, "two processes wrote into one folder"
     check_results(root)
 
     listed = start(path, "--study.action", "plan").communicate()[0]

@@ -116,7 +116,7 @@ def test_page_and_summary(study: Path):
     for text in ("## At equal KL", "## Steadiness", "## Search budget", "## Machine time", "PPO's best", "TPPO minus"):
         assert text in summary
     assert "| TPPO | 2 | base, kl |" in summary
-    words = {word for topic in fake_run.TOPICS.values() for word in topic} - {"list"}
+    words = {word for topic in fake_run.TOPICS.values() for word in topic} - {"list", "recipe", "amp"}
     for text in (re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html, flags=re.DOTALL), summary):
         assert not words & set(re.findall(r"[a-z]+", text))
 

@@ -90,8 +90,13 @@ class Metrics:
 def _find(rows: list[dict[str, Any]], **wanted: str) -> Estimate:
     for row in rows:
         if wanted.items() <= row.items():
-            return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
+            return estimate(row)
     return Estimate(None, None, None, 0, 0)
+
+
+def estimate(row: dict[str, Any]) -> Estimate:
+    """The estimate in a row of metrics.json, which may say more than that."""
+    return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
 
 
 def number(value: float | None, unit: str = "number") -> str:

@@ -188,7 +188,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "wins": [
             {**row, "title": f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
              "net_value": present.signed_number(row["net"]["value"], "rate"),
-             "net_interval": present.interval(present.Estimate(**row["net"]), "rate", signed=True),
+             "net_interval": present.interval(present.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
              "flips": present.number(row["flip_rate"], "rate") if row["by"] == "vote" else None}
             for row in metrics.data["wins"]

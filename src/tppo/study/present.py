@@ -106,7 +106,7 @@ def charts(curves: Curves) -> dict[str, list[Markup]]:
         for model in rollout_policies(curves.models(name)):
             kl, values = curves.get(model, "kl"), curves.get(model, name)
             if kl and values and len(kl.updates) == len(values.updates):
-                lines.append(Line(model, DISPLAY[model], kl.mean, values.mean, values.spread))
+                lines.append(Line(model, DISPLAY[model], kl.mean, values.mean))
         title, x_label = f"{label[0].upper()}{label[1:]}, against KL", "KL from SFT, nats per response"
         shared.append(line_chart(lines, title, x_label, dots=True))
     dpo = [_band_chart(curves, ["dpo"], name, title, "step") for name, title in DPO_CHARTS]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tppo.config import Recipe
+from tppo.config import Recipe, Setting
 from tppo.evaluate import present
 from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, TRUTH
 from tppo.evaluate.present import Metrics
@@ -116,7 +116,7 @@ def page_context(
     }
 
 
-def setting_view(recipe: Recipe, plan: Plan, collected: Collected, setting: Any) -> dict[str, Any]:
+def setting_view(recipe: Recipe, plan: Plan, collected: Collected, setting: Setting) -> dict[str, Any]:
     """A setting other than the recipe's own: what it changes, its relevance and its differences."""
     metrics = setting_metrics(recipe, plan, collected, setting.name)
     view = {"name": setting.name, "overrides": [(name, str(value)) for name, value in setting.overrides.items()]}
