@@ -10,24 +10,23 @@ import argparse
 import difflib
 import importlib
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import jsonargparse
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo import __version__
 from tppo.config import Recipe, TuningAlgorithm
 from tppo.errors import UserError
-from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage, stage_command
+from tppo.road import run_stages
+from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage
 
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
+    "study": "a grid of algorithms x seeds x settings from shared SFT, labels and reward models; resumes, then reports",
     "synthetic": "write the seeded synthetic log",
     "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
     "sft": "examples -> a language model fine-tuned on the true next queries",
@@ -60,11 +59,15 @@ ACTIONS = {
     "ledger": ("tppo.judge.show", "show_ledger"),
 }
 """Commands that are no stage: nothing of theirs to make anew with --redo."""
+WHOLE_RECIPE = ("run", "study")
+"""Commands that take the recipe as their first word."""
 ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
-SHARED = ("run_dir", "seed", "algorithms", "task")
+SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
     "  tppo run recipes/demo.yaml --redo reward",
+    "study": "tppo study recipes/study-demo.yaml --study.action plan\n  tppo study recipes/study-demo.yaml\n"
+    "  tppo study recipes/study-demo.yaml --redo evaluate",
     "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",
@@ -127,7 +130,7 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
     """
     parser = stage_parser(command)
     arguments = list(arguments)
-    if command == "run" and arguments and not arguments[0].startswith("-"):
+    if command in WHOLE_RECIPE and arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     try:
         namespace = parser.parse_args(arguments)
@@ -135,8 +138,25 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
         raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
     redo = namespace.get("redo") or []
     redo = [redo] if isinstance(redo, str) else redo
+    return _instantiate(parser, namespace), redo
+
+
+def check_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from nested values, checked like one from a file.
+
+    Raises:
+        UserError: a setting that does not exist or does not fit, with the nearest name.
+    """
+    parser = stage_parser("run")
+    try:
+        return _instantiate(parser, parser.parse_object(values))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+
+
+def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Recipe:
     recipe = parser.instantiate_classes(_without(namespace, "config", "redo"))
-    return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__}), redo
+    return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__})
 
 
 def _without(namespace: Namespace, *keys: str) -> Namespace:
@@ -163,44 +183,40 @@ def run_one(recipe: Recipe, stage: str) -> bool:
 
 
 def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
-    """Every stage in a process of its own, so that memory returns to the machine and peaks can be told apart."""
+    """Every stage of the recipe, then the summary on the console."""
     from tppo.progress import console
     from tppo.rl.pairs import check_samples
 
     run = RunFolder(recipe)
-    run.root.mkdir(parents=True, exist_ok=True)
-    resolved = run.root / "recipe.yaml"
-    resolved.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
     stages = all_stages(recipe)
     if unknown := set(redo) - set(stages):
         raise UserError(f"--redo {sorted(unknown)}: this recipe's stages are {stages}")
     check_samples(recipe)
-    for stage in redo:
-        run.discard_from(stage)
-    for number, stage in enumerate(stages, start=1):
-        head = f"[{number}/{len(stages)}] {stage}"
-        if run.is_done(stage):
-            console.print(f"{head}: done before, skipped")
-            continue
-        console.rule(head)
-        command, flags = stage_command(stage)
-        start = time.monotonic()
-        status = subprocess.call([sys.executable, "-m", "tppo", command, "--config", str(resolved), *flags])
-        if status:
-            raise UserError(f"stage {stage} stopped (exit status {status}); mend it and give the same command again")
-        console.print(f"{head}: {time.monotonic() - start:.0f} s")
+    _discard(run, redo)
+    run_stages(recipe, stages)
     from tppo.evaluate.report import print_summary
 
     print_summary(run)
     # Whole lines, so that they can be copied.
     console.print(f"report: {run.path('report') / 'report.html'}", soft_wrap=True)
-    console.print(f"serve:  tppo serve --config {resolved}", soft_wrap=True)
+    console.print(f"serve:  tppo serve --config {run.root / 'recipe.yaml'}", soft_wrap=True)
+
+
+def _discard(run: RunFolder, redo: Sequence[str]) -> None:
+    for stage in redo:
+        run.check_own(stage)
+    for stage in redo:
+        run.discard_from(stage)
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> None:
     recipe, redo = parse_recipe(command, arguments)
     if command == "run":
         run_all(recipe, redo)
+    elif command == "study":
+        from tppo.study.run import run_study
+
+        run_study(recipe, redo)
     elif command in ACTIONS:
         module, function = ACTIONS[command]
         getattr(importlib.import_module(module), function)(recipe)
@@ -208,8 +224,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
         algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
         algorithm = algorithms.get(command)
         stage = rl_stage(algorithm) if algorithm else command
-        for name in redo:
-            RunFolder(recipe).discard_from(name)
+        _discard(RunFolder(recipe), redo)
         if algorithm and algorithm not in recipe.algorithms:
             recipe = replace(recipe, algorithms=[*recipe.algorithms, algorithm])
         if not run_one(recipe, stage):

@@ -415,6 +415,8 @@ class Evaluate:
     judge: Literal["label", "embedding", "llm"] = "label"
     """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
     trained to please it."""
+    tuned_only: bool = False
+    """Leave SFT and the reference rows out: the cells of a study have them once per seed (see `tppo study`)."""
     vote: bool = False
     """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote)."""
     bootstrap_samples: int = 2000
@@ -458,6 +460,36 @@ class Agreement:
 
 
 @dataclass
+class Setting:
+    """A variation of the recipe that a study tries."""
+
+    name: str
+    """Name in folders and tables: letters, digits, `.`, `_` and `-`. `base` is the recipe as it stands."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What differs from the recipe, as `section.field: value`. Only the stages it touches are made anew."""
+    algorithms: list[TuningAlgorithm] = field(default_factory=list)
+    """Algorithms trained with this setting. Empty: all of the recipe's."""
+
+
+@dataclass
+class Study:
+    """A grid of the recipe's algorithms x seeds x settings, from shared SFT, labels and reward models."""
+
+    action: Literal["run", "plan", "report"] = "run"
+    """run: train and evaluate every cell that is not finished, then report; plan: list the cells; report: collect what
+    is finished."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the tuning stages and of the sampling in `evaluate`. The stages up to the reward models, and the choice
+    of evaluation examples, keep the recipe's `seed`, so that differences between cells are paired."""
+    settings: list[Setting] = field(default_factory=list)
+    """Variations tried beside the recipe as it stands."""
+    workers: int = 1
+    """Cells at work at the same time, each on a GPU of its own. Without a GPU: 1."""
+    bootstrap_samples: int = 10000
+    """Bootstrap draws of seeds and users for intervals and p-values of the study's report."""
+
+
+@dataclass
 class Recipe:
     """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
 
@@ -467,6 +499,10 @@ class Recipe:
     """Seed of everything random."""
     algorithms: list[TuningAlgorithm] = field(default_factory=lambda: ["tppo", "ppo"])
     """Policies that `tppo run` trains and compares, each from the same SFT model."""
+    stage_dirs: dict[str, str] = field(default_factory=dict)
+    """Finished stages taken from elsewhere instead of made here, as `stage: folder` (`sft: runs/a/sft`)."""
+    shared_seed: int | None = None
+    """Seed of the stages up to the reward models and of the choice of evaluation examples, when it is not `seed`."""
     task: Task = field(default_factory=Task)
     synthetic: Synthetic = field(default_factory=Synthetic)
     prepare: Prepare = field(default_factory=Prepare)
@@ -481,3 +517,9 @@ class Recipe:
     evaluate: Evaluate = field(default_factory=Evaluate)
     serve: Serve = field(default_factory=Serve)
     agreement: Agreement = field(default_factory=Agreement)
+    study: Study = field(default_factory=Study)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything before the tuning of policies: `shared_seed`, or `seed`."""
+        return self.seed if self.shared_seed is None else self.shared_seed

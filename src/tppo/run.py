@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,18 @@ def all_stages(recipe: Recipe) -> list[str]:
     return [*first, "prepare", "sft", "sample", "label", "reward", *rl_stages, "evaluate", "report"]
 
 
+def shared_stages(recipe: Recipe) -> list[str]:
+    """The stages before the tuning of policies, left to right: one set of them serves many tunings."""
+    return [stage for stage in all_stages(replace(recipe, algorithms=[])) if stage not in ("evaluate", "report")]
+
+
 def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
     section, algorithm = split_stage(stage)
-    config: dict[str, Any] = {"seed": recipe.seed, "task": asdict(recipe.task)}
+    seed = recipe.data_seed if stage in shared_stages(recipe) else recipe.seed
+    config: dict[str, Any] = {"seed": seed, "task": asdict(recipe.task)}
+    if stage == "evaluate":
+        config["shared_seed"] = recipe.shared_seed  # it chooses the examples; `seed` draws the answers
     if hasattr(recipe, section):
         config[section] = asdict(getattr(recipe, section))
     if uses_llm_judge(stage, recipe):
@@ -132,7 +140,8 @@ class RunFolder:
         self.root = Path(recipe.run_dir)
 
     def path(self, stage: str) -> Path:
-        return self.root / stage
+        taken = self.recipe.stage_dirs.get(stage)
+        return Path(taken) if taken else self.root / stage
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """The manifest of a finished stage, or None."""
@@ -151,12 +160,20 @@ class RunFolder:
             UserError: the stage has not been run (names the command that does).
         """
         if self.manifest(stage) is None:
+            self.check_own(stage)
             command, flags = stage_command(stage)
             raise UserError(
                 f"stage '{stage}' is not finished in {self.root}: "
                 f"run `{' '.join(['tppo', command, '--run_dir', str(self.root), *flags])}` first"
             )
         return self.path(stage)
+
+    def check_own(self, stage: str) -> None:
+        """Raise UserError for a stage taken from another run: it is neither made nor deleted from here."""
+        if taken := self.recipe.stage_dirs.get(stage):
+            raise UserError(
+                f"stage '{stage}' of {self.root} is taken from {taken} (stage_dirs): make it, or make it anew, there"
+            )
 
     def facts(self, stage: str) -> dict[str, Any]:
         """What a finished stage said of itself (counts, means)."""
@@ -192,12 +209,12 @@ class RunFolder:
         return True
 
     def discard_from(self, stage: str) -> None:
-        """Delete a stage and every stage that reads it, directly or not."""
+        """Delete a stage and every stage that reads it, directly or not; stages taken from elsewhere stay."""
         stale = {stage}
         for name in all_stages(self.recipe):
             if stale & set(stage_inputs(name, self.recipe)):
                 stale.add(name)
-        for name in stale:
+        for name in stale - self.recipe.stage_dirs.keys():
             shutil.rmtree(self.path(name), ignore_errors=True)
 
     @contextmanager
@@ -207,7 +224,11 @@ class RunFolder:
         On a clean exit the manifest is written, last; on an error the folder stays without one. A folder left
         by an unfinished stage is kept when it was started with the same settings and inputs (the stage may
         resume from it) and emptied otherwise.
+
+        Raises:
+            UserError: the stage is taken from another run.
         """
+        self.check_own(stage)
         inputs = self.input_hashes(stage)
         folder = self.path(stage)
         started = {"config": stage_config(stage, self.recipe), "inputs": inputs}

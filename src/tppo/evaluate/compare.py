@@ -11,7 +11,7 @@ are left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from tppo.config import Recipe
@@ -20,6 +20,8 @@ from tppo.evaluate.stats import UserBootstrap, WinTieLose, win_tie_lose
 from tppo.seeding import stream_seed
 
 Rows = list[dict[str, Any]]
+BootstrapOf = Callable[[Rows, str], UserBootstrap]
+"""The bootstrap of a scope, from a row of any model for each question, in order, and the scope's name."""
 
 # Each model is compared with those after it, the farthest (SFT) first.
 MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
@@ -35,17 +37,21 @@ DISPLAY = {
 POOLED = "all"
 
 
-def model_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+def model_pairs(models: Collection[str]) -> list[tuple[str, str]]:
     """Which of the models are compared: each with those after it in `MODEL_ORDER`, the farthest first."""
     compared = [model for model in MODEL_ORDER if model in models]
     return [(a, b) for number, a in enumerate(compared) for b in reversed(compared[number + 1 :])]
 
 
-def build_metrics(rows: Rows, recipe: Recipe, votes: Rows | None = None) -> dict[str, Any]:
+def build_metrics(
+    rows: Rows, recipe: Recipe, votes: Rows | None = None, bootstrap_of: BootstrapOf | None = None
+) -> dict[str, Any]:
     """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair).
 
     Args:
+        rows: of generations.parquet; with a column `seed` when several runs answered the same examples.
         votes: rows of votes.parquet, when the judge was asked for votes.
+        bootstrap_of: where intervals come from, when not from a bootstrap over users.
     """
     splits = list(dict.fromkeys(row["split"] for row in rows))
     scopes = {split: [split] for split in splits}
@@ -64,26 +70,33 @@ def build_metrics(rows: Rows, recipe: Recipe, votes: Rows | None = None) -> dict
     }
     for scope, members in scopes.items():
         chosen = [row for row in rows if row["split"] in members]
-        bootstrap = _add_scope(result, scope, chosen, recipe)
+        bootstrap = _add_scope(result, scope, chosen, bootstrap_of or _user_bootstrap(recipe))
         _add_votes(result, scope, [row for row in votes or [] if row["split"] in members], chosen, bootstrap)
     return result
 
 
-def _add_scope(result: dict[str, Any], scope: str, rows: Rows, recipe: Recipe) -> UserBootstrap:
+def _user_bootstrap(recipe: Recipe) -> BootstrapOf:
+    def of(rows: Rows, scope: str) -> UserBootstrap:
+        users, seed = [row["user_id"] for row in rows], stream_seed(recipe.seed, "bootstrap", scope)
+        return UserBootstrap(users, recipe.evaluate.bootstrap_samples, seed)
+
+    return of
+
+
+def _question(row: dict[str, Any]) -> tuple[Any, str]:
+    """What pairs the answers of two models: the example, and the seed where there are several."""
+    return row.get("seed"), row["example_id"]
+
+
+def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: BootstrapOf) -> UserBootstrap:
     by_model = {model: [r for r in rows if r["model"] == model] for model in result["models"]}
     by_model = {model: found for model, found in by_model.items() if found}
-    first = next(iter(by_model.values()))
-    examples = [row["example_id"] for row in first]
-    bootstrap = UserBootstrap(
-        [row["user_id"] for row in first],
-        recipe.evaluate.bootstrap_samples,
-        stream_seed(recipe.seed, "bootstrap", scope),
-    )
+    questions = {_question(row): row for row in rows}
+    bootstrap = bootstrap_of(list(questions.values()), scope)
     for model, found in by_model.items():
-        indexed = {row["example_id"]: row for row in found}
-        by_model[model] = [indexed.get(example, {}) for example in examples]
+        indexed = {_question(row): row for row in found}
+        by_model[model] = [indexed.get(question, {}) for question in questions]
         assert len(indexed) == len(found), f"{model} answered an example twice"
-        assert indexed.keys() <= set(examples), f"{model} answered other examples"
         result["rows"] += _model_rows(scope, model, by_model[model], bootstrap)
         for rubric in ("targets", "history"):
             count = sum(row["status_" + rubric] == "abstained" for row in found)
@@ -128,7 +141,7 @@ def _model_rows(scope: str, model: str, rows: Rows, bootstrap: UserBootstrap) ->
         for metric in PER_RESPONSE
     ]
     # No interval: drawing users with replacement repeats their words: biased downwards.
-    corpus = corpus_metrics([row["queries"] for row in rows if row])
+    corpus = _corpus_of_one_seed([row for row in rows if row])
     users = len({row["user_id"] for row in rows if row})
     table += [
         {
@@ -144,6 +157,17 @@ def _model_rows(scope: str, model: str, rows: Rows, bootstrap: UserBootstrap) ->
         for metric in CORPUS
     ]
     return table
+
+
+def _corpus_of_one_seed(rows: Rows) -> dict[str, float | None]:
+    """Mean over the seeds of each seed's corpus metrics: over all seeds at once, more answers would repeat more."""
+    seeds = {row.get("seed") for row in rows}
+    found = [corpus_metrics([row["queries"] for row in rows if row.get("seed") == seed]) for seed in seeds]
+    means: dict[str, float | None] = {}
+    for metric in CORPUS:
+        values = [value for corpus in found if (value := corpus[metric.name]) is not None]
+        means[metric.name] = sum(values) / len(values) if values else None
+    return means
 
 
 def _add_pair(

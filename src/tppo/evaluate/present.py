@@ -90,8 +90,13 @@ class Metrics:
 def _find(rows: list[dict[str, Any]], **wanted: str) -> Estimate:
     for row in rows:
         if wanted.items() <= row.items():
-            return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
+            return estimate(row)
     return Estimate(None, None, None, 0, 0)
+
+
+def estimate(row: dict[str, Any]) -> Estimate:
+    """The estimate in a row of metrics.json, which may say more than that."""
+    return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
 
 
 def number(value: float | None, unit: str = "number") -> str:
@@ -192,13 +197,22 @@ def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) ->
     abstained = sum(row["count"] for row in metrics.data["abstained"] if row["scope"] == scope)
     if abstained:
         notes.append(f"The judge abstained {abstained} times; those answers are left out of the relevance numbers.")
-    notes.append("Each model was trained once: intervals cover the choice of users, not the luck of a training run.")
+    notes.append(_trainings(metrics.data.get("seeds", 1)))
     if metrics.data["judge_labelled_training"]:
         notes.append(
             "The judge here is the one whose labels trained the reward models, so relevance may be learnt to "
             "suit it. Hit and word F1 use no judge; trust a gain more when they agree."
         )
     return notes
+
+
+def _trainings(seeds: int) -> str:
+    if seeds == 1:
+        return "Each model was trained once: intervals cover the choice of users, not the luck of a training run."
+    return (
+        f"Each model was tuned {seeds} times from one SFT model and one set of reward models: intervals cover the "
+        "choice of users and the luck of the tuning, not that of SFT, labels and reward models."
+    )
 
 
 def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:

@@ -104,15 +104,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return {"verdict": context["lead"], "cautions": context["cautions"]}
 
 
-def render(context: dict[str, Any]) -> str:
+def render(context: dict[str, Any], template: Path = Path(__file__).parent / "report.html") -> str:
+    """The page; another template may extend report.html."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(context)
+    return environment.get_template(template.name).render(context)
 
 
 def load_metrics(run: RunFolder) -> Metrics:
@@ -188,7 +189,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "wins": [
             {**row, "title": f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
              "net_value": present.signed_number(row["net"]["value"], "rate"),
-             "net_interval": present.interval(present.Estimate(**row["net"]), "rate", signed=True),
+             "net_interval": present.interval(present.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
              "flips": present.number(row["flip_rate"], "rate") if row["by"] == "vote" else None}
             for row in metrics.data["wins"]

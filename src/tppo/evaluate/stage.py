@@ -102,16 +102,18 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     parts.mkdir(exist_ok=True)
     seconds: dict[str, float] = {}
     dropped: dict[str, int] = {}
-    for model in ["sft", *recipe.algorithms]:
+    models = evaluated_models(recipe)
+    for model in models:
         missing = [split for split in examples if not _part(parts, split, model).exists()]
         if missing:
             start = time.monotonic()
             dropped.update(_answer(recipe, run, judge, model, {s: examples[s] for s in missing}, parts))
             seconds[model] = round(time.monotonic() - start, 1)
-    for split, chosen in examples.items():
-        _write_references(recipe, judge, split, chosen, parts)
+    if not recipe.evaluate.tuned_only:
+        for split, chosen in examples.items():
+            _write_references(recipe, judge, split, chosen, parts)
 
-    order = [(split, model) for split in examples for model in ("sft", *recipe.algorithms, *REFERENCES)]
+    order = [(split, model) for split in examples for model in (*models, *REFERENCES)]
     tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
     generations = pa.concat_tables(tables)
     write_table(folder / "generations.parquet", generations, GENERATIONS)
@@ -132,6 +134,18 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "seconds_by_model": seconds,
         "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
     }
+
+
+def evaluated_models(recipe: Recipe) -> list[str]:
+    """The policies that answer: SFT and every tuned one, or the tuned ones only.
+
+    Raises:
+        UserError: none is left.
+    """
+    models = [*([] if recipe.evaluate.tuned_only else ["sft"]), *recipe.algorithms]
+    if not models:
+        raise UserError("evaluate.tuned_only leaves nothing to evaluate: `algorithms` is empty")
+    return models
 
 
 def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
@@ -164,7 +178,7 @@ def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]
     limit = recipe.evaluate.max_examples
     if not limit or limit >= len(examples):
         return examples
-    chosen = rng(recipe.seed, "evaluate", split).choice(len(examples), size=limit, replace=False)
+    chosen = rng(recipe.data_seed, "evaluate", split).choice(len(examples), size=limit, replace=False)
     return [examples[i] for i in sorted(chosen)]
 
 
@@ -215,7 +229,7 @@ def _write_references(recipe: Recipe, judge: Judge, split: str, examples: list[E
     """Judge the true next queries of the users, and those of other users, as if a model had written them."""
     answers = {"targets": [render_response(example.targets) for example in examples]}
     if len({example.user_id for example in examples}) > 1:
-        seed = stream_seed(recipe.seed, "evaluate", split)
+        seed = stream_seed(recipe.data_seed, "evaluate", split)
         answers["other_user"] = [item.response for item in other_user_items(examples, seed)]
     else:
         console.print(f"evaluate: {split} holds one user only, so there is no other user to compare with")

@@ -35,7 +35,7 @@ def vote_rows(
     rubric = recipe.reward.rubric
     answers = {(row["model"], row["example_id"]): row for row in generations}
     rows = []
-    for a, b in model_pairs(["sft", *recipe.algorithms]):
+    for a, b in model_pairs({row["model"] for row in generations}):
         for split, chosen in examples.items():
             contests = [
                 Contest(e.history, e.targets, *(_readable(answers[model, e.example_id]) for model in (a, b)))

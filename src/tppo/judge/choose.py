@@ -28,8 +28,9 @@ def make_judge(kind: JudgeKind, recipe: Recipe, examples: list[Example]) -> tupl
     judge = EmbeddingJudge(
         settings.encoder, {}, repeats_irrelevant=settings.repeats_irrelevant, batch_size=settings.batch_size
     )
-    train = draw_examples([e for e in examples if e.split == "train"], settings.calibration_examples, recipe.seed)
-    return judge, {"thresholds": judge.calibrate(train, settings.null_quantile, recipe.seed, "calibrating the judge")}
+    train = draw_examples([e for e in examples if e.split == "train"], settings.calibration_examples, recipe.data_seed)
+    thresholds = judge.calibrate(train, settings.null_quantile, recipe.data_seed, "calibrating the judge")
+    return judge, {"thresholds": thresholds}
 
 
 def saved_judge(label_folder: Path, recipe: Recipe) -> Judge:

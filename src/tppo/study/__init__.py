@@ -1,0 +1,1 @@
+"""A grid of runs from shared SFT, labels and reward models, and what it shows."""

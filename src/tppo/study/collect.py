@@ -1,0 +1,123 @@
+"""Everything the finished cells measured, in two documented tables: results.parquet and curves.parquet.
+
+Neither holds text of the log; example and user ids are those of the prepare stage (keyed hashes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tppo.errors import UserError
+from tppo.evaluate.curves import read_jsonl
+from tppo.evaluate.metrics import PER_RESPONSE
+from tppo.evaluate.stage import GENERATIONS, RUBRICS
+from tppo.run import rl_stage
+from tppo.study.plan import SFT, Job, Plan
+from tppo.tables import field, read_table, write_table
+
+RESULTS = pa.schema(
+    [
+        field("setting", pa.string(), "setting of the study; base is the recipe as it stands"),
+        field("model", pa.string(), "as in generations.parquet"),
+        field("seed", pa.int64(), "seed of the tuning and of the sampling of the answer"),
+        field("split", pa.string(), "eval1 or eval2"),
+        field("example_id", pa.string(), "example answered; the same examples under every seed and setting"),
+        field("user_id", pa.string(), "keyed hash of the user"),
+        field("judge", pa.string(), "judge and version"),
+        *[field(f"status_{r}", pa.string(), f"ok; abstained or not_asked, rubric {r}") for r in RUBRICS],
+        field("word_count", pa.int32(), "words of the answer"),
+        *[field(f"relevant_words_{r}", pa.int32(), f"words judged relevant, rubric {r}", True) for r in RUBRICS],
+        *[field(metric.name, pa.float64(), metric.doc, True) for metric in PER_RESPONSE],
+    ]
+)
+"""One row for each answer that was judged: a model, setting, seed and example. Both rubrics stand side by side."""
+CURVES = pa.schema(
+    [
+        field("setting", pa.string(), "setting of the study"),
+        field("model", pa.string(), "algorithm"),
+        field("seed", pa.int64(), "seed of the training"),
+        field("update", pa.int64(), "update (DPO: step) the measure belongs to, from 1"),
+        field("metric", pa.string(), "column of the stage's metrics.jsonl"),
+        field("value", pa.float64(), "its value"),
+    ]
+)
+_COUNTERS = ("update", "step")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the finished cells hold."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    """Rows of generations.parquet with `setting`, `seed` and `judge`, by the name of the cell."""
+    curves: list[dict[str, Any]]
+    """Rows of curves.parquet."""
+    judge_labelled_training: dict[str, bool]
+    """Whether the cell's judge is the one whose labels trained the reward models, by the name of the cell."""
+    missing: list[str]
+    """Cells that are not finished."""
+
+    def of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
+        """Rows of every cell that stands for this setting, also when it was made for another one."""
+        names = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting and job.name in self.rows]
+        return [row for name in names for row in self.rows[name]]
+
+
+def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
+    """Read the finished cells.
+
+    Args:
+        left_out: names of cells not to read: what they hold is not of this study's settings.
+    """
+    finished = [job for job in plan.cells if job.name not in left_out and job.finished()]
+    found = Collected({}, [], {}, [job.name for job in plan.cells if job not in finished])
+    for job in finished:
+        folder = job.run.require("evaluate")
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        own = {"setting": job.setting, "seed": job.seed, "judge": metrics["judge"]}
+        found.rows[job.name] = [
+            {**row, **own} for row in read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
+        ]
+        found.judge_labelled_training[job.name] = metrics["judge_labelled_training"]
+        found.curves.extend(curve_rows(job))
+    return found
+
+
+def curve_rows(job: Job) -> list[dict[str, Any]]:
+    """The per-update metrics of a cell's own training; none for SFT and for a training taken from another cell."""
+    if job.model == SFT or rl_stage(job.model) not in job.stages:
+        return []
+    path = job.run.require(rl_stage(job.model)) / "metrics.jsonl"
+    rows = []
+    for line in read_jsonl(path):
+        counter = next((name for name in _COUNTERS if name in line), None)
+        if counter is None:
+            raise UserError(f"{path}: a row without {' or '.join(_COUNTERS)}")
+        own = {"setting": job.setting, "model": job.model, "seed": job.seed, "update": int(line[counter])}
+        rows += [
+            {**own, "metric": name, "value": float(value)}
+            for name, value in line.items()
+            if name not in _COUNTERS and isinstance(value, int | float)
+        ]
+    return rows
+
+
+def write_tables(collected: Collected, folder: Path) -> None:
+    """Write results.parquet and curves.parquet."""
+    results = [result_row(row) for rows in collected.rows.values() for row in rows]
+    write_table(folder / "results.parquet", results, RESULTS)
+    write_table(folder / "curves.parquet", collected.curves, CURVES)
+
+
+def result_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of generations.parquet without its texts."""
+    labels = {rubric: row[f"word_labels_{rubric}"] for rubric in RUBRICS}
+    counts = {f"relevant_words_{r}": None if found is None else found.count(2) for r, found in labels.items()}
+    kept = {name: row[name] for name in RESULTS.names if name in row}
+    return {**kept, "word_count": len(row["words"]), **counts}

@@ -1,0 +1,238 @@
+"""The cells of a study and where each of their stages is made.
+
+A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run folder of its own. Two stages are the same
+when their settings and those of all stages to their left are: such a stage is made once, in the run folder
+that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
+own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
+not concern an algorithm adds no cell of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tppo.config import Recipe, Setting, Study, TuningAlgorithm
+from tppo.errors import UserError
+from tppo.rl.pairs import check_samples
+from tppo.run import RunFolder, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
+
+BASE = "base"
+SFT = "sft"
+_FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study")
+"""What no setting can override: the study sets it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run folder of the study and the stages that are made in it."""
+
+    name: str
+    """Its folder below the study's: `shared/base`, `cells/base-tppo-s0`."""
+    setting: str
+    recipe: Recipe
+    stages: list[str]
+    model: str = ""
+    """The cell's model; empty for a run folder of shared stages."""
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.recipe)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    def finished(self) -> bool:
+        """Whether all its stages are done, with these settings and inputs (UserError: with others)."""
+        return all(self.run.is_done(stage) for stage in self.stages)
+
+    def needs(self, other: Job) -> bool:
+        """Whether it takes over a stage that the other job makes."""
+        return not {str(other.run.path(stage)) for stage in other.stages}.isdisjoint(self.recipe.stage_dirs.values())
+
+
+@dataclass
+class Plan:
+    """What a study makes, in the order in which it does so."""
+
+    shared: list[Job] = field(default_factory=list)
+    cells: list[Job] = field(default_factory=list)
+    cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
+    """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.shared, *self.cells]
+
+    def stage_counts(self) -> Counter[str]:
+        return Counter(stage for job in self.jobs for stage in job.stages)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The shared run folders and the cells of a study; touches no file.
+
+    Raises:
+        UserError: a seed, a setting or an override that cannot be.
+    """
+    check_study(recipe)
+    plan = Plan()
+    variants = {BASE: (recipe, recipe.algorithms)}
+    for setting in recipe.study.settings:
+        variants[setting.name] = (varied(recipe, setting), setting.algorithms or recipe.algorithms)
+    made: dict[str, Path] = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
+    for name, (variant, _) in variants.items():
+        _plan_job(plan.shared, made, f"shared/{name}", name, variant, shared_stages(variant))
+    cells: dict[str, Job] = {}
+    for seed in recipe.study.seeds:
+        for name, (variant, algorithms) in variants.items():
+            for model in (SFT, *recipe.algorithms):
+                asked = model == SFT or model in algorithms
+                _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
+    return plan
+
+
+def _plan_job(
+    jobs: list[Job],
+    made: dict[str, Path],
+    name: str,
+    setting: str,
+    recipe: Recipe,
+    stages: Sequence[str],
+    model: str = "",
+) -> Job | None:
+    """Add a job for those of `stages` that no job makes yet; None when there are none."""
+    root = Path(recipe.run_dir) / name
+    keys = {stage: stage_key(stage, recipe) for stage in stages}
+    own = [stage for stage in stages if keys[stage] not in made]
+    taken = {stage: str(made[keys[stage]]) for stage in stages if stage not in own}
+    if not own:
+        return None
+    made.update({keys[stage]: root / stage for stage in own})
+    job = Job(name, setting, replace(recipe, run_dir=str(root), stage_dirs=taken), own, model)
+    jobs.append(job)
+    return job
+
+
+def _plan_cell(
+    plan: Plan,
+    made: dict[str, Path],
+    cells: dict[str, Job],
+    recipe: Recipe,
+    key: tuple[str, str, int],
+    asked: bool,
+) -> None:
+    """Add the cell unless another one is the same; note which cell has the evaluation."""
+    setting, model, seed = key
+    evaluation = stage_key("evaluate", recipe)
+    if evaluation not in cells and asked:
+        stages = [*shared_stages(recipe), *([] if model == SFT else [rl_stage(model)]), "evaluate"]
+        job = _plan_job(plan.cells, made, f"cells/{setting}-{model}-s{seed}", setting, recipe, stages, model)
+        assert job is not None, "a new evaluation is a new stage"
+        cells[evaluation] = job
+    if evaluation in cells:
+        plan.cell_of[key] = cells[evaluation]
+
+
+def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
+    """The recipe of one cell, before its folders are known: its seed, its one algorithm, the study's examples."""
+    algorithms: list[TuningAlgorithm] = [name for name in variant.algorithms if name == model]
+    return replace(
+        variant,
+        seed=seed,
+        shared_seed=variant.data_seed,
+        algorithms=algorithms,
+        evaluate=replace(variant.evaluate, tuned_only=model != SFT),
+        study=Study(),
+    )
+
+
+def stage_key(stage: str, recipe: Recipe) -> str:
+    """A hash of all settings that a stage's result depends on: its own and those of everything to its left."""
+    inputs = [stage_key(name, recipe) for name in stage_inputs(stage, recipe)]
+    text = json.dumps([stage, stage_config(stage, recipe), inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def varied(recipe: Recipe, setting: Setting) -> Recipe:
+    """The recipe with a setting's overrides.
+
+    Raises:
+        UserError: an override that does not exist, does not fit, or changes nothing.
+    """
+    from tppo.cli import check_recipe  # here: the command line imports this package
+
+    values: dict[str, Any] = asdict(recipe)
+    for name, value in setting.overrides.items():
+        *sections, last = name.split(".")
+        if name.split(".")[0] in _FIXED:
+            raise UserError(f"study.settings '{setting.name}': {name} is the study's own and cannot be overridden")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    try:
+        found = check_recipe(values)
+    except UserError as error:
+        raise UserError(f"study.settings '{setting.name}': {error}") from None
+    if found == recipe:
+        raise UserError(f"study.settings '{setting.name}' changes nothing: its overrides are the recipe's own values")
+    return found
+
+
+def check_study(recipe: Recipe) -> None:
+    """Refuse, before anything runs, a study that could not be made.
+
+    Raises:
+        UserError: names the setting.
+    """
+    study, names = recipe.study, [setting.name for setting in recipe.study.settings]
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"study.seeds={study.seeds}: give at least one seed, each once")
+    if not recipe.algorithms or len(set(recipe.algorithms)) < len(recipe.algorithms):
+        raise UserError(f"algorithms={recipe.algorithms}: a study needs at least one algorithm, each once")
+    for name in names:
+        if name == BASE or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"study.settings: {name!r} is no name for a setting: letters, digits, `.`, `_`, `-`; each once; not "
+                f"`{BASE}`, which is the recipe as it stands"
+            )
+    for setting in study.settings:
+        if unknown := set(setting.algorithms) - set(recipe.algorithms):
+            raise UserError(f"study.settings '{setting.name}': {sorted(unknown)} are none of {recipe.algorithms}")
+    if study.workers < 1:
+        raise UserError(f"study.workers={study.workers}: give at least 1")
+    if study.bootstrap_samples < 1000:
+        raise UserError(f"study.bootstrap_samples={study.bootstrap_samples}: give at least 1000")
+    if recipe.evaluate.vote:
+        raise UserError("evaluate.vote needs all models in one run folder; a study has one in each: leave it false")
+    if recipe.evaluate.tuned_only:
+        raise UserError("evaluate.tuned_only is set by the study: leave it false")
+    check_samples(recipe)
+
+
+def describe(plan: Plan) -> list[str]:
+    """Lines for the console: every job, its stages and whether it is finished; then how often each stage is made."""
+    lines, left = [], Counter[str]()
+    for job in plan.jobs:
+        missing = [stage for stage in job.stages if job.run.manifest(stage) is None]
+        left.update(missing)
+        lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
+    counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
+    return [*lines, f"{len(plan.cells)} cells; stages: {counts}"]
+
+
+def settings_tried(plan: Plan) -> dict[str, list[str]]:
+    """The search budget: settings with which each algorithm was tuned, by algorithm."""
+    tried: dict[str, list[str]] = {}
+    for job in plan.cells:
+        tuned = any(split_stage(stage)[0] in ("rl", "dpo") for stage in job.stages)
+        if tuned and job.setting not in tried.setdefault(job.model, []):
+            tried[job.model].append(job.setting)
+    return tried

@@ -1,0 +1,204 @@
+"""The study in words, tables and charts. No text of the log comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from tppo.evaluate import present
+from tppo.evaluate.charts import Line, line_chart
+from tppo.evaluate.compare import DISPLAY
+from tppo.evaluate.curves import DPO_CHARTS, RL_CHARTS, rollout_policies
+from tppo.evaluate.metrics import BY_NAME
+from tppo.evaluate.present import Metrics
+from tppo.study.plan import Plan, settings_tried
+from tppo.study.stats import SeedMean
+from tppo.study.tables import MEASURES, Curves, at_equal_kl, display, reaching, steadiness_of
+
+FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
+"""Order in which the first sentences name those the leading model is compared with."""
+
+
+@dataclass(frozen=True)
+class PlainTable:
+    """A table of texts, for the page and for Markdown; the first cell of a row is its head."""
+
+    id: str
+    title: str
+    note: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", self.note, ""]
+        if not self.rows:
+            return "\n".join([*lines, present.NOT_MEASURED, ""])
+        lines += [f"| {' | '.join(self.heads)} |", "|---" * len(self.heads) + "|"]
+        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows), ""])
+
+
+def p_text(p: float | None) -> str:
+    if p is None:
+        return present.NOT_MEASURED
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def difference_row(metrics: Metrics, scope: str, model: str, than: str, metric: str) -> dict[str, Any]:
+    wanted = {"scope": scope, "model": model, "than": than, "metric": metric}
+    return next(row for row in metrics.data["differences"] if wanted.items() <= row.items())
+
+
+def claims(metrics: Metrics, scope: str) -> list[str]:
+    """What the leading algorithm gains over each rival: "TPPO minus PPO: +2.4 points [+0.3, +4.5], ..."."""
+    pairs = metrics.pairs(scope)
+    if not pairs:
+        return []
+    headline, leading = metrics.data["headline"], pairs[0][0]
+    rivals = [than for model, than in pairs if model == leading]
+    rivals.sort(key=lambda than: FIRST_RIVALS.index(than) if than in FIRST_RIVALS else len(FIRST_RIVALS))
+    sentences = []
+    for than in rivals:
+        row = difference_row(metrics, scope, leading, than, headline)
+        shift = present.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
+        seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
+        count = metrics.data["distinct_examples"][scope]
+        p = p_text(row["p_holm"])
+        p = p if p.startswith("<") else f"= {p}"
+        sentences.append(f"{display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
+    return sentences
+
+
+def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
+    names = (metrics.data["headline"], metrics.data["check"], "hit", "token_f1", "unparseable")
+    heads = ["Pair"]
+    for name in names:
+        heads += [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else ""), "p", "corrected p"]
+    rows = []
+    for model, than in metrics.pairs(scope):
+        cells = [display((model, than))]
+        for name in names:
+            row = difference_row(metrics, scope, model, than, name)
+            found = metrics.difference(scope, model, than, name)
+            shift = present.signed_number(found.value, BY_NAME[name].unit)
+            interval = present.interval(found, BY_NAME[name].unit, signed=True)
+            cells += [f"{shift} {interval}".strip(), p_text(row["p_value"]), p_text(row["p_holm"])]
+        rows.append(cells)
+    title = f"Corrected for {len(rows)} comparisons, {present.SCOPES[scope]}"
+    note = (
+        "Two-sided p-values of the bootstrap over users and seeds, as they are and corrected by Holm for the number of "
+        "pairs in the column."
+    )
+    return PlainTable(f"corrected-{scope}", title, note, heads, rows)
+
+
+def charts(curves: Curves) -> dict[str, list[Markup]]:
+    """Training curves with the seeds as bands: rewards, what all algorithms share, relevance against KL, DPO."""
+    own = []
+    for name, title in (("reward_mean", "Reward of {}"), ("reward_std", "Spread of the reward of {} within a rollout")):
+        for model in rollout_policies(curves.models(name)):
+            own.append(_band_chart(curves, [model], name, title.format(DISPLAY[model])))
+    shared = [_band_chart(curves, rollout_policies(curves.models(name)), name, title) for name, title in RL_CHARTS]
+    for name, label in MEASURES.items():
+        lines = []
+        for model in rollout_policies(curves.models(name)):
+            kl, values = curves.get(model, "kl"), curves.get(model, name)
+            if kl and values and len(kl.updates) == len(values.updates):
+                lines.append(Line(model, DISPLAY[model], kl.mean, values.mean))
+        title, x_label = f"{label[0].upper()}{label[1:]}, against KL", "KL from SFT, nats per response"
+        shared.append(line_chart(lines, title, x_label, dots=True))
+    dpo = [_band_chart(curves, ["dpo"], name, title, "step") for name, title in DPO_CHARTS]
+    groups = {"own": own, "shared": shared, "dpo": dpo}
+    return {name: [chart for chart in found if chart] for name, found in groups.items()}
+
+
+def _band_chart(curves: Curves, models: Sequence[str], name: str, title: str, x_label: str = "update") -> Markup | None:
+    found = [(model, curve) for model in models if (curve := curves.get(model, name)) and len(curve.updates)]
+    lines = [Line(m, DISPLAY[m], [int(u) for u in c.updates], c.mean, c.spread) for m, c in found]
+    return line_chart(lines, title, x_label)
+
+
+def _mean_text(found: SeedMean, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f} (one seed)"
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def equal_kl_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in MEASURES.items():
+        found = at_equal_kl(curves, measure)
+        if found is None:
+            continue
+        head = f"{label}, at {found.kl:.2f} nats"
+        rows += [[head, DISPLAY[model], _mean_text(value)] for model, value in found.values.items()]
+        rows += [[head, display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()]
+    note = (
+        "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
+        "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
+        "over the seeds."
+    )
+    return PlainTable("equal-kl", "At equal KL", note, ["Measure", "Model", "Mean over seeds"], rows)
+
+
+def reach_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in MEASURES.items():
+        for other in ("ppo", "ppo_sum"):
+            for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
+                reached = "never" if found.update is None else str(found.update)
+                share = present.NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
+                head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
+                rows.append([head, f"{found.best:.3f}", str(found.best_update), reached, share])
+    note = (
+        "When TPPO first has as much as the rival's best, both smoothed over three updates. The share is TPPO's update "
+        "in the rival's."
+    )
+    heads = ["What", "Value", "Rival's update", "TPPO's update", "Share, %"]
+    return PlainTable("reach", "Updates to the rivals' best", note, heads, rows)
+
+
+def steadiness_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
+        for model, found in steadiness_of(curves, measure).items():
+            numbers = [present.NOT_MEASURED if value is None else f"{value:.3f}" for value in found]
+            rows.append([label, DISPLAY[model], *numbers])
+    note = (
+        "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
+        "change from one update to the next, divided by the root of 2, so that a trend does not count, mean over the "
+        "seeds."
+    )
+    return PlainTable("steady", "Steadiness", note, ["Measure", "Model", "Std, seeds", "Std, updates"], rows)
+
+
+def budget_table(plan: Plan) -> PlainTable:
+    rows = [[DISPLAY[model], str(len(names)), ", ".join(names)] for model, names in settings_tried(plan).items()]
+    note = "Settings with which each algorithm was tuned in this study. A fair comparison gives each the same number."
+    return PlainTable("budget", "Search budget", note, ["Model", "Settings", "Which"], rows)
+
+
+def cost_table(plan: Plan) -> PlainTable:
+    """Machine time of the finished stages, cells of one model and setting in one row."""
+    groups: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for job in plan.jobs:
+        for stage in job.stages:
+            manifest = job.run.manifest(stage)
+            if manifest is not None:
+                whose = f"{job.setting}, {DISPLAY[job.model]}" if job.model else f"{job.setting}, shared"
+                groups.setdefault((whose, stage), []).append((manifest["seconds"], manifest["peak_memory_mib"]))
+    total = [cost for found in groups.values() for cost in found]
+    rows = [[f"{whose}: {stage}", *_cost_cells(found)] for (whose, stage), found in groups.items()]
+    if total:
+        rows.append(["All", *_cost_cells(total)])
+    note = "Of the try that finished each stage: what an interrupted one had spent before is not in it."
+    heads = ["Stage", "Times", "Minutes, all", "Peak memory, MiB"]
+    return PlainTable("cost", "Machine time", note, heads, rows)
+
+
+def _cost_cells(found: Sequence[tuple[float, int]]) -> list[str]:
+    seconds, memory = zip(*found, strict=True)
+    return [str(len(found)), f"{sum(seconds) / 60:.1f}", str(max(memory))]

@@ -1,0 +1,164 @@
+"""The study's report: results.parquet, curves.parquet, one self-contained page, and its tables as Markdown.
+
+All of them hold numbers only, no text of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tppo.config import Recipe, Setting
+from tppo.evaluate import present
+from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, TRUTH
+from tppo.evaluate.present import Metrics
+from tppo.evaluate.report import difference_chart, headline_chart, render, scope_tables
+from tppo.progress import console
+from tppo.run import write_json, write_text
+from tppo.study.collect import Collected, collect, write_tables
+from tppo.study.plan import BASE, SFT, Plan
+from tppo.study.present import (
+    PlainTable,
+    budget_table,
+    charts,
+    claims,
+    corrected_table,
+    cost_table,
+    equal_kl_table,
+    reach_table,
+    steadiness_table,
+)
+from tppo.study.tables import Curves, study_metrics
+
+FOLDER = "study"
+TEMPLATE = Path(__file__).with_name("study.html")
+
+
+def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path | None:
+    """Collect the finished cells and write everything; None when no cell of the recipe's own settings is finished.
+
+    Args:
+        failed: why run folders failed, by name.
+    """
+    collected = collect(plan, failed)
+    base = setting_metrics(recipe, plan, collected, BASE)
+    if base is None:
+        console.print("no cell with the recipe's own settings is finished: there is nothing to report")
+        return None
+    folder = Path(recipe.run_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tables(collected, folder)
+    write_json(folder / "metrics.json", base.data)
+    context = page_context(recipe, plan, collected, base, failed)
+    write_text(folder / "summary.md", summary(base, context))
+    write_text(folder / "report.html", render(context, TEMPLATE))
+    for sentence in context["lead"]:
+        console.print(sentence, markup=False, soft_wrap=True)
+    return folder / "report.html"
+
+
+def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: str) -> Metrics | None:
+    """Metrics of a setting's finished cells; None when there are none, or SFT is not among them."""
+    rows = collected.of_setting(plan, setting)
+    if not any(row["model"] == SFT for row in rows):
+        return None
+    cells = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting]
+    labelled = any(collected.judge_labelled_training.get(name, False) for name in cells)
+    return study_metrics(recipe, rows, labelled)
+
+
+def page_context(
+    recipe: Recipe, plan: Plan, collected: Collected, metrics: Metrics, failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything the template shows."""
+    scope = metrics.scopes[0]
+    curves = Curves(collected.curves, BASE)
+    evaluated = next(job for job in plan.cells if job.name in collected.rows)
+    manifest = evaluated.run.manifest("evaluate") or {}
+    return {
+        "run_name": Path(recipe.run_dir).name,
+        "lead": [*claims(metrics, scope), *present.lead(metrics, scope)],
+        "verdicts": present.verdicts(metrics, scope),
+        "cautions": [*missing_cells(plan, collected, failed), *present.cautions(metrics, scope, final_kl(curves))],
+        "against": {name: present.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "scope_label": present.SCOPES[scope],
+        "chart_headline": headline_chart(metrics, scope),
+        "chart_differences": difference_chart(metrics, scope),
+        "scopes": [
+            {**scope_tables(metrics, name), "examples": metrics.data["distinct_examples"][name]}
+            for name in metrics.scopes
+        ],
+        "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
+        "charts": charts(curves),
+        "tables": [
+            equal_kl_table(curves),
+            reach_table(curves),
+            steadiness_table(curves),
+            budget_table(plan),
+            cost_table(plan),
+        ],
+        "settings": [setting_view(recipe, plan, collected, setting) for setting in recipe.study.settings],
+        "seeds": metrics.data["seeds"],
+        "cells": {"finished": len(collected.rows), "all": len(plan.cells)},
+        "judge": metrics.data["judge"],
+        "bootstrap_samples": recipe.study.bootstrap_samples,
+        "seed": recipe.seed,
+        "seed_list": ", ".join(map(str, recipe.study.seeds)),
+        "temperature": recipe.evaluate.temperature,
+        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
+        "python": manifest.get("python"),
+        "versions": manifest.get("versions", {}),
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *TRUTH, *FORM, *CORPUS)},
+    }
+
+
+def setting_view(recipe: Recipe, plan: Plan, collected: Collected, setting: Setting) -> dict[str, Any]:
+    """A setting other than the recipe's own: what it changes, its relevance and its differences."""
+    metrics = setting_metrics(recipe, plan, collected, setting.name)
+    view = {"name": setting.name, "overrides": [(name, str(value)) for name, value in setting.overrides.items()]}
+    if metrics is None:
+        return {**view, "relevance": None, "chart": None}
+    scope = metrics.scopes[0]
+    return {
+        **view,
+        "relevance": scope_tables(metrics, scope)["relevance"],
+        "chart": difference_chart(metrics, scope),
+    }
+
+
+def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
+    """What a reader has to know of cells that are not in the numbers; only whether they failed, not their logs."""
+    notes = []
+    lost = [name for name in collected.missing if name in failed]
+    open_cells = [name for name in collected.missing if name not in failed]
+    if lost:
+        notes.append(f"{len(lost)} of {len(plan.cells)} cells failed and are not in the numbers: {', '.join(lost)}.")
+    if open_cells:
+        notes.append(f"{len(open_cells)} of {len(plan.cells)} cells are not finished yet: {', '.join(open_cells)}.")
+    return notes
+
+
+def final_kl(curves: Curves) -> dict[str, float | None]:
+    """KL of the last update, mean over the seeds, by algorithm."""
+    found = {model: curves.get(model, "kl") for model in curves.models("kl")}
+    return {model: curve.mean[-1] for model, curve in found.items() if curve and len(curve.updates)}
+
+
+def summary(metrics: Metrics, context: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+    facts = [
+        ("seeds", str(context["seeds"])),
+        ("cells finished", f"{context['cells']['finished']} of {context['cells']['all']}"),
+        ("examples", str(context["scopes"][0]["examples"])),
+        ("users", str(context["scopes"][0]["users"])),
+        ("judge", context["judge"]),
+        ("intervals", f"95%, bootstrap over users and seeds, {context['bootstrap_samples']} draws"),
+    ]
+    tables: list[PlainTable] = [*context["corrected"], *context["tables"]]
+    said = claims(metrics, metrics.scopes[0])
+    head = "\n".join(f"{sentence}\n" for sentence in said)
+    return "\n".join([head, present.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])

@@ -1,0 +1,206 @@
+"""`tppo study`: make what is not made yet, one job after the other or one on each GPU, then collect and report.
+
+Resumable at any point: a stage folder is finished or taken up again (see `tppo.run`), so the same command goes on. The
+lock on the study's folder is inherited by the stages' processes: when only the study itself was killed, the next
+one waits for the stage still at work instead of writing beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tppo.config import Recipe
+from tppo.errors import UserError
+from tppo.progress import console
+from tppo.road import run_stages, write_recipe
+from tppo.run import RunFolder
+from tppo.study.plan import BASE, Job, Plan, describe, make_plan
+
+
+def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
+    """Do what `study.action` says.
+
+    Args:
+        redo: stages to make anew in every run folder of the study, with all that follows from them.
+
+    Raises:
+        UserError: a setting that cannot be, a shared stage that stopped, or cells that failed (after the others and
+            the report were made).
+    """
+    plan = make_plan(recipe)
+    if unknown := set(redo) - plan.stage_counts().keys():
+        raise UserError(f"--redo {sorted(unknown)}: this study makes {sorted(plan.stage_counts())}")
+    if recipe.study.action == "plan":
+        print("\n".join(describe(plan)))
+        return
+    if recipe.study.action == "run":
+        devices = worker_devices(recipe.study.workers)
+        with locked(Path(recipe.run_dir)) as lock:
+            write_recipe(RunFolder(recipe))
+            check_taken(recipe)
+            for job in plan.jobs:
+                for stage in redo:
+                    job.run.discard_from(stage)
+            failed = run_plan(plan, devices, lock)
+    else:
+        failed = stale_jobs(plan)
+    from tppo.study.report import write_report  # here: training needs no charts
+
+    page = write_report(recipe, plan, failed)
+    if page:
+        console.print(f"report: {page}", soft_wrap=True)
+    if failed:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(plan.jobs)} run folders failed; what is finished stays valid:{listed}")
+
+
+def stale_jobs(plan: Plan) -> dict[str, str]:
+    """Run folders whose finished stages were made with other settings or inputs, and what changed."""
+    stale = {}
+    for job in plan.jobs:
+        try:
+            job.finished()
+        except UserError as error:
+            stale[job.name] = str(error)
+    return stale
+
+
+def check_taken(recipe: Recipe) -> None:
+    """The stages a recipe takes from elsewhere are finished, with its settings.
+
+    Raises:
+        UserError: names the stage.
+    """
+    run = RunFolder(recipe)
+    for stage in recipe.stage_dirs:
+        if not run.is_done(stage):
+            run.check_own(stage)
+
+
+def run_plan(plan: Plan, devices: Sequence[str | None], lock: int) -> dict[str, str]:
+    """Run all jobs, `len(devices)` at a time; returns why those failed that did, by name.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of each worker; None leaves the environment as it is.
+        lock: file descriptor for the stages to hold.
+
+    Raises:
+        UserError: the shared stages of the recipe itself failed, on which everything rests.
+    """
+    first = [job for job in plan.shared if job.setting == BASE]
+    for name, reason in run_jobs(first, devices, lock).items():
+        raise UserError(f"{name}: {reason}")
+    return run_jobs([job for job in plan.jobs if job not in first], devices, lock)
+
+
+def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], lock: int) -> dict[str, str]:
+    """Run jobs, each after those it needs; returns why those failed that did, by name."""
+    free: queue.Queue[str | None] = queue.Queue()
+    for device in devices:
+        free.put(device)
+    processes: set[subprocess.Popen[bytes]] = set()
+    futures: dict[Future[None], Job] = {}
+
+    def work(number: int, job: Job, needed: list[Future[None]]) -> None:
+        wait(needed)  # submitted earlier, so at work or done: no worker waits for a job behind it
+        device = free.get()
+        try:
+            call = partial(_call, processes, Path(job.recipe.run_dir), device, lock)
+            run_stages(job.recipe, job.stages, call, f"{number}/{len(jobs)} {job.name} ")
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(max_workers=len(devices)) as pool:
+        for number, job in enumerate(jobs, start=1):
+            needed = [future for future, other in futures.items() if job.needs(other)]
+            futures[pool.submit(work, number, job, needed)] = job
+        try:
+            failed = dict(filter(None, (_failure(futures[future], future) for future in as_completed(futures))))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(processes):
+                process.terminate()
+            raise
+    return {job.name: failed[job.name] for job in jobs if job.name in failed}
+
+
+def _failure(job: Job, future: Future[None]) -> tuple[str, str] | None:
+    """Name and reason of a failed job; an error that is no UserError is a bug, and raised."""
+    error = future.exception()
+    if error is None:
+        return None
+    if not isinstance(error, UserError):
+        raise error
+    console.print(f"{job.name} failed: {error}", style="red", markup=False, soft_wrap=True)
+    return job.name, str(error)
+
+
+def _call(
+    processes: set[subprocess.Popen[bytes]], folder: Path, device: str | None, lock: int, command: list[str]
+) -> int:
+    """Run a stage with its output in a log of the job's folder; it holds the lock for as long as it lives.
+
+    Raises:
+        UserError: it stopped; with the last line of its log.
+    """
+    environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+    log = folder / f"{command[3]}.log"  # python -m tppo STAGE
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, pass_fds=(lock,))
+    processes.add(process)
+    try:
+        status = process.wait()
+    finally:
+        processes.discard(process)
+    if status:
+        said = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        raise UserError(f"{command[3]} stopped (exit status {status}): {last[:300]} (all of it: {log})")
+    return 0
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[int]:
+    """Hold the study's folder; waits for another study, or a stage that outlived one, to end."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "study.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(
+                f"another study, or a stage that a stopped one left at work, still writes to {root}: waiting for it",
+                soft_wrap=True,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def worker_devices(workers: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker: one GPU each, of those this process may see.
+
+    Raises:
+        UserError: fewer GPUs than workers.
+    """
+    if workers == 1:
+        return [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch  # here: only this question needs it
+
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    else:
+        gpus = [name for name in visible.split(",") if name]
+    if workers > len(gpus):
+        raise UserError(
+            f"study.workers={workers}, but {len(gpus)} GPUs are to be seen: give at most one worker to a GPU, and 1 "
+            "without one (two trainings on one CPU slow each other down)"
+        )
+    return list(gpus[:workers])

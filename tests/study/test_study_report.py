@@ -1,0 +1,143 @@
+"""The study's report on made-up cells: every table and figure, no text of the log, missing cells named."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import fake_run
+import pyarrow.parquet as pq
+import pytest
+
+from tppo.config import Recipe, Setting, Study
+from tppo.errors import UserError
+from tppo.evaluate.metrics import PER_RESPONSE
+from tppo.evaluate.stage import GENERATIONS
+from tppo.run import write_json
+from tppo.study.plan import Plan, make_plan
+from tppo.study.report import write_report
+from tppo.study.run import run_study
+from tppo.tables import write_table
+
+EXAMPLES = [*fake_run.make_examples(10), *fake_run.make_examples(10, split="eval2", seed=7)]
+
+
+def make_study(root: Path, skip: str = "") -> tuple[Recipe, Plan]:
+    """Every cell but `skip`, finished, by the run folders themselves."""
+    recipe = replace(
+        fake_run.make_recipe(root, ["tppo", "ppo", "dpo"]),
+        study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
+    )
+    plan = make_plan(recipe)
+    for job in plan.jobs:
+        for stage in [] if job.name == skip else job.stages:
+            with job.run.stage(stage) as (folder, _):
+                if stage == "rl_dpo":
+                    fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._dpo_rows())
+                elif stage.startswith("rl_"):
+                    fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._rl_rows(job.model, job.seed))
+                elif stage == "evaluate":
+                    models = ["sft", "targets", "other_user"] if job.model == "sft" else [job.model]
+                    rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
+                    write_table(folder / "generations.parquet", rows, GENERATIONS)
+                    write_json(folder / "metrics.json", fake_run.JUDGE)
+    return recipe, plan
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study") / "made-up"
+    recipe, plan = make_study(root)
+    assert write_report(recipe, plan, {}) == root / "study/report.html"
+    return root / "study"
+
+
+def test_results_hold_every_answer_and_no_text(study: Path):
+    table = pq.read_table(study / "results.parquet")
+    # Three seeds: SFT with two references, three algorithms, and TPPO once more with the other setting.
+    assert table.num_rows == 3 * (3 + 3 + 1) * len(EXAMPLES)
+    assert not {"response", "queries", "words", "problem"} & set(table.column_names)
+    assert {metric.name for metric in PER_RESPONSE} <= set(table.column_names)
+    assert all(field.metadata[b"doc"] for field in table.schema)
+    row = next(r for r in table.to_pylist() if r["model"] == "tppo" and r["words_targets"])
+    assert row["relevant_words_targets"] == round(row["words_targets"] * row["word_count"])
+    curves = pq.read_table(study / "curves.parquet").to_pylist()
+    assert {(r["setting"], r["model"]) for r in curves} == {
+        ("base", "tppo"), ("base", "ppo"), ("base", "dpo"), ("kl", "tppo"),
+    }  # fmt: skip
+    assert max(r["update"] for r in curves if r["model"] == "dpo") == 40
+
+
+def test_numbers_are_means_over_seeds_and_examples(study: Path):
+    metrics = json.loads((study / "metrics.json").read_text())
+    rows = [r for r in pq.read_table(study / "results.parquet").to_pylist() if r["setting"] == "base"]
+    by_model = {
+        model: [r["relevant_targets"] for r in rows if r["model"] == model and r["split"] == "eval1"]
+        for model in ("tppo", "ppo")
+    }
+    wanted = {"scope": "eval1", "model": "tppo", "than": "ppo", "metric": "relevant_targets"}
+    found = next(row for row in metrics["differences"] if wanted.items() <= row.items())
+    assert found["value"] == pytest.approx(sum(by_model["tppo"]) / 60 - sum(by_model["ppo"]) / 60)
+    assert (found["seeds"], found["users"], found["examples"]) == (3, 10, 60)
+    assert found["p_value"] <= found["p_holm"] <= 1
+    assert metrics["distinct_examples"] == {"all": 40, "eval1": 20, "eval2": 20}
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: set[str] = set()
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.add(value or "")
+            if name == "href" and tag == "a":
+                self.links.add((value or "").removeprefix("#"))
+
+
+def test_page_and_summary(study: Path):
+    html, summary = (study / "report.html").read_text(), (study / "summary.md").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.links <= page.ids
+    assert not page.tags & {"script", "iframe", "img"}
+    claim = re.search(r'<p class="claim">(.*?)</p>', html)
+    assert claim
+    assert re.match(
+        r"TPPO minus PPO: [+−][\d.]+ points \[.*\], corrected p [=<] [\d.]+; 3 seeds, 40 examples\.", claim[1]
+    )
+    for text in ("3 seeds", "15 of 15 cells finished", "corrected-eval1", "tuned 3 times", "kl_coef", "DPO loss"):
+        assert text in html
+    for text in ("## At equal KL", "## Steadiness", "## Search budget", "## Machine time", "PPO's best", "TPPO minus"):
+        assert text in summary
+    assert "| TPPO | 2 | base, kl |" in summary
+    words = {word for topic in fake_run.TOPICS.values() for word in topic} - {"list", "recipe", "amp"}
+    for text in (re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html, flags=re.DOTALL), summary):
+        assert not words & set(re.findall(r"[a-z]+", text))
+
+
+def test_a_missing_cell_is_named_and_the_rest_is_reported(tmp_path: Path):
+    recipe, plan = make_study(tmp_path / "run", skip="cells/base-ppo-s1")
+    assert write_report(recipe, plan, {"cells/base-ppo-s1": "why"})
+    html = (tmp_path / "run/study/report.html").read_text()
+    assert "1 of 15 cells failed and are not in the numbers: cells/base-ppo-s1." in html
+    metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
+    pairs = {(r["model"], r["than"]): r["seeds"] for r in metrics["differences"] if r["metric"] == "hit"}
+    assert (pairs["tppo", "ppo"], pairs["tppo", "sft"]) == (2, 3)
+
+
+def test_changed_settings_are_not_mixed_in(tmp_path: Path):
+    recipe, _ = make_study(tmp_path / "run")
+    recipe.dpo.beta = 0.7
+    recipe.study.action = "report"
+    with pytest.raises(UserError, match=r"3 of 16 run folders failed[\s\S]*dpo\.beta: 0\.1 -> 0\.7"):
+        run_study(recipe)
+    metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
+    assert "dpo" not in metrics["models"]
+    with pytest.raises(UserError, match=r"--redo \['rl'\]: this study makes"):
+        run_study(recipe, ["rl"])
