@@ -13,6 +13,7 @@ import torch
 
 from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.reward.data import load_labelled
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
 from tppo.run import RunFolder
@@ -134,6 +135,12 @@ def test_both_models_learn(tiny_encoder, tmp_path):
     assert token.info["metrics"] == facts["token"]["best"]
     assert token.info["rubric"] == "targets"
     assert token.info["encoder"] == str(tiny_encoder)
+    assert token.info["train"] == facts["train"]
+    assert token.info["judge"] == "rule"
+    labelled, _ = load_labelled(Path(recipe.run_dir) / "label", Path(recipe.run_dir) / "prepare", "targets", "train")
+    # Every word here is one token, and each query has one separator.
+    lengths = [len(query.split()) + 1 for row in labelled for query in row.response.split("\n")]
+    assert token.info["sl"] == sentence.info["sl"] == 3 * np.median(lengths)
 
 
 def test_same_seed_same_numbers_and_leftovers_are_overwritten(tiny_encoder, tmp_path):

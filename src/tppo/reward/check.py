@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy.stats import ConstantInputWarning, spearmanr
 
-from tppo.config import Recipe, Rubric
+from tppo.config import CheckReward, Recipe, Rubric
 from tppo.errors import UserError
 from tppo.evaluate.stats import UserBootstrap, win_tie_lose
 from tppo.reward import metrics
@@ -76,19 +76,9 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         settings.bootstrap_samples,
         stream_seed(recipe.seed, "check_reward"),
     )
-    report: dict[str, Any] = {
-        "rubric": rubric,
-        "judge": run.facts("label")["judge"],
-        "counts": {**_counts(held_out), "abstained": abstained},
-        "models": {},
-    }
-    for name, model in models.items():
-        measured = measure(model, held_out, bootstrap, recipe)
-        checks = assess(name, _evidence(measured, report["counts"], held_out), settings)
-        report["models"][name] = {**measured, "checks": [check.as_dict() for check in checks]}
-        report["models"][name]["reasons"] = reasons(checks)
-        report["models"][name]["cautions"] = cautions(measured["beats"])
-    report["passed"] = not any(found["reasons"] for found in report["models"].values())
+    counts = {**_counts(held_out), "abstained": abstained}
+    measured = {name: measure(model, held_out, bootstrap, recipe) for name, model in models.items()}
+    report = {"rubric": rubric, "judge": run.facts("label")["judge"], **build_report(measured, counts, settings)}
     write_json(folder / "check.json", report)
     write_text(folder / "README.md", to_markdown(report))
     print_check(report)
@@ -96,8 +86,22 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "passed": report["passed"],
         "reasons": {name: found["reasons"] for name, found in report["models"].items()},
         "cautions": {name: found["cautions"] for name, found in report["models"].items()},
-        "counts": report["counts"],
+        "counts": counts,
     }
+
+
+def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], settings: CheckReward) -> dict[str, Any]:
+    """Measurements (what `measure` gives, by model) and the verdict on them: {passed, counts, models}."""
+    models = {}
+    for name, found in measured.items():
+        checks = assess(name, _evidence(found, counts), settings)
+        models[name] = {
+            **found,
+            "checks": [check.as_dict() for check in checks],
+            "reasons": reasons(checks),
+            "cautions": cautions(found["beats"]),
+        }
+    return {"passed": not any(found["reasons"] for found in models.values()), "counts": counts, "models": models}
 
 
 def load_held_out(recipe: Recipe, run: RunFolder, rubric: Rubric) -> tuple[HeldOut, int]:
@@ -225,7 +229,7 @@ def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _evidence(measured: dict[str, Any], counts: dict[str, int], held_out: HeldOut) -> dict[str, Evidence]:
+def _evidence(measured: dict[str, Any], counts: dict[str, int]) -> dict[str, Evidence]:
     """The measurements under the names of `gate.required`."""
     count = counts["responses"]
     relevant, words = counts["responses_relevant"], counts["words_relevant"]

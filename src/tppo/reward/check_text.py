@@ -27,6 +27,12 @@ LENGTHS = {
     "labels": "the judge's labels",
     "sum": "summed reward (`base_rate`)",
 }
+NOTE = (
+    "AUC: chance that a relevant word (or response) scores above an irrelevant one. Real above ...: share of examples "
+    "in which the user's real next queries score higher for the same history, a tie counted half. Brackets: 95%, "
+    "bootstrap over users. The checkpoint was chosen by AUC on these held-out responses, so the AUCs lean a little to "
+    "the good side."
+)
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     if found := caution_lines(report):
         lines += ["Cautions:", *[f"- {line}" for line in found], ""]
     lines += [*_table("Requirements", check_rows(report)), *_table("Other numbers", aside_rows(report))]
-    lines += _table("Mean score of a response", probe_rows(report))
-    lines += [
-        "AUC: chance that a relevant word (or response) scores above an irrelevant one. Real above ...: share of "
-        "examples in which the user's real next queries score higher for the same history, a tie counted half. "
-        "Brackets: 95%, bootstrap over users. The checkpoint was chosen by AUC on these held-out responses, so the "
-        "AUCs lean a little to the good side.",
-        "",
-    ]
+    lines += [*_table("Mean score of a response", probe_rows(report)), NOTE, ""]
     return "\n".join(lines)
 
 
