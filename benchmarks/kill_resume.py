@@ -31,7 +31,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
-BEFORE = {"rl": ("synthetic", "prepare", "sft", "sample", "label", "reward", "check-reward"), "sft": ("synthetic", "prepare")}
+BEFORE = {
+    "rl": ("synthetic", "prepare", "sft", "sample", "label", "reward", "check-reward"),
+    "sft": ("synthetic", "prepare"),
+}
 CORPUS = ["search: garden chairs", "click: cheap flights rome", "next searches:", "how to fix a flat tire"] * 5
 
 

@@ -101,8 +101,8 @@ def test_the_report_names_the_model_that_failed():
         return {
             "metrics": {"sentence_auc": auc, "sentence_ece": 0.1, **metrics},
             "length": {"reward": 0.1, "labels": 0.1, "distance": 0.0},
-            "probes": {probe: estimate for probe in PROBES},
-            "beats": {probe: estimate for probe in ("shuffled", "noise", "repeated", "copied")},
+            "probes": dict.fromkeys(PROBES, estimate),
+            "beats": dict.fromkeys(("shuffled", "noise", "repeated", "copied"), estimate),
         }
 
     counts = {"responses": 60, "responses_relevant": 20, "words": 300, "words_relevant": 90}
@@ -135,7 +135,9 @@ def example(number: int, user: str, history: list[Event], targets: list[str]) ->
 
 
 EXAMPLES = [
-    example(0, "a", [Event("search", "pizza"), Event("search", "of italian food"), Event("click", "menu")], ["x y", "z"]),
+    example(
+        0, "a", [Event("search", "pizza"), Event("search", "of italian food"), Event("click", "menu")], ["x y", "z"]
+    ),
     example(1, "b", [Event("click", "a truck page")], ["the carburettor", "b"]),
     example(2, "c", [Event("search", "a b"), Event("search", "a b")], ["q"]),
 ]

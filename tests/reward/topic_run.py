@@ -1,7 +1,5 @@
-"""A run folder whose labels depend on the history: a word is relevant when it is of the history's topic.
-
-Small enough for a tiny encoder to learn in seconds, and unlike a list of good words it cannot be learnt without
-reading the history.
+"""A run folder whose labels depend on the history (a word is relevant when it is of the history's topic), and reward
+models that know the rule: their weights are written by hand, since learning to compare takes a tiny encoder minutes.
 """
 
 from __future__ import annotations
@@ -12,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from encoders import make_tiny_encoder
 from test_reward_train import finish_until_labels
 
 from tppo.config import Recipe
-from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response, verdict_to_row
+from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row
+from tppo.reward.models import RewardModel, TokenRewardModel
 from tppo.tables import Example
 from tppo.text import Event, render_response
 
@@ -25,7 +26,7 @@ TOPICS = {
 }
 
 
-def make_topic_run(root: Path, encoder: Path, rows: int = 320, held_out: int = 60) -> Recipe:
+def make_topic_run(root: Path, rows: int = 8, held_out: int = 60) -> Recipe:
     generator = np.random.default_rng(0)
     examples, labels = [], []
     for i in range(rows + held_out):
@@ -42,13 +43,7 @@ def make_topic_run(root: Path, encoder: Path, rows: int = 320, held_out: int = 6
             labels.append(verdict_to_row(example, 0, rubric, "rule", response, judge(example, response)))
     recipe = Recipe(run_dir=str(root / "run"))
     recipe.prepare.source = ["log.tsv"]
-    recipe.reward.encoder = str(encoder)
     recipe.reward.rubric = "history"
-    recipe.reward.max_length = 64
-    recipe.reward.learning_rate = 3e-3
-    recipe.reward.epochs = 12
-    recipe.reward.evals_per_epoch = 1
-    recipe.reward.batch_size = 16
     recipe.check_reward.bootstrap_samples = 200
     finish_until_labels(recipe, examples, labels)
     return recipe
@@ -57,8 +52,7 @@ def make_topic_run(root: Path, encoder: Path, rows: int = 320, held_out: int = 6
 def judge(example: Example, response: str) -> Verdict:
     """Words of the topic are relevant; a response is when most of its words are."""
     topic = next(words for words in TOPICS.values() if example.history[0].text.split()[0] in words)
-    item = JudgeItem(example.history, example.targets, response)
-    words = [WordVerdict(float(w.text in topic), w.text in topic) for w in split_response(item.response).words]
+    words = [WordVerdict(float(w.text in topic), w.text in topic) for w in split_response(response).words]
     share = sum(word.relevant for word in words) / len(words)
     return Verdict(words, share, share > 0.5, "ok", None)
 
@@ -71,3 +65,39 @@ def _example(number: int, split: str, words: list[str], generator: np.random.Gen
     pairs = [" ".join(map(str, generator.choice(words, 2, replace=False))) for _ in range(6)]
     history: list[Any] = [Event("search", pairs[0]), Event("click", pairs[1]), Event("search", pairs[2])]
     return Example(f"e{number}", f"u{number // 2}", split, history, pairs[3:], datetime(2026, 3, 1))
+
+
+def oracle(kind: type[RewardModel], folder: Path) -> RewardModel:
+    """A reward model that compares each word's topic with the history's; made from an encoder written to `folder`.
+
+    Each quantity x sits in a pair of dimensions as (x, -x), which LayerNorm scales and does not shift:
+    0 topic of the token (+1 food, -1 cars, 0 else), 2 segment (+1 history, -1 response), 4 topic of the history, put
+    there by attention to the history, 6 whether 0 and 4 agree (the feed-forward layer's exclusive or), 8 a constant.
+    """
+    model = kind.start(str(make_tiny_encoder(folder, num_hidden_layers=1, num_attention_heads=1)), 64)
+    bert = model.model.bert
+    attention, layer = bert.encoder.layer[0].attention, bert.encoder.layer[0]
+    with torch.no_grad():
+        for parameter in [p for p in model.model.parameters() if p.dim() == 2 or p is model.model.classifier.bias]:
+            parameter.zero_()
+        for sign, words in zip((1.0, -1.0), TOPICS.values(), strict=True):
+            for word in words:
+                ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
+                bert.embeddings.word_embeddings.weight[ids, :2] = torch.tensor([sign, -sign])
+        bert.embeddings.token_type_embeddings.weight[:, 2:4] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        bert.embeddings.position_embeddings.weight[:, 8:10] = torch.tensor([1.0, -1.0])
+        attention.self.query.bias[0] = 8.0
+        attention.self.key.weight[0, 2] = 1.0
+        attention.self.value.weight[4:6, 0] = torch.tensor([5.0, -5.0])
+        attention.output.dense.weight.copy_(torch.eye(32))
+        for unit, (own, other) in enumerate([(4.0, 4.0), (-4.0, -4.0), (4.0, -4.0), (-4.0, 4.0)]):
+            layer.intermediate.dense.weight[unit, [0, 4]] = torch.tensor([own, other])
+            layer.intermediate.dense.bias[unit] = -10.0
+            agree = 1.0 if unit < 2 else -1.0
+            layer.output.dense.weight[6:8, unit] = torch.tensor([agree, -agree])
+        if kind is TokenRewardModel:
+            model.model.classifier.weight[1:, 6] = torch.tensor([-1.0, 1.0])
+            model.model.classifier.bias[0] = 1.0
+        else:
+            model.model.classifier.weight[0, 6] = 2.0
+    return model

@@ -11,7 +11,7 @@ from rich.table import Table
 from tppo.evaluate.present import NOT_MEASURED, interval, number
 from tppo.evaluate.stats import IntervalEstimate
 from tppo.progress import console
-from tppo.reward.gate import TITLES
+from tppo.reward.gate import LABELS, TITLES
 from tppo.reward.probes import PROBES
 
 MODELS = tuple(TITLES)
@@ -20,7 +20,6 @@ ASIDE = {
     "weighted_auc": "weighted AUC, three classes",
     "token_f1": "F1 of words",
     "sentence_f1": "F1 of responses",
-    "sentence_ece": "calibration error of responses (ECE)",
 }
 LENGTHS = {
     "reward": "reward",
@@ -55,10 +54,10 @@ class Row:
 
 def check_rows(report: dict[str, Any]) -> list[Row]:
     """The requirements with the models' standing."""
-    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    by_name: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in LABELS}
     for model in MODELS:
         for check in report["models"][model]["checks"]:
-            by_name.setdefault(check["name"], {})[model] = check
+            by_name[check["name"]][model] = check
     rows = []
     for checks in by_name.values():
         one = next(iter(checks.values()))
@@ -77,13 +76,9 @@ def _check_cell(check: dict[str, Any]) -> Cell:
 def aside_rows(report: dict[str, Any]) -> list[Row]:
     """Numbers nothing is required of."""
     found = report["models"]
-    rows = [
-        Row(label, "-", [_cell(found[model]["metrics"], name) for model in MODELS])
-        for name, label in ASIDE.items()
-        if not any(check["name"] == name for check in found["token"]["checks"])
-    ]
+    rows = [Row(label, "", [_cell(found[model]["metrics"], name) for model in MODELS]) for name, label in ASIDE.items()]
     rows += [
-        Row(f"rank correlation with length: {label}", "-", [_cell(found[model]["length"], name) for model in MODELS])
+        Row(f"rank correlation with length: {label}", "", [_cell(found[model]["length"], name) for model in MODELS])
         for name, label in LENGTHS.items()
     ]
     return rows
@@ -102,7 +97,7 @@ def probe_rows(report: dict[str, Any]) -> list[Row]:
             estimate = report["models"][model]["probes"][probe]
             shown = interval(IntervalEstimate(estimate["value"], estimate["low"], estimate["high"]))
             cells.append(Cell(number(estimate["value"]), shown))
-        rows.append(Row(label, "-", cells))
+        rows.append(Row(label, "", cells))
     return rows
 
 
