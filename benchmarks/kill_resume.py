@@ -30,7 +30,10 @@ from transformers import BertConfig, BertModel
 
 TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
-BEFORE = {"rl": ("synthetic", "prepare", "sft", "sample", "label", "reward"), "sft": ("synthetic", "prepare")}
+BEFORE = {
+    "rl": ("synthetic", "prepare", "sft", "sample", "label", "reward", "check-reward"),
+    "sft": ("synthetic", "prepare"),
+}
 CORPUS = ["search: garden chairs", "click: cheap flights rome", "next searches:", "how to fix a flat tire"] * 5
 VOCABULARY = 330
 
@@ -91,6 +94,7 @@ def write_recipe(folder: Path, updates: int) -> Path:
         # A random policy and encoder say nothing relevant: a low threshold gives both classes.
         "label": {"encoder": str(encoder), "calibration_examples": 60, "null_quantile": 0.05},
         "reward": {"encoder": str(encoder), "rubric": "history", "max_length": 384, "epochs": 1, "evals_per_epoch": 1},
+        "check_reward": {"allow_failed": True},  # random weights know nothing
         "rl": {
             "updates": updates,
             "batch_size": 8,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tppo.errors import UserError
-from tppo.models import load_encoder_path, load_policy, save_policy, smollm2_folder
+from tppo.models import load_encoder_path, load_policy, save_model, smollm2_folder
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -25,7 +25,7 @@ def test_load_sets_what_generation_relies_on(tiny_policy):
 
 def test_save_and_load_give_the_same_model(tiny_policy, tmp_path):
     model, tokenizer = load_policy(tiny_policy)
-    save_policy(model, tokenizer, tmp_path / "model", "# A card\n")
+    save_model(model, tokenizer, tmp_path / "model", "# A card\n")
     again, tokenizer_again = load_policy(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
@@ -35,11 +35,11 @@ def test_save_and_load_give_the_same_model(tiny_policy, tmp_path):
 
 def test_save_replaces_an_older_model_and_keeps_it_when_saving_fails(tiny_policy, tmp_path):
     model, tokenizer = load_policy(tiny_policy)
-    save_policy(model, tokenizer, tmp_path / "model", "old")
+    save_model(model, tokenizer, tmp_path / "model", "old")
     with pytest.raises(AttributeError):
-        save_policy(model, None, tmp_path / "model", "broken")
+        save_model(model, None, tmp_path / "model", "broken")
     assert (tmp_path / "model" / "README.md").read_text() == "old"
-    save_policy(model, tokenizer, tmp_path / "model", "new")
+    save_model(model, tokenizer, tmp_path / "model", "new")
     assert (tmp_path / "model" / "README.md").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -74,7 +74,7 @@ def test_pickled_weights_are_refused(tiny_policy, tmp_path):
 def test_tokenizer_without_end_of_sequence(tiny_policy, tmp_path):
     model, tokenizer = load_policy(tiny_policy)
     tokenizer.eos_token = None
-    save_policy(model, tokenizer, tmp_path / "m", "")
+    save_model(model, tokenizer, tmp_path / "m", "")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_policy(tmp_path / "m")
 
@@ -82,7 +82,7 @@ def test_tokenizer_without_end_of_sequence(tiny_policy, tmp_path):
 def test_tokenizer_of_another_model(tiny_policy, tmp_path):
     model, tokenizer = load_policy(tiny_policy)
     tokenizer.add_tokens([f"extra{i}" for i in range(50)])
-    save_policy(model, tokenizer, tmp_path / "m", "")
+    save_model(model, tokenizer, tmp_path / "m", "")
     with pytest.raises(UserError, match="do not belong together"):
         load_policy(tmp_path / "m")
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "label": "judge every word and every response for relevance",
     "ledger": "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
     "reward": "labels -> token-level reward model and its sentence-level rival",
+    "check-reward": "the gate before RL: do the reward models know their job? Held-out users, probes, thresholds",
     "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
     "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
     "evaluate": "judge SFT and every tuned policy on users never trained on",
@@ -48,6 +49,7 @@ MODULES = {
     "sample": "tppo.policy.sample",
     "label": "tppo.judge.label",
     "reward": "tppo.reward.train",
+    "check_reward": "tppo.reward.check",
     "rl": "tppo.rl.stage",
     "dpo": "tppo.rl.dpo",
     "evaluate": "tppo.evaluate.stage",
@@ -113,7 +115,7 @@ def stage_parser(command: str) -> ArgumentParser:
 
 
 def _hide_other_sections(parser: ArgumentParser, command: str) -> None:
-    shown = {*SHARED, command, *ALSO_SHOWN.get(command, ()), "config", "redo", "help", "print_config"}
+    shown = {*SHARED, command.replace("-", "_"), *ALSO_SHOWN.get(command, ()), "config", "redo", "help", "print_config"}
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown:
             action.help = argparse.SUPPRESS
@@ -223,7 +225,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
     else:
         algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
         algorithm = algorithms.get(command)
-        stage = rl_stage(algorithm) if algorithm else command
+        stage = rl_stage(algorithm) if algorithm else command.replace("-", "_")
         _discard(RunFolder(recipe), redo)
         if algorithm and algorithm not in recipe.algorithms:
             recipe = replace(recipe, algorithms=[*recipe.algorithms, algorithm])
@@ -237,7 +239,7 @@ def help_text() -> str:
         "",
         "usage: tppo COMMAND [--config recipe.yaml] [--section.field value ...]",
         "",
-        *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
         "",
         "Each command has its own --help and --print_config. Start with: tppo run recipes/demo.yaml",
     ]

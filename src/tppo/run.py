@@ -36,14 +36,16 @@ def rl_stage(algorithm: str) -> str:
 def split_stage(stage: str) -> tuple[str, str]:
     """Section of the recipe and algorithm of a stage: `rl_ppo` -> ("rl", "ppo"), `rl_dpo` -> ("dpo", "dpo"), `sft` ->
     ("sft", "")."""
-    section, _, algorithm = stage.partition("_")
-    return ("dpo" if algorithm == "dpo" else section), algorithm
+    if not stage.startswith("rl_"):
+        return stage, ""
+    algorithm = stage.removeprefix("rl_")
+    return ("dpo" if algorithm == "dpo" else "rl"), algorithm
 
 
 def stage_command(stage: str) -> tuple[str, list[str]]:
     """Subcommand that runs a stage, and the flags it needs."""
     section, algorithm = split_stage(stage)
-    return section, ["--rl.algorithm", algorithm] if section == "rl" else []
+    return section.replace("_", "-"), ["--rl.algorithm", algorithm] if section == "rl" else []
 
 
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
@@ -57,8 +59,9 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "sample": ["prepare", "sft"],
         "label": ["prepare", "sample"],
         "reward": ["prepare", "label"],
+        "check_reward": ["prepare", "label", "reward"],
         "evaluate": ["prepare", "sft", "label", *rl_stages],
-        "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
+        "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
     }
     if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
@@ -69,7 +72,7 @@ def all_stages(recipe: Recipe) -> list[str]:
     """The stages of `tppo run`, left to right."""
     first = stage_inputs("prepare", recipe)
     rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
-    return [*first, "prepare", "sft", "sample", "label", "reward", *rl_stages, "evaluate", "report"]
+    return [*first, "prepare", "sft", "sample", "label", "reward", "check_reward", *rl_stages, "evaluate", "report"]
 
 
 def shared_stages(recipe: Recipe) -> list[str]:
@@ -90,6 +93,8 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config["judge"] = judge_identity(recipe.judge)
     if section == "rl":
         config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
+    if section == "check_reward":
+        del config[section]["allow_failed"]  # what RL does with the verdict: the check is the same either way
     return config
 
 
@@ -201,12 +206,22 @@ class RunFolder:
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
             )
-        if manifest["inputs"] != self.input_hashes(stage):
+        self.require_current(stage)
+        return True
+
+    def require_current(self, stage: str) -> Path:
+        """Folder of a finished stage that was made from the inputs the run holds now.
+
+        Raises:
+            UserError: not finished, or its inputs have been made anew since.
+        """
+        manifest = self.manifest(stage)
+        if manifest is not None and manifest["inputs"] != self.input_hashes(stage):
             raise UserError(
                 f"{self.path(stage)} was made from other inputs than {self.root} now holds. "
                 f"Give `--redo {stage}` to make it and what follows anew"
             )
-        return True
+        return self.require(stage)
 
     def discard_from(self, stage: str) -> None:
         """Delete a stage and every stage that reads it, directly or not; stages taken from elsewhere stay."""

@@ -22,6 +22,7 @@ STAGES = [
     "sample",
     "label",
     "reward",
+    "check_reward",
     "rl_tppo",
     "rl_ppo",
     "rl_ppo_sum",
@@ -41,6 +42,8 @@ def write_recipe(folder: Path, model: str, **sections) -> Path:
         "sample": {"train_examples": 48, "reward_eval_examples": 16},
         "label": {"calibration_examples": 60},
         "reward": {"epochs": 1, "evals_per_epoch": 1},
+        # Few rows and few steps: the gate cannot tell, or fails; the road goes on.
+        "check_reward": {"allow_failed": True},
         "rl": {"updates": 2, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
         "dpo": {"batch_size": 16, "micro_batch_size": 8, "epochs": 1, "save_steps": 1},
         "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
@@ -74,6 +77,7 @@ def check_run(folder: Path) -> None:
     html = (folder / "report" / "report.html").read_text()
     assert "TPPO" in html
     assert "DPO minus SFT" in html
+    assert "does it know its job?" in html
     assert "<script src" not in html
 
 

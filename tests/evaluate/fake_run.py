@@ -15,6 +15,7 @@ from tppo.config import Evaluate, Prepare, Recipe, Rubric
 from tppo.evaluate.compare import build_metrics
 from tppo.evaluate.stage import GENERATIONS, response_rows
 from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response
+from tppo.reward.check import build_report
 from tppo.run import RunFolder, write_json
 from tppo.tables import EXAMPLES, Example, write_table
 from tppo.text import Event
@@ -35,6 +36,15 @@ TOPICS = {
 SKILL = {"sft": 0.4, "dpo": 0.45, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66}
 
 
+COUNTS = {
+    "responses": 120,
+    "responses_relevant": 40,
+    "words": 900,
+    "words_relevant": 220,
+    "abstained": 2,
+    "examples_probed": 60,
+    "users_probed": 30,
+}
 JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
 
 
@@ -139,6 +149,11 @@ def make_run(
     with run.stage("reward") as (folder, facts):
         _write_jsonl(folder / "metrics.jsonl", _reward_rows())
         facts["token"] = {"best": {"auc": 0.912}}
+    with run.stage("check_reward") as (folder, facts):
+        report = build_report({"token": _measured("token", 0.91), "sentence": _measured("sentence", 0.66)}, COUNTS,
+                              recipe.check_reward)  # fmt: skip
+        write_json(folder / "check.json", {"rubric": "targets", "judge": "word-overlap-v1", **report})
+        facts["reasons"] = {name: found["reasons"] for name, found in report["models"].items()}
     for number, algorithm in enumerate(algorithms):
         with run.stage(f"rl_{algorithm}") as (folder, facts):
             if algorithm == "dpo":
@@ -189,6 +204,24 @@ def _reward_rows() -> list[dict[str, Any]]:
                 row,
             ]
     return rows
+
+
+def _measured(kind: str, auc: float) -> dict[str, Any]:
+    """What `tppo.reward.check.measure` gives; a weak rival fails its AUC, and a copied history beats both."""
+
+    def estimate(value: float) -> dict[str, Any]:
+        return {"value": value, "low": value - 0.05, "high": value + 0.05, "examples": 60, "users": 30}
+
+    own = {"token_auc": auc, "weighted_auc": auc + 0.03, "token_f1": 0.6, "token_ece": 0.06} if kind == "token" else {}
+    scores = {"real": 0.44, "shuffled": 0.12, "noise": 0.09, "repeated": 0.31, "copied": 0.63, "empty": 0.0}
+    beats = {"shuffled": 0.81, "noise": 0.87, "repeated": 0.58, "copied": 0.27}
+    return {
+        "metrics": {**own, "sentence_auc": auc, "sentence_ece": 0.07},
+        "length": {"reward": -0.11, "labels": -0.05, "distance": 0.06, **({"sum": 0.3} if own else {})},
+        "probes": {probe: estimate(value) for probe, value in scores.items()},
+        "beats": {probe: {**estimate(value), "ties": 0.0} for probe, value in beats.items()},
+        "histories_truncated": 0,
+    }
 
 
 def _rl_rows(algorithm: str, seed: int) -> list[dict[str, Any]]:

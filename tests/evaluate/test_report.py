@@ -100,7 +100,7 @@ def test_every_section_shows_its_numbers(finished: tuple[Recipe, RunFolder], htm
             for name in ("relevant_targets", "hit"):
                 cell = metrics.cell(scope, model, name)
                 assert f">{present.number(cell.value, 'rate')}<small>{present.interval(cell, 'rate')}" in html
-    assert html.count("<svg") == 2 + 4 + 11 + 4 + 1
+    assert html.count("<svg") == 2 + 4 + 11 + 4 + 1 + 1
     assert "not found" not in html.lower().replace("were found", "")
     for text in (
         "0.442",
@@ -113,6 +113,27 @@ def test_every_section_shows_its_numbers(finished: tuple[Recipe, RunFolder], htm
         assert text in html
     assert "builtin" not in html
     assert "built-in" not in html
+
+
+def test_the_reward_check_is_shown_with_its_verdict(html: str):
+    section = html[html.index('id="reward-check"') : html.index('id="sft"')]
+    assert "The token-level reward model passed." in section
+    assert "failed: sentence AUC: 0.660, and check_reward.min_sentence_auc asks for at least 0.7." in section
+    assert 'class="card bad"' in section
+    assert "word for word: scores above the user&#39;s real next queries in 73% of the examples" in section
+    row = re.search(r"real above another user&#39;s queries</th>(.*?)</tr>", section, re.DOTALL)
+    assert row is not None
+    assert "≥ 0.6" in row[1]
+    assert row[1].count("0.810<small>[0.76, 0.86]</small>") == 2
+    assert section.count("<svg") == 1
+    assert "900 words (220 relevant), 2 abstentions left out" in section.replace("\n", " ")
+
+
+def test_a_damaged_check_is_named(tmp_path: Path):
+    recipe, run = fake_run.make_run(tmp_path / "run", ["ppo"], users=2)
+    (run.path("check_reward") / "check.json").write_text("{half")
+    with pytest.raises(UserError, match=r"check\.json cannot be read .*--redo check_reward"):
+        run_stage(recipe, "report", report.run)
 
 
 def test_summary_holds_numbers_and_no_text_of_the_log(finished: tuple[Recipe, RunFolder]):
@@ -150,8 +171,9 @@ def test_dpo_shows_the_curves_it_has(tmp_path: Path):
     html = (run.path("report") / "report.html").read_text(encoding="utf-8")
     for text in ("DPO minus SFT", "TPPO minus DPO", "Reward margin", "Share of pairs in the right order"):
         assert text in html
-    # Two interval charts, reward and its spread, the shared ones of TPPO, the reward models', SFT's, and DPO's five.
-    assert html.count("<svg") == 2 + 2 + 11 + 4 + 1 + 5
+    # Two interval charts, reward and its spread, the shared ones of TPPO, the reward models' and their check's, SFT's,
+    # and DPO's five.
+    assert html.count("<svg") == 2 + 2 + 11 + 4 + 1 + 1 + 5
     assert "No training curve" not in html
     summary = (run.path("report") / "summary.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in summary.splitlines() if line.startswith(("| training", "| held out"))]
@@ -267,4 +289,4 @@ def test_a_browser_shows_the_report(finished: tuple[Recipe, RunFolder], tmp_path
     command = ["chromium", *flags.split(), "--dump-dom", page.resolve().as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<title>tppo report: run</title>" in dom
-    assert dom.count("<svg") == 22
+    assert dom.count("<svg") == 23

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from encoders import make_tiny_encoder
 from tokenizer_kinds import KINDS, get_tokenizer
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(params=sorted(KINDS))
@@ -18,17 +18,4 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_encoder(tmp_path: Path) -> Path:
     """A folder with a random 2-layer BERT and MiniLM's tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = get_tokenizer("minilm")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path / "encoder"
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_tiny_encoder(tmp_path / "encoder")

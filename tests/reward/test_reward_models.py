@@ -226,7 +226,7 @@ def test_save_and_load(tiny_encoder, tmp_path, kind):
     assert info["classes"] == list(kind.classes)
     assert info["max_length"] == 64
     assert info["rubric"] == "targets"
-    assert {path.suffix for path in (tmp_path / "model").iterdir()} <= {".json", ".safetensors", ".txt"}
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} <= {".json", ".safetensors", ".txt", ".md"}
     loaded = kind.load(tmp_path / "model")
     for a, b in zip(
         model.response_logits(model.encode(HISTORIES, RESPONSES)),

@@ -13,9 +13,10 @@ import torch
 
 from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.reward.data import load_labelled
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
-from tppo.run import RunFolder, write_json
+from tppo.run import RunFolder
 from tppo.tables import EXAMPLES, LABELS, write_table
 from tppo.text import Event, parse_response
 
@@ -74,17 +75,27 @@ def make_run(root: Path, encoder: Path, rows: int = 160, held_out: int = 40, rel
                 }
             )
     recipe = Recipe(run_dir=str(root / "run"))
+    recipe.prepare.source = ["log.tsv"]
     recipe.reward.encoder = str(encoder)
     recipe.reward.max_length = 64
     recipe.reward.learning_rate = 3e-3
     recipe.reward.epochs = 3
     recipe.reward.batch_size = 16
-    for stage in ("prepare", "label"):
-        (root / "run" / stage).mkdir(parents=True)
-        write_json(root / "run" / stage / "manifest.json", {})
-    write_table(root / "run" / "prepare" / "examples.parquet", examples, EXAMPLES)
-    write_table(root / "run" / "label" / "labels.parquet", labels, LABELS)
+    finish_until_labels(recipe, examples, labels)
     return recipe
+
+
+def finish_until_labels(recipe: Recipe, examples: list[dict], labels: list[dict]) -> None:
+    """The stages that the reward stage builds on, with real manifests."""
+    run = RunFolder(recipe)
+    with run.stage("prepare") as (folder, _):
+        write_table(folder / "examples.parquet", examples, EXAMPLES)
+    for name in ("sft", "sample"):
+        with run.stage(name):
+            pass
+    with run.stage("label") as (folder, facts):
+        write_table(folder / "labels.parquet", labels, LABELS)
+        facts["judge"] = "rule"
 
 
 def train(recipe: Recipe, name: str = "reward") -> tuple[Path, dict, list[dict]]:
@@ -124,6 +135,12 @@ def test_both_models_learn(tiny_encoder, tmp_path):
     assert token.info["metrics"] == facts["token"]["best"]
     assert token.info["rubric"] == "targets"
     assert token.info["encoder"] == str(tiny_encoder)
+    assert token.info["train"] == facts["train"]
+    assert token.info["judge"] == "rule"
+    labelled, _ = load_labelled(Path(recipe.run_dir) / "label", Path(recipe.run_dir) / "prepare", "targets", "train")
+    # Every word here is one token, and each query has one separator.
+    lengths = [len(query.split()) + 1 for row in labelled for query in row.response.split("\n")]
+    assert token.info["sl"] == sentence.info["sl"] == 3 * np.median(lengths)
 
 
 def test_same_seed_same_numbers_and_leftovers_are_overwritten(tiny_encoder, tmp_path):

@@ -35,6 +35,7 @@ from tppo.evaluate.curves import (
 )
 from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, TRUTH, Metric
 from tppo.evaluate.present import Metrics
+from tppo.evaluate.reward_check import reward_check_section
 from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
@@ -66,6 +67,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "rl_charts": rl_charts(run, metrics.policies),
         "dpo_charts": dpo_charts(run) if "dpo" in metrics.policies else [],
         "reward_charts": reward_charts(run),
+        "reward_check": reward_check_section(run),
         "sft_chart": sft_chart(run),
         "samples": samples(recipe, run, metrics),
         "token_samples": token_samples(run, metrics.policies),

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tppo.config import DPO, SFT
 from tppo.errors import UserError
-from tppo.models import save_policy
+from tppo.models import save_model
 from tppo.progress import console, progress_bar
 from tppo.seeding import stream_seed
 
@@ -106,7 +106,7 @@ def save_trained(trainer: Any, tokenizer: Any, settings: SFT | DPO, folder: Path
         model = model.merge_and_unload()
     if settings.precision == "bf16":
         model = model.to(torch.bfloat16)
-    save_policy(model, tokenizer, folder, card)
+    save_model(model, tokenizer, folder, card)
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tppo.policy.generate import decode_response
-from tppo.text import Word
+from tppo.text import ParsedResponse, Word
 
 Span = tuple[int, int]
 """Half-open range of characters: text[start:end]. Empty (start == end) for a token that shows nothing."""
@@ -130,6 +130,19 @@ def pool_probabilities(
     shared_T1 = overlap_TS.sum(axis=1, keepdims=True)
     pooled_T3 = overlap_TS @ source_probs / np.maximum(shared_T1, 1)
     return np.where(shared_T1 > 0, pooled_T3, [1.0, 0.0, 0.0]).astype(np.float32)
+
+
+def query_lengths(parsed: ParsedResponse, spans: Sequence[Span]) -> list[int]:
+    """Tokens of each query of a response, its separator (or end-of-sequence) counted with it.
+
+    Eq. 4's position l counts those tokens too, so the suggested length made of these lengths has to.
+    """
+    lengths = []
+    for query in range(len(parsed.queries)):
+        words = [word for word in parsed.words if word.query == query]
+        start, end = words[0].start, words[-1].end
+        lengths.append(1 + sum(s < end and e > start for s, e in spans))
+    return lengths
 
 
 def _common_length(a: str, b: str) -> int:

@@ -7,7 +7,8 @@ commute). Pooling over the response beats a head on [CLS], which tended to colla
 
 A reward model reads the whole response in both directions: score complete responses only.
 
-Folder: an ordinary Hugging Face token-classification folder (safetensors, tokenizer, config) + `reward.json`.
+Folder: an ordinary Hugging Face token-classification folder (safetensors, tokenizer, config) with a model card, and
+`reward.json` (fields: `tppo.reward.card.FIELDS`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging
 
 from tppo.errors import UserError
+from tppo.models import save_model
 from tppo.progress import track
 from tppo.reward.align import Span, pool_probabilities
+from tppo.reward.card import REWARD_JSON, VALUES, model_card
 from tppo.reward.data import RESERVED_TOKENS, Batch, Pair, collate, encode_pairs
-from tppo.run import write_json
 from tppo.text import Event
 
-REWARD_JSON = "reward.json"
 POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "longformer", "camembert")  # position 0 is pad_token_id + 1
 
 
@@ -102,17 +103,16 @@ class RewardModel:
         return reward_model
 
     def save(self, folder: Path, **facts: Any) -> None:
-        """Write the folder; reward.json comes last, so a folder that has it is whole."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write the folder, whole or not at all; `facts` go into reward.json and the model card."""
         self.info = {
             "kind": self.kind,
             "classes": list(self.classes),
+            "values": VALUES[self.kind],
             "max_length": self.max_length,
             **self.info,
             **facts,
         }
-        write_json(Path(folder) / REWARD_JSON, self.info)
+        save_model(self.model, self.tokenizer, Path(folder), model_card(self.info), {REWARD_JSON: self.info})
 
     def encode(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> list[Pair]:
         pairs = encode_pairs(self.tokenizer, histories, responses, self.max_length)

@@ -28,6 +28,7 @@ from tppo.models import load_encoder_path
 from tppo.progress import console, track
 from tppo.reward import losses, metrics
 from tppo.reward.align import IRRELEVANT, RELEVANT
+from tppo.reward.card import label_facts, suggested_length
 from tppo.reward.data import Batch, Item, LabelledResponse, collate, load_labelled, make_items, targets
 from tppo.reward.models import (
     RewardModel,
@@ -65,6 +66,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "train": _describe(train_rows),
         "reward_eval": _describe(eval_rows),
     }
+    described = {**label_facts(run), "train": facts["train"], "reward_eval": facts["reward_eval"]}
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for kind in KINDS:
 
@@ -79,7 +81,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             eval_items = make_items(reward_model.tokenizer, eval_rows, settings.max_length)
             best = fit(reward_model, train_items, eval_items, settings, recipe.seed, log)
             reward_model.info["encoder"] = settings.encoder
-            reward_model.save(folder / kind.kind, rubric=settings.rubric, metrics=best)
+            sl = suggested_length(train_rows, train_items, recipe.task.num_queries)
+            reward_model.save(folder / kind.kind, rubric=settings.rubric, metrics=best, sl=sl, **described)
             cut = sum(item.pair.dropped > 0 for item in [*train_items, *eval_items])
             facts[kind.kind] = {
                 "best": best,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tppo.config import RL, Task
 from tppo.errors import UserError
-from tppo.reward.align import token_spans
+from tppo.reward.align import query_lengths, token_spans
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.reward_function import Sample, Scores
 from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
@@ -117,18 +117,11 @@ def format_reward(parsed: Sequence[ParsedResponse], config: RL, task: Task) -> F
 
 
 def median_suggested_length(sample_folder: Path, tokenizer: Any, task: Task) -> float:
-    """sl of Eq. 4: median token length of a sampled query x number of queries.
-
-    A query's separator (or end-of-sequence) is counted with it, since Eq. 4's position l counts those tokens too.
-    """
+    """sl of Eq. 4: median length of a sampled query (`align.query_lengths`) in policy tokens x number of queries."""
     lengths: list[int] = []
     for row in read_table(sample_folder / "responses.parquet", RESPONSES).to_pylist():
         spans = token_spans(tokenizer, row["response_ids"])
-        parsed = parse_response(row["response"], row["finished"], task.num_queries)
-        for query in range(len(parsed.queries)):
-            words = [word for word in parsed.words if word.query == query]
-            start, end = words[0].start, words[-1].end
-            lengths.append(1 + sum(s < end and e > start for s, e in spans))
+        lengths += query_lengths(parse_response(row["response"], row["finished"], task.num_queries), spans)
     if not lengths:
         raise UserError(f"{sample_folder}/responses.parquet holds no query: set rl.suggested_length yourself")
     return float(np.median(lengths)) * task.num_queries

@@ -11,8 +11,9 @@ import torch
 
 from tppo.config import RL, Algorithm, Recipe
 from tppo.errors import UserError
-from tppo.models import load_policy, save_policy
+from tppo.models import load_policy, save_model
 from tppo.policy.generate import encode_examples
+from tppo.reward.gate import require_passed
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.checkpoint import remove_checkpoints
 from tppo.rl.loop import train
@@ -26,6 +27,7 @@ from tppo.tables import Example, load_examples
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train `folder.name` = rl_<algorithm>; resumes from the newest checkpoint in `folder`."""
     config = replace(recipe.rl, algorithm=cast(Algorithm, split_stage(folder.name)[1]))
+    reward_check = require_passed(recipe, run, config.algorithm)
     examples = load_examples(run.require("prepare"), "train")
     trainer, scale, dropped_events = build_trainer(recipe, run, config, examples)
     halted = train(trainer, folder, [example.example_id for example in examples])
@@ -35,11 +37,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         f"{config.batch_size} prompts with tppo's `rl` stage. Writes a user's next searches, one per line, after "
         "the prompt of `tppo.text.render_prompt`.\n"
     )
-    save_policy(model, trainer.tokenizer, folder / "model", card)
+    save_model(model, trainer.tokenizer, folder / "model", card)
     remove_checkpoints(folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "algorithm": config.algorithm,
+        "reward_check": reward_check,
         "reward_scale": scale._asdict(),
         "prompts": len(examples),
         "prompts_with_dropped_events": dropped_events,

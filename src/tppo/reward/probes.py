@@ -1,0 +1,84 @@
+"""Probes: responses whose place in the order of rewards is known without asking a judge.
+
+All answer the same history, so a reward model that does not read the history cannot tell `real` from `shuffled`,
+and one that knows single words only cannot tell `real` from `repeated` and `copied`. What the labels say of them:
+
+| probe | rubric `targets` | rubric `history` |
+|---|---|---|
+| real | relevant | relevant where the user stays on a topic of the history |
+| shuffled, noise | as often relevant as the judge's false alarms | the same |
+| repeated | the first query at best: with `label.repeats_irrelevant` the others are not new | the same |
+| copied | irrelevant with `label.repeats_irrelevant`, whatever they say | the same |
+| empty | irrelevant; a reward model gives it 0 by definition | the same |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tppo.config import Rubric
+from tppo.judge.record import other_user_items
+from tppo.seeding import rng
+from tppo.tables import Example
+from tppo.text import render_response
+
+PROBES = {
+    "real": "the user's real next queries",
+    "shuffled": "another user's next queries",
+    "noise": "random words of the log, in the form of the real queries",
+    "repeated": "one relevant word as every query",
+    "copied": "the newest searches of the history, word for word",
+    "empty": "an empty response",
+}
+
+
+def make_probes(
+    examples: Sequence[Example], vocabulary: Sequence[str], rubric: Rubric, num_queries: int, seed: int
+) -> dict[str, list[str | None]]:
+    """One response per probe and example, None where there is none (one user only, a history without a search).
+
+    Args:
+        vocabulary: the words `noise` is drawn from.
+        rubric: what the labels are judged against, hence which word is relevant for sure.
+        num_queries: queries of `repeated` and `copied` (the latter as far as the history goes).
+    """
+    several_users = len({example.user_id for example in examples}) > 1
+    others = [item.response for item in other_user_items(examples, seed)] if several_users else [None] * len(examples)
+    return {
+        "real": [render_response(example.targets) for example in examples],
+        "shuffled": list(others),
+        "noise": [_noise(example, vocabulary, seed) for example in examples],
+        "repeated": [_repeated(example, rubric, num_queries) for example in examples],
+        "copied": [_copied(example, num_queries) for example in examples],
+        "empty": [""] * len(examples),
+    }
+
+
+def log_words(examples: Sequence[Example]) -> list[str]:
+    """The distinct words of all histories and targets, sorted."""
+    texts = (text for example in examples for text in [*example.targets, *(event.text for event in example.history)])
+    return sorted({word for text in texts for word in text.split()})
+
+
+def _noise(example: Example, vocabulary: Sequence[str], seed: int) -> str:
+    """As many queries as the real ones, each of as many words; drawn for each example on its own."""
+    generator = rng(seed, "noise", example.example_id)
+    sizes = [len(query.split()) for query in example.targets]
+    drawn = [[vocabulary[i] for i in generator.integers(len(vocabulary), size=size)] for size in sizes]
+    return render_response([" ".join(words) for words in drawn])
+
+
+def _repeated(example: Example, rubric: Rubric, num_queries: int) -> str | None:
+    """The longest word (function words are short) of the newest text that relevance is judged against."""
+    texts = example.targets[:1] if rubric == "targets" else _searches(example)[:1]
+    return render_response([max(texts[0].split(), key=len)] * num_queries) if texts else None
+
+
+def _copied(example: Example, num_queries: int) -> str | None:
+    newest = list(dict.fromkeys(_searches(example)))[:num_queries]
+    return render_response(newest[::-1]) if newest else None
+
+
+def _searches(example: Example) -> list[str]:
+    """Searches of the history, newest first."""
+    return [event.text for event in reversed(example.history) if event.kind == "search"]
