@@ -86,8 +86,9 @@ def load_labels(recipe: Recipe, run: RunFolder) -> Labels:
     label, prepare = run.require("label"), run.require("prepare")
     train_rows, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
     eval_rows, eval_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
-    check_rows(train_rows, eval_rows, label / "labels.parquet", settings)
-    return Labels(train_rows, eval_rows, {"train": train_abstained, "reward_eval": eval_abstained})
+    labels = Labels(train_rows, eval_rows, {"train": train_abstained, "reward_eval": eval_abstained})
+    check_labels(labels, label / "labels.parquet", settings)
+    return labels
 
 
 def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log) -> Trained:
@@ -152,11 +153,14 @@ def _check_settings(settings: Reward) -> None:
         raise UserError(f"reward.local_weight and global_weight are {parts}: none may be negative, one positive")
 
 
-def check_rows(
-    train: Sequence[LabelledResponse], held_out: Sequence[LabelledResponse], path: Path, settings: Reward
-) -> None:
-    """Refuse to train on what cannot be learnt from."""
-    for split, rows in (("train", train), ("reward_eval", held_out)):
+def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
+    """Refuse to train on what cannot be learnt from.
+
+    Raises:
+        UserError: a split without rows, or training rows of one class only; names `path`, where they are from.
+    """
+    train = labels.train
+    for split, rows in (("train", train), ("reward_eval", labels.held_out)):
         if not rows:
             raise UserError(
                 f"{path} holds no judged response of split {split} for reward.rubric={settings.rubric}: "
