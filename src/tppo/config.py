@@ -12,6 +12,7 @@ TuningAlgorithm = Literal["tppo", "ppo", "ppo_sum", "dpo"]
 Precision = Literal["bf16", "fp32"]
 JudgeKind = Literal["embedding", "llm"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Pooling = Literal["mean", "cls", "max"]
 
 
 @dataclass
@@ -237,13 +238,26 @@ class Reward:
     global_weight: float = 0.6
     """Weight of the global (response) loss, Eq. 3."""
     class_ratio: float = 3.0
-    """Most allowed ratio between relevant and irrelevant tokens in the local loss, either way."""
+    """Most allowed ratio between relevant and irrelevant tokens in the local loss, either way; between responses for
+    the sentence-level rival. 0: no balance."""
     class_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """w_c of Eq. 1: weights of separator, irrelevant and relevant tokens in the local loss."""
     global_estimator: Literal["expected", "straight_through"] = "expected"
     """How Eq. 2's argmax is made differentiable."""
+    sentence_pooling: Pooling = "mean"
+    """How the rival makes one logit of its tokens': mean or largest of the response's, or that of [CLS]."""
+    sentence_loss: Literal["bce", "mse"] = "bce"
+    """Loss of the rival: cross-entropy, or squared error of its probability (Eq. 2's kind of loss)."""
+    sentence_learning_rate: float | None = None
+    """The rival's peak learning rate; null: `learning_rate`."""
+    sentence_epochs: int | None = None
+    """The rival's passes over the labelled responses; null: `epochs`."""
+    sentence_class_ratio: float | None = None
+    """The rival's class balance; null: `class_ratio`, 0: none."""
     evals_per_epoch: int = 2
-    """Evaluations on held-out users in each epoch."""
+    """Evaluations on held-out users in each epoch. The checkpoint with the best AUC is the one that is saved."""
+    patience: int = 0
+    """Evaluations in a row without a better AUC after which training stops, for both models; 0: never."""
 
 
 @dataclass
@@ -351,6 +365,9 @@ class RL:
     """Value of an irrelevant / relevant token: base_rate -p/1-p, with p the share of relevant words among the
     labelled responses (an average SFT token is worth 0, so length is neither paid nor punished); centered
     -1/+1; paper 1/2. Class 0 and end-of-sequence: 0. The sentence-level reward is treated alike."""
+    sentence_reward: Literal["rival", "token_mean"] = "rival"
+    """What ppo pays: the score of the sentence-level reward model, or the mean relevance of the response's tokens by
+    the token-level one."""
     reward_estimator: Literal["expected", "argmax"] = "expected"
     """Token reward from class probabilities: the expected value over the classes, or the most likely class's."""
     returns: Literal["matched", "as_is"] = "matched"

@@ -58,6 +58,14 @@ def test_local_loss_ignores_masked_tokens_and_survives_none():
     assert nothing.item() == 0
 
 
+def test_local_loss_matches_finite_differences():
+    logits, classes, mask, _ = batch()
+    keep = torch.ones_like(mask)
+    keep[1] = False
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: local_loss(x, classes, mask, weights, keep), logits)
+
+
 def test_local_loss_does_not_depend_on_batch_size():
     logits, classes, mask, _ = batch()
     weights, keep = torch.ones(3, dtype=torch.float64), torch.ones_like(mask)
@@ -115,6 +123,22 @@ def test_global_loss_matches_finite_differences():
     assert torch.autograd.gradcheck(lambda x: global_loss(x, classes, mask, labels, "expected"), logits)
 
 
+def test_straight_through_passes_the_gradient_of_the_expectation():
+    """Of a squared error 2 (mean - label) d mean: both estimators share d mean and differ in the mean only."""
+    logits, classes, mask, _ = batch()
+    classes[:, 0], mask[:, 0] = 2, True
+    words = mask & (classes > 0)
+    for row in range(len(logits)):
+        mean, gradient = [], []
+        for estimator in ("expected", "straight_through"):
+            one = logits[row : row + 1].detach().requires_grad_()
+            loss = global_loss(one, classes[[row]], mask[[row]], torch.tensor([0]), estimator)
+            loss.backward()
+            mean.append(loss.sqrt().item())  # the label is 0
+            gradient.append(one.grad[words[[row]]])
+        torch.testing.assert_close(gradient[0] * mean[1], gradient[1] * mean[0])
+
+
 def test_global_loss_of_no_words_is_zero():
     logits, classes, mask, labels = batch()
     loss = global_loss(logits, torch.zeros_like(classes), mask, labels, "expected")
@@ -128,12 +152,38 @@ def test_total_loss_is_the_weighted_sum():
     assert (loss.local.item(), loss.global_.item()) == (2.0, 0.5)
 
 
+@pytest.mark.parametrize(("local", "global_"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_part_without_weight_gives_no_gradient(local, global_):
+    """The ends of the ablation: the gradient is the other part's alone, and class 0 is untrained without Eq. 1."""
+    logits, classes, mask, labels = batch()
+    weights, keep = torch.ones(3, dtype=torch.float64), torch.ones_like(mask)
+    parts = local_loss(logits, classes, mask, weights, keep), global_loss(logits, classes, mask, labels, "expected")
+    (alone,) = torch.autograd.grad(parts[0] if local else parts[1], logits, retain_graph=True)
+    (both,) = torch.autograd.grad(total_loss(*parts, local, global_).total, logits)
+    torch.testing.assert_close(both, alone)
+    assert bool((both[..., 0] == 0).all()) == (local == 0)
+
+
 def test_sentence_loss():
     logits, labels = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1, 0, 0])
     keep = torch.tensor([True, True, False])
-    expected = (math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(-1.0))) / 2
-    assert sentence_loss(logits, labels, keep).item() == pytest.approx(expected, rel=1e-5)
-    assert sentence_loss(logits, labels, torch.zeros(3, dtype=torch.bool)).item() == 0
+    bce = (math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(-1.0))) / 2
+    assert sentence_loss(logits, labels, keep, "bce").item() == pytest.approx(bce, rel=1e-5)
+    mse = ((1 / (1 + math.exp(-0.3)) - 1) ** 2 + (1 / (1 + math.exp(1.0))) ** 2) / 2
+    assert sentence_loss(logits, labels, keep, "mse").item() == pytest.approx(mse, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bce", "mse"])
+def test_sentence_loss_gradient(kind):
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    labels, keep = torch.tensor([1, 0, 0]), torch.tensor([True, True, False])
+    assert torch.autograd.gradcheck(lambda x: sentence_loss(x, labels, keep, kind), logits)
+    sentence_loss(logits, labels, keep, kind).backward()
+    assert logits.grad[0] < 0 < logits.grad[1], "towards the labels"
+    assert logits.grad[2] == 0, "a response the balance left out"
+    nothing = sentence_loss(logits, labels, torch.zeros(3, dtype=torch.bool), kind)
+    nothing.backward()
+    assert nothing.item() == 0
 
 
 rows = st.lists(st.lists(st.sampled_from([0, 1, 1, 1, 2]), min_size=12, max_size=12), min_size=1, max_size=8)
@@ -156,6 +206,13 @@ def test_class_ratio_mask_properties(rows, flip, ratio, seed):
     assert keep[~mask | (classes == 0)].all(), "nor separators, nor what is masked anyway"
     bound = int(ratio * max(counts[minority], 1))
     assert kept[majority] == min(counts[majority], bound), "no more is dropped than needed"
+
+
+def test_class_ratio_of_zero_drops_nothing():
+    classes = torch.ones(4, 50, dtype=torch.long)
+    mask = torch.ones_like(classes, dtype=torch.bool)
+    assert not class_ratio_mask(classes, mask, 3.0, torch.Generator()).all()
+    assert class_ratio_mask(classes, mask, 0, torch.Generator()).all()
 
 
 def test_class_ratio_mask_draws_anew():

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tppo.evaluate.stats import ClusterBootstrap
 from tppo.reward.metrics import (
     auc,
+    auc_interval,
     calibration_error,
+    class_auc,
     f1,
     response_relevance,
-    weighted_auc,
     word_relevance,
 )
 
@@ -30,15 +32,40 @@ def test_auc_counts_pairs_and_halves_ties(rows):
 def test_auc_of_one_class_is_unknown():
     assert auc(np.array([True, True]), np.array([0.1, 0.9])) is None
     assert auc(np.array([], dtype=bool), np.array([])) is None
-    assert weighted_auc(np.array([1, 1]), np.full((2, 3), 1 / 3)) is None
+    assert class_auc(np.array([1, 1]), np.full((2, 3), 1 / 3)) == (None, None)
 
 
-def test_weighted_auc():
+def test_class_auc():
     classes = np.array([0, 1, 1, 2])
     probs = np.array([[0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7], [0.2, 0.3, 0.5]])
     each = [auc(classes == c, probs[:, c]) for c in range(3)]
-    assert weighted_auc(classes, probs) == pytest.approx((each[0] + 2 * each[1] + each[2]) / 4)
-    assert weighted_auc(np.array([1, 2]), np.eye(3)[[1, 2]]) == 1.0
+    macro, weighted = class_auc(classes, probs)
+    assert weighted == pytest.approx((each[0] + 2 * each[1] + each[2]) / 4)
+    assert macro == pytest.approx(sum(each) / 3)
+    assert macro != pytest.approx(weighted)
+    assert class_auc(np.array([1, 2]), np.eye(3)[[1, 2]]) == (1.0, 1.0)
+
+
+def test_auc_interval_is_that_of_drawn_users():
+    """Against the slow way: the rows of drawn users written out, and the AUC of those."""
+    generator = np.random.default_rng(0)
+    users = [f"u{number}" for number in generator.integers(0, 9, 60)]
+    positive = generator.random(60) < 0.4
+    scores = np.round(generator.random(60) + 0.4 * positive, 1)  # with ties
+    found = auc_interval(positive, scores, users, draws=50, seed=3)
+    bootstrap = ClusterBootstrap(users, 50, 3)
+    drawn = []
+    for weights_C in bootstrap.drawn_totals(np.eye(bootstrap.clusters)):
+        rows = np.repeat(np.arange(60), weights_C[bootstrap.cluster_of_N].astype(int))
+        drawn.append(auc(positive[rows], scores[rows]))
+    assert found.value == auc(positive, scores)
+    np.testing.assert_allclose([found.low, found.high], np.percentile(drawn, [2.5, 97.5]))
+
+
+def test_auc_interval_of_too_little():
+    positive, scores = np.array([True, False]), np.array([0.9, 0.1])
+    assert auc_interval(positive, scores, ["a", "a"]).as_dict() == {"value": 1.0, "low": None, "high": None}
+    assert auc_interval(np.array([True, True]), scores, ["a", "b"]).value is None
 
 
 def test_f1():

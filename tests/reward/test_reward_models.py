@@ -211,10 +211,36 @@ def test_sentence_scores(tiny_encoder):
     assert model.score([], []) == []
 
 
-def test_pooling_is_the_mean_over_response_tokens():
-    logits = torch.tensor([[[1.0], [2.0], [6.0]], [[3.0], [9.0], [9.0]]])
-    mask = torch.tensor([[True, False, True], [False, False, False]])
-    assert pool_sentence(logits, mask).tolist() == [3.5, 0]
+@pytest.mark.parametrize(("pooling", "pooled"), [("mean", 4.5), ("max", 6), ("cls", 9)])
+def test_pooling(pooling, pooled):
+    """Mean and maximum of the response's tokens (not of those beside it), or the first token; 0 without a response."""
+    logits = torch.tensor([[[9.0], [3.0], [6.0], [7.0]], [[3.0], [9.0], [9.0], [9.0]]], requires_grad=True)
+    mask = torch.tensor([[False, True, True, False], [False] * 4])
+    result = pool_sentence(logits, mask, pooling)
+    assert result.tolist() == [pooled, 0]
+    result.sum().backward()
+    assert logits.grad[0].sum() == 1
+    assert (logits.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+def test_pooling_in_batches_and_after_loading(tiny_encoder, tmp_path, pooling):
+    model = SentenceRewardModel.start(str(tiny_encoder), 64)
+    model.use_pooling(pooling)
+    scores = model.score(HISTORIES, RESPONSES)
+    alone = [model.score([history], [text])[0] for history, text in zip(HISTORIES, RESPONSES, strict=True)]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    assert scores[1] == scores[3] == 0, "nothing to read"
+    model.save(tmp_path / "model")
+    np.testing.assert_allclose(SentenceRewardModel.load(tmp_path / "model").score(HISTORIES, RESPONSES), scores)
+
+
+def test_cls_pooling_needs_a_cls_token(tiny_encoder):
+    model = SentenceRewardModel.start(str(tiny_encoder), 64)
+    model.tokenizer.cls_token = model.tokenizer.sep_token
+    with pytest.raises(UserError, match=r"reward.sentence_pooling=cls: inputs of .* do not begin with a \[CLS\]"):
+        model.use_pooling("cls")
+    assert model.pooling == "mean"
 
 
 @pytest.mark.parametrize("kind", [TokenRewardModel, SentenceRewardModel])

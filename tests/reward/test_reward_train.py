@@ -3,99 +3,24 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from labelled_run import make_run
 
 from tppo.config import Recipe
 from tppo.errors import UserError
-from tppo.reward.data import load_labelled
+from tppo.reward.evaluate import sentence_check
+from tppo.reward.fit import settings_for
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
 from tppo.run import RunFolder
-from tppo.tables import EXAMPLES, LABELS, write_table
-from tppo.text import Event, parse_response
-
-GOOD = ["pizza", "pasta", "cheese", "oven"]
-BAD = ["car", "tyre", "engine", "road"]
-
-
-def make_run(root: Path, encoder: Path, rows: int = 160, held_out: int = 40, relevant_share: float = 0.5) -> Recipe:
-    """Labels with a rule: food words are relevant; a response is when most of its words are."""
-    generator = np.random.default_rng(0)
-    examples, labels = [], []
-    for i in range(rows + held_out):
-        split = "train" if i < rows else "reward_eval"
-        good = generator.random() < relevant_share
-        chosen = [
-            str(generator.choice(GOOD if (generator.random() < 0.85) == good else BAD))
-            for _ in range(generator.integers(3, 6))
-        ]
-        response = " ".join(chosen[:2]) + "\n" + " ".join(chosen[2:])
-        words = [
-            {
-                "i": k,
-                "word": word.text,
-                "start": word.start,
-                "end": word.end,
-                "query": word.query,
-                "score": 0.0,
-                "label": 2 if word.text in GOOD else 1,
-            }
-            for k, word in enumerate(parse_response(response, True, 3).words)
-        ]
-        examples.append(
-            {
-                "example_id": str(i),
-                "user_id": str(i),
-                "split": split,
-                "history": [{"kind": "search", "text": f"thing {i}"}],
-                "targets": ["a", "b", "c"],
-                "target_time": datetime(2006, 3, 1),
-            }
-        )
-        for rubric, flip in (("targets", 0), ("history", 1)):
-            labels.append(
-                {
-                    "example_id": str(i),
-                    "split": split,
-                    "sample": 0,
-                    "rubric": rubric,
-                    "judge": "rule",
-                    "response": response,
-                    "words": words,
-                    "sentence_score": 0.0,
-                    "sentence_label": int(sum(w["label"] == 2 for w in words) * 2 > len(words)) ^ flip,
-                    "status": "ok",
-                    "problem": None,
-                }
-            )
-    recipe = Recipe(run_dir=str(root / "run"))
-    recipe.prepare.source = ["log.tsv"]
-    recipe.reward.encoder = str(encoder)
-    recipe.reward.max_length = 64
-    recipe.reward.learning_rate = 3e-3
-    recipe.reward.epochs = 3
-    recipe.reward.batch_size = 16
-    finish_until_labels(recipe, examples, labels)
-    return recipe
-
-
-def finish_until_labels(recipe: Recipe, examples: list[dict], labels: list[dict]) -> None:
-    """The stages that the reward stage builds on, with real manifests."""
-    run = RunFolder(recipe)
-    with run.stage("prepare") as (folder, _):
-        write_table(folder / "examples.parquet", examples, EXAMPLES)
-    for name in ("sft", "sample"):
-        with run.stage(name):
-            pass
-    with run.stage("label") as (folder, facts):
-        write_table(folder / "labels.parquet", labels, LABELS)
-        facts["judge"] = "rule"
+from tppo.tables import LABELS, write_table
+from tppo.text import Event
 
 
 def train(recipe: Recipe, name: str = "reward") -> tuple[Path, dict, list[dict]]:
@@ -121,6 +46,20 @@ def test_both_models_learn(tiny_encoder, tmp_path):
         assert [row["step"] for row in steps_logged] == list(range(1, steps + 1))
         assert steps_logged[-1]["epoch"] == 3
     token_row = next(row for row in rows if row["model"] == "token" and row["split"] == "train")
+    columns = {"loss", "auc", "sentence_auc", "sentence_f1", "sentence_ece", "sentence_std"}
+    assert columns <= curve[-1].keys()
+    assert facts["token"]["best"].keys() >= columns | {
+        "macro_auc",
+        "weighted_auc",
+        "token_auc",
+        "token_f1",
+        "token_ece",
+    }
+    for kind in ("token", "sentence"):
+        assert facts[kind]["collapsed"] is False
+        assert facts[kind]["sentence_auc"]["value"] == pytest.approx(facts[kind]["best"]["sentence_auc"])
+        assert facts[kind]["score_std"] == pytest.approx(facts[kind]["best"]["sentence_std"])
+        assert facts[kind]["steps"] == facts[kind]["planned_steps"] == steps
     expected = 0.4 * token_row["local_loss"] + 0.6 * token_row["global_loss"]
     assert token_row["loss"] == pytest.approx(expected, abs=1e-6)
     assert facts["train"]["responses"] == 160
@@ -165,6 +104,79 @@ def test_one_class_held_out_has_no_auc(tiny_encoder, tmp_path):
     _, facts, _ = train(recipe)
     assert facts["sentence"]["best"]["auc"] is None
     assert facts["sentence"]["best"]["loss"] > 0
+    assert facts["sentence"]["collapsed"] is None or "constant" in facts["sentence"]["why"]
+
+
+def test_a_rival_that_learns_nothing_is_called_collapsed(tiny_encoder, tmp_path, capsys):
+    recipe = make_run(tmp_path, tiny_encoder, rows=48, held_out=24)
+    recipe.reward.epochs = 1
+    recipe.reward.sentence_learning_rate = 1e-9
+    _, facts, _ = train(recipe)
+    assert facts["sentence"]["collapsed"] is True
+    assert "nearly constant" in facts["sentence"]["why"]
+    assert "WARNING: the sentence reward model has collapsed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_sentence_check():
+    labels, users = np.array([0, 1] * 20), [f"u{i // 2}" for i in range(40)]
+    good = sentence_check(0.2 + 0.6 * labels, labels, users)
+    assert (good["collapsed"], good["sentence_auc"]["value"], good["why"]) == (False, 1.0, "")
+    constant = sentence_check(0.5 + 0.001 * labels, labels, users)
+    assert constant["collapsed"] is True, "it ranks, but pays all the same"
+    assert "nearly constant" in constant["why"]
+    chance = sentence_check(np.tile([0.9, 0.9, 0.1, 0.1], 10), labels, users)
+    assert chance["collapsed"] is True
+    assert "not above chance" in chance["why"]
+    one_class = sentence_check(np.linspace(0, 1, 40), np.ones(40), users)
+    assert one_class["collapsed"] is None
+    assert "one class or one user" in one_class["why"]
+
+
+def test_patience_stops_both_models_early(tiny_encoder, tmp_path):
+    recipe = make_run(tmp_path, tiny_encoder, rows=48, held_out=24)
+    recipe.reward.epochs = 6
+    recipe.reward.patience = 2
+    recipe.reward.learning_rate = 1e-9  # the AUC does not move, so no evaluation is better than the first
+    _, facts, rows = train(recipe)
+    for kind in ("token", "sentence"):
+        curve = [row for row in rows if row["model"] == kind and row["split"] == "reward_eval"]
+        best = facts[kind]["best"]
+        after = [row for row in curve[1:] if row["step"] > best["step"]]
+        assert len(after) == 2
+        assert max(row["auc"] for row in after) <= best["auc"]
+        assert facts[kind]["steps"] == curve[-1]["step"] < facts[kind]["planned_steps"] == 18
+
+
+def test_settings_of_the_rival(tiny_encoder, tmp_path):
+    recipe = make_run(tmp_path, tiny_encoder, rows=48, held_out=24)
+    recipe.reward.epochs, recipe.reward.sentence_epochs = 1, 2
+    recipe.reward.sentence_learning_rate = 1e-3
+    recipe.reward.sentence_pooling, recipe.reward.sentence_loss = "max", "mse"
+    folder, facts, rows = train(recipe)
+    peak = {}
+    for row in rows:
+        if row["split"] == "train":
+            peak[row["model"]] = max(peak.get(row["model"], 0), row["learning_rate"])
+    assert peak == {"token": pytest.approx(3e-3), "sentence": pytest.approx(1e-3)}
+    assert (facts["token"]["steps"], facts["sentence"]["steps"]) == (3, 6)
+    assert SentenceRewardModel.load(folder / "sentence").pooling == "max"
+    assert facts["sentence"]["best"]["loss"] < 0.5, "a squared error of probabilities, at most 1"
+    own = settings_for(SentenceRewardModel, recipe.reward)
+    assert (own.epochs, own.learning_rate, own.class_ratio) == (2, 1e-3, 3.0)
+    assert settings_for(TokenRewardModel, recipe.reward) == recipe.reward
+
+
+@pytest.mark.parametrize("local_weight", [0.0, 1.0])
+def test_the_ends_of_the_ablation_train(tiny_encoder, tmp_path, local_weight):
+    """Without the local loss class 0 is untrained, without the global one Eq. 2 is: all metrics exist all the same."""
+    recipe = make_run(tmp_path, tiny_encoder, rows=48, held_out=24)
+    recipe.reward.epochs = 1
+    recipe.reward.local_weight, recipe.reward.global_weight = local_weight, 1 - local_weight
+    _, facts, _ = train(recipe)
+    best = facts["token"]["best"]
+    assert all(math.isfinite(value) for value in best.values())
+    used = best["local_loss"] if local_weight else best["global_loss"]
+    assert best["loss"] == pytest.approx(used)
 
 
 def test_labels_of_one_class_are_refused(tiny_encoder, tmp_path):
@@ -191,6 +203,10 @@ def test_labels_of_one_class_are_refused(tiny_encoder, tmp_path):
         ("epochs", 0),
         ("evals_per_epoch", 0),
         ("class_ratio", 0.5),
+        ("sentence_class_ratio", 0.5),
+        ("sentence_epochs", 0),
+        ("sentence_learning_rate", 0.0),
+        ("patience", -1),
         ("class_weights", [1.0, 1.0]),
         ("local_weight", -0.1),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from encoders import make_tiny_encoder
-from test_reward_train import finish_until_labels
+from labelled_run import finish_until_labels
 
 from tppo.config import Recipe
 from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row

@@ -157,6 +157,16 @@ def test_sentence_reward_scale():
     torch.testing.assert_close(rewards.sum(-1), torch.tensor([-1.0, 0.0, 1.0, 1.0]))
 
 
+@pytest.mark.parametrize(("sentence_reward", "average"), [("rival", 0.2), ("token_mean", 0.3)])
+def test_an_average_response_is_worth_nothing(sentence_reward, average):
+    """The rival's scores average the share of relevant responses, the token model's means that of relevant words."""
+    _, _, mask = random_rollout()
+    config = RL(algorithm="ppo", sentence_reward=sentence_reward, length_penalty_alpha=0)
+    scale = RewardScale(6.0, relevant_word_share=0.3, relevant_response_share=0.2)
+    rewards = token_level_rewards(config, None, torch.full((4,), average), PLAIN, mask, scale)
+    torch.testing.assert_close(rewards, torch.zeros_like(rewards))
+
+
 def test_class_rewards():
     probs = torch.tensor([[[0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.5, 0.3, 0.2]]])
     torch.testing.assert_close(class_rewards(probs, Values(-1, 1), "expected"), torch.tensor([[0.5, 0.0, -0.1]]))

@@ -1,7 +1,8 @@
 """Charts of the report: small inline SVGs by matplotlib whose colours are the page's CSS variables.
 
 matplotlib draws with stand-in colours that are then replaced by `currentColor` and `var(--...)`, so one chart
-suits light and dark pages. Text in a chart is fixed labels and numbers only, never text of the log.
+suits light and dark pages. `save_line_chart` draws the same chart into a PNG, in the page's light colours. Text in a
+chart is fixed labels and numbers only, never text of the log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -29,37 +32,44 @@ _CSS = {
     _LINE: "var(--line)",
     **{colour: f"var(--{name})" for name, colour in _COLOURS.items()},
 }
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tppo",
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _QUIET,
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _QUIET,
-    "ytick.labelcolor": _QUIET,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
+
+
+def _style(ink: str, quiet: str, line: str) -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tppo",
+        "font.family": "DejaVu Sans",
+        "font.size": 8.5,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.edgecolor": line,
+        "axes.labelcolor": quiet,
+        "axes.titlecolor": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": line,
+        "grid.linewidth": 0.6,
+        "xtick.color": line,
+        "ytick.color": line,
+        "xtick.labelcolor": quiet,
+        "ytick.labelcolor": quiet,
+        "text.color": ink,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+    }
+
+
+_STYLE = _style(_INK, _QUIET, _LINE)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: series name (its colour), legend label, points, and optionally half the height of its band."""
+    """A curve: name of a series (its colour) or a `#rrggbb` of its own, legend label, points, and optionally half the
+    height of its band."""
 
     name: str
     label: str
@@ -82,32 +92,57 @@ class Interval:
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, *, dots: bool = False) -> Markup | None:
     """Curves over a common axis; None when no line has a measured point. `dots` marks the last point."""
-    drawn = [line for line in lines if any(_number(y) is not None for y in line.y)]
+    drawn = _measured(lines)
     if not drawn:
         return None
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.7, 2.7)
-        for line in drawn:
-            colour = _COLOURS[line.name]
-            y = [math.nan if (number := _number(value)) is None else number for value in line.y]
-            style = (0, (3, 2)) if line.dashed else "-"
-            marker = "o" if sum(not math.isnan(value) for value in y) == 1 else None
-            axes.plot(line.x, y, color=colour, label=line.label, linestyle=style, marker=marker, markersize=4)
-            if dots:
-                axes.plot(line.x[-1:], y[-1:], color=colour, marker="o", markersize=4.5)
-            if line.band is not None:
-                half = [math.nan if (number := _number(value)) is None else number for value in line.band]
-                low = [a - b for a, b in zip(y, half, strict=True)]
-                high = [a + b for a, b in zip(y, half, strict=True)]
-                axes.fill_between(line.x, low, high, color=colour, alpha=0.16, linewidth=0)
-        axes.set_xlabel(x_label)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=not dots))
-        # Above the curves, where it hides nothing.
-        axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.99), ncols=len(drawn), fontsize=8, borderpad=0,
-                    handlelength=1.4, columnspacing=1.0)  # fmt: skip
-        axes.set_title(title, y=1.13, pad=0)
+        _draw_lines(axes, drawn, title, x_label, _COLOURS, dots)
         return _svg(figure, title)
+
+
+def save_line_chart(path: Path, lines: Sequence[Line], title: str, x_label: str, *, dots: bool = False) -> bool:
+    """The same chart as a PNG on white; False, and no file, when no line has a measured point."""
+    drawn = _measured(lines)
+    if not drawn:
+        return False
+    page = resources.files("tppo.evaluate").joinpath("report.html").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): light-dark\((#\w+),", page))
+    with matplotlib.rc_context(_style(light["ink"], light["quiet"], light["line"])):
+        figure, axes = _figure(6.4, 3.6)
+        _draw_lines(axes, drawn, title, x_label, light, dots)
+        figure.savefig(path, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return True
+
+
+def _measured(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if any(_number(y) is not None for y in line.y)]
+
+
+def _draw_lines(
+    axes: Axes, lines: Sequence[Line], title: str, x_label: str, colours: dict[str, str], dots: bool
+) -> None:
+    for line in lines:
+        colour = line.name if line.name.startswith("#") else colours[line.name]
+        y = [math.nan if (number := _number(value)) is None else number for value in line.y]
+        style = (0, (3, 2)) if line.dashed else "-"
+        marker = "o" if sum(not math.isnan(value) for value in y) == 1 else None
+        axes.plot(line.x, y, color=colour, label=line.label, linestyle=style, marker=marker, markersize=4)
+        if dots:
+            axes.plot(line.x[-1:], y[-1:], color=colour, marker="o", markersize=4.5)
+        if line.band is not None:
+            half = [math.nan if (number := _number(value)) is None else number for value in line.band]
+            low = [a - b for a, b in zip(y, half, strict=True)]
+            high = [a + b for a, b in zip(y, half, strict=True)]
+            axes.fill_between(line.x, low, high, color=colour, alpha=0.16, linewidth=0)
+    axes.set_xlabel(x_label)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    whole = all(float(x).is_integer() for line in lines for x in line.x)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole and not dots))
+    # Above the curves, where it hides nothing.
+    axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.99), ncols=len(lines), fontsize=8, borderpad=0,
+                handlelength=1.4, columnspacing=1.0)  # fmt: skip
+    axes.set_title(title, y=1.13, pad=0)
 
 
 def interval_chart(intervals: Sequence[Interval], title: str, zero: bool = False) -> Markup | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,18 @@ REWARD_CHARTS = (
     ("auc", "Held-out AUC on its own task"),
     ("sentence_auc", "Held-out AUC on whole responses"),
     ("weighted_auc", "Held-out weighted AUC (3 classes)"),
+    ("macro_auc", "Held-out macro AUC (3 classes)"),
+    ("token_f1", "Held-out F1 of relevant tokens"),
+    ("sentence_f1", "Held-out F1 of relevant responses"),
+    ("token_ece", "Held-out calibration error, tokens"),
+    ("sentence_ece", "Held-out calibration error, responses"),
+    ("sentence_std", "Spread of held-out response scores"),
     ("loss", "Held-out loss"),
+    ("local_loss", "Held-out local loss (Eq. 1)"),
+    ("global_loss", "Held-out global loss (Eq. 2)"),
 )
+REWARD_MODELS = (("token", "tppo", "token level"), ("sentence", "ppo", "sentence level"))
+"""Kind, colour and label."""
 
 
 def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
@@ -79,14 +90,29 @@ def rl_charts(run: RunFolder, policies: Sequence[str]) -> dict[str, Any]:
 def reward_charts(run: RunFolder) -> list[Markup]:
     """Held-out curves of the token-level reward model (TPPO's colour) and its sentence-level rival."""
     rows = [row for row in read_jsonl(run.path("reward") / "metrics.jsonl") if row["split"] == "reward_eval"]
-    charts = []
-    for name, title in REWARD_CHARTS:
-        lines = []
-        for kind, colour, label in (("token", "tppo", "token level"), ("sentence", "ppo", "sentence level")):
-            found = [row for row in rows if row["model"] == kind]
-            lines.append(Line(colour, label, column(found, "step"), column(found, name)))
-        charts.append(line_chart(lines, title, "step"))
+    charts = [line_chart(reward_lines(rows, name), title, "step") for name, title in REWARD_CHARTS]
     return [chart for chart in charts if chart]
+
+
+def reward_lines(rows: Sequence[dict[str, Any]], name: str) -> list[Line]:
+    """A held-out measure of both reward models over the steps; rows of several seeds share a line (`seed_line`)."""
+    return [
+        seed_line(colour, label, [row for row in rows if row["model"] == kind], "step", name)
+        for kind, colour, label in REWARD_MODELS
+    ]
+
+
+def seed_line(colour: str, label: str, rows: Sequence[dict[str, Any]], x: str, y: str) -> Line:
+    """Mean of `y` over the rows with the same `x`; rows of several seeds give a band of one standard deviation."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row.get(y) is not None:
+            found.setdefault(row[x], []).append(row[y])
+    xs = sorted(found)
+    band = None
+    if any(len(values) > 1 for values in found.values()):
+        band = [statistics.stdev(found[at]) if len(found[at]) > 1 else None for at in xs]
+    return Line(colour, label, xs, [statistics.fmean(found[at]) for at in xs], band)
 
 
 def sft_chart(run: RunFolder) -> Markup | None:

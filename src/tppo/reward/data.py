@@ -20,7 +20,7 @@ from tppo.config import Rubric
 from tppo.errors import UserError
 from tppo.judge.record import split_response
 from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
-from tppo.tables import LABELS, load_examples, read_table
+from tppo.tables import LABELS, Example, load_examples, read_table
 from tppo.text import QUERY_SEPARATOR, Event, Word, render_history
 
 VISIBLE_SEPARATOR = "|"
@@ -32,6 +32,7 @@ class LabelledResponse:
     """A judged response to a history: `classes[i]` (1 or 2) for `words[i]`, and one label for the whole."""
 
     example_id: str
+    user_id: str
     history: list[Event]
     response: str
     words: list[Word]
@@ -78,7 +79,7 @@ def load_labelled(
         UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
     """
     path = label_folder / "labels.parquet"
-    histories = {example.example_id: example.history for example in load_examples(prepare_folder, split)}
+    examples = {example.example_id: example for example in load_examples(prepare_folder, split)}
     labelled, abstained = [], 0
     for number, row in enumerate(read_table(path, LABELS).to_pylist()):
         if row["split"] != split or row["rubric"] != rubric:
@@ -86,7 +87,7 @@ def load_labelled(
         if row["status"] != "ok":
             abstained += 1
             continue
-        problem = _problem(row, histories)
+        problem = _problem(row, examples)
         if problem:
             raise UserError(
                 f"{path}, row {number} (example {row['example_id']}): {problem}; run `tppo label` again, "
@@ -96,7 +97,8 @@ def load_labelled(
         labelled.append(
             LabelledResponse(
                 row["example_id"],
-                histories[row["example_id"]],
+                examples[row["example_id"]].user_id,
+                examples[row["example_id"]].history,
                 row["response"],
                 words,
                 [word["label"] for word in row["words"]],
@@ -106,9 +108,9 @@ def load_labelled(
     return labelled, abstained
 
 
-def _problem(row: dict[str, Any], histories: dict[str, list[Event]]) -> str | None:
+def _problem(row: dict[str, Any], examples: dict[str, Example]) -> str | None:
     """What is wrong with a row of labels, if anything."""
-    if row["example_id"] not in histories:
+    if row["example_id"] not in examples:
         return f"no example of split {row['split']} has this id"
     if row["sentence_label"] not in (0, 1):
         return f"sentence_label is {row['sentence_label']!r}, neither 0 nor 1"

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tppo.config import Reward
 from tppo.reward.align import IRRELEVANT, RELEVANT
 
 
@@ -56,12 +57,14 @@ def class_ratio_mask(classes_BT: Tensor, mask_BT: Tensor, ratio: float, generato
     """Which tokens stay in the local loss, so that classes 1 and 2 are at most `ratio` apart in a batch.
 
     Random tokens of the more frequent of the two are dropped, never one of the other or of class 0. A batch
-    that lacks one of the two altogether is treated as if it held one such token.
+    that lacks one of the two altogether is treated as if it held one such token. A ratio of 0 drops nothing.
 
     Returns:
         (B,T) bool, True = keep.
     """
     keep_BT = torch.ones_like(mask_BT, dtype=torch.bool)
+    if ratio == 0:
+        return keep_BT
     positions = [torch.nonzero(mask_BT & (classes_BT == c)) for c in (IRRELEVANT, RELEVANT)]
     minority, majority = sorted(positions, key=len)
     excess = len(majority) - int(ratio * max(len(minority), 1))
@@ -106,8 +109,35 @@ def total_loss(local: Tensor, global_: Tensor, local_weight: float, global_weigh
     return RewardLoss(local_weight * local + global_weight * global_, local, global_)
 
 
-def sentence_loss(logits_B: Tensor, labels_B: Tensor, keep_B: Tensor) -> Tensor:
-    """Binary cross-entropy of the sentence-level rival over the kept responses; 0 when none is kept."""
+def token_loss(
+    logits_BTC: Tensor, classes_BT: Tensor, mask_BT: Tensor, labels_B: Tensor, keep_BT: Tensor, settings: Reward
+) -> RewardLoss:
+    """Eq. 1-3 of a batch with the weights and the estimator of `settings`."""
+    weights = torch.tensor(settings.class_weights, device=logits_BTC.device)
+    return total_loss(
+        local_loss(logits_BTC, classes_BT, mask_BT, weights, keep_BT),
+        global_loss(logits_BTC, classes_BT, mask_BT, labels_B, settings.global_estimator),
+        settings.local_weight,
+        settings.global_weight,
+    )
+
+
+def as_numbers(loss: RewardLoss) -> dict[str, float]:
+    """For logs."""
+    total, local, global_ = (part.item() for part in loss)
+    return {"loss": total, "local_loss": local, "global_loss": global_}
+
+
+def sentence_loss(logits_B: Tensor, labels_B: Tensor, keep_B: Tensor, kind: Literal["bce", "mse"]) -> Tensor:
+    """Loss of the sentence-level rival, mean over the kept responses; 0 when none is kept. No equation: the paper
+    does not give it.
+
+    `bce`: binary cross-entropy. `mse`: (sigmoid(logit) - label)^2, which is Eq. 2 with the probability in place of the
+    mean token reward.
+    """
     if not keep_B.any():
         return logits_B.sum() * 0.0
-    return F.binary_cross_entropy_with_logits(logits_B[keep_B], labels_B[keep_B].to(logits_B))
+    logits_B, labels_B = logits_B[keep_B], labels_B[keep_B].to(logits_B)
+    if kind == "mse":
+        return F.mse_loss(torch.sigmoid(logits_B), labels_B)
+    return F.binary_cross_entropy_with_logits(logits_B, labels_B)

@@ -5,9 +5,13 @@ A number that the data cannot give (an AUC over a single class, the F1 of no pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from scipy.stats import rankdata
 
+from tppo.evaluate.stats import ClusterBootstrap, IntervalEstimate, percentile_interval
 from tppo.reward.align import IRRELEVANT, RELEVANT
 
 
@@ -26,18 +30,55 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def weighted_auc(classes: np.ndarray, probs: np.ndarray) -> float | None:
-    """One-versus-rest AUC of each class present, weighted by its share (the paper's Figures 6 and 9).
+class ClassAUC(NamedTuple):
+    """Mean of the classes' one-versus-rest AUCs; both None when fewer than two classes are present."""
+
+    macro: float | None
+    """Every class present counts alike."""
+    weighted: float | None
+    """A class counts by its share (the paper's Figures 6 and 10)."""
+
+
+def class_auc(classes: np.ndarray, probs: np.ndarray) -> ClassAUC:
+    """One-versus-rest AUC of each class present, averaged both ways.
 
     Args:
         classes: (N,) gold classes.
         probs: (N, C).
     """
     present, counts = np.unique(classes, return_counts=True)
-    each = [auc(classes == c, probs[:, c]) for c in present]
     if len(present) < 2:
-        return None
-    return float(np.average(np.array(each, dtype=float), weights=counts))
+        return ClassAUC(None, None)
+    each = np.array([auc(classes == c, probs[:, c]) for c in present], dtype=float)
+    return ClassAUC(float(each.mean()), float(np.average(each, weights=counts)))
+
+
+def auc_interval(
+    positive: np.ndarray, scores: np.ndarray, users: Sequence[str], draws: int = 1000, seed: int = 0
+) -> IntervalEstimate:
+    """AUC with its 95% bootstrap interval; users are drawn, since responses to one user resemble each other.
+
+    With w the number of times a user is drawn, a draw's AUC is w'Mw / (w'p)(w'n): M holds the pairs won (ties half)
+    by a user's positives against another's negatives, p and n the numbers of positives and negatives.
+
+    Args:
+        positive: (N,) bool.
+        scores: (N,).
+        users: (N,) whose responses they are.
+    """
+    value = auc(positive, scores)
+    if value is None:
+        return IntervalEstimate(None, None, None)
+    bootstrap = ClusterBootstrap(users, draws, seed)
+    if bootstrap.clusters < 2:
+        return IntervalEstimate(value, None, None)
+    member_NC = np.eye(bootstrap.clusters)[bootstrap.cluster_of_N]
+    ahead = scores[positive][:, None] - scores[~positive]
+    won_CC = member_NC[positive].T @ ((np.sign(ahead) + 1) / 2) @ member_NC[~positive]
+    weights_BC = bootstrap.drawn_totals(np.eye(bootstrap.clusters))
+    won_B = np.einsum("bc,cd,bd->b", weights_BC, won_CC, weights_BC, optimize=True)
+    pairs_B = (weights_BC @ member_NC[positive].sum(0)) * (weights_BC @ member_NC[~positive].sum(0))
+    return percentile_interval(value, won_B / np.where(pairs_B > 0, pairs_B, np.nan))
 
 
 def f1(positive: np.ndarray, predicted: np.ndarray) -> float | None:

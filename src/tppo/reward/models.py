@@ -2,8 +2,7 @@
 
 Both are the same encoder with a linear layer on each token and read the same pairs; they differ in what they
 are told. The token model has 3 outputs and learns a class per token. The sentence model has 1 output, and the
-response's logit is the mean over its tokens, which is mean pooling followed by a linear head (the two
-commute). Pooling over the response beats a head on [CLS], which tended to collapse to a constant.
+response's logit is pooled from its tokens' (`pool_sentence`).
 
 A reward model reads the whole response in both directions: score complete responses only.
 
@@ -14,16 +13,18 @@ Folder: an ordinary Hugging Face token-classification folder (safetensors, token
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from scipy.special import expit
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging
 
+from tppo.config import Pooling
 from tppo.errors import UserError
 from tppo.models import save_model
 from tppo.progress import track
@@ -127,11 +128,20 @@ class RewardModel:
             inputs["global_attention_mask"] = inputs["attention_mask"] * ~batch.response_mask_BT
         return self.model(**inputs).logits
 
-    @torch.inference_mode()
     def response_logits(
         self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
     ) -> list[np.ndarray]:
-        """Logits (T_i, C) of each pair's response tokens, in the order given.
+        """Logits (T_i, C) of each pair's response tokens, in the order given."""
+        logits = self._outputs(self.logits, pairs, batch_size, description)
+        return [
+            logits_TC[pair.start : pair.start + len(pair.spans)] for pair, logits_TC in zip(pairs, logits, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _outputs(
+        self, outputs: Callable[[Batch], Tensor], pairs: Sequence[Pair], batch_size: int, description: str | None
+    ) -> list[np.ndarray]:
+        """The row of `outputs` (B,...) that belongs to each pair, in the order given.
 
         Batches hold pairs of like length; a pair's result does not depend on its batch (up to rounding).
         """
@@ -142,9 +152,7 @@ class RewardModel:
         results: dict[int, np.ndarray] = {}
         for chunk in track(chunks, description) if description else chunks:
             batch = collate([pairs[i] for i in chunk], self.tokenizer.pad_token_id, self.model.device)
-            logits_BTC = self.logits(batch).float().cpu().numpy()
-            for i, logits_TC in zip(chunk, logits_BTC, strict=True):
-                results[i] = logits_TC[pairs[i].start : pairs[i].start + len(pairs[i].spans)]
+            results.update(zip(chunk, outputs(batch).float().cpu().numpy(), strict=True))
         self.model.train(was_training)
         return [results[i] for i in range(len(pairs))]
 
@@ -186,6 +194,34 @@ class SentenceRewardModel(RewardModel):
     kind = "sentence"
     classes = ("relevant",)
 
+    @property
+    def pooling(self) -> Pooling:
+        return self.info.get("pooling", "mean")  # folders from before there was a choice
+
+    def use_pooling(self, pooling: Pooling) -> None:
+        """Choose the pooling of a model that is to be trained; the folder remembers it.
+
+        Raises:
+            UserError: `cls` with a tokenizer that does not begin an input with a [CLS] token.
+        """
+        first = self.tokenizer("a", "a")["input_ids"][0]
+        if pooling == "cls" and first != self.tokenizer.cls_token_id:
+            raise UserError(
+                f"reward.sentence_pooling=cls: inputs of {self.info['encoder']} do not begin with a [CLS] token; "
+                "use mean or max"
+            )
+        self.info["pooling"] = pooling
+
+    def pooled_logits(self, batch: Batch) -> Tensor:
+        """(B,) for a batch."""
+        return pool_sentence(self.logits(batch), batch.response_mask_BT, self.pooling)
+
+    def sentence_logits(
+        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
+    ) -> np.ndarray:
+        """(N,) float32, in the order given; 0 for a response without tokens."""
+        return np.array(self._outputs(self.pooled_logits, pairs, batch_size, description), np.float32)
+
     def score(
         self,
         histories: Sequence[Sequence[Event]],
@@ -193,18 +229,32 @@ class SentenceRewardModel(RewardModel):
         description: str | None = None,
     ) -> list[float]:
         """One number in [0, 1] per response; 0 for a response without tokens, as the judge has it."""
-        logits = self.response_logits(self.encode(histories, responses), description=description)
-        return [sentence_probability(logits_T1) for logits_T1 in logits]
+        pairs = self.encode(histories, responses)
+        return sentence_probabilities(pairs, self.sentence_logits(pairs, description=description)).tolist()
 
 
-def pool_sentence(logits_BT1: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean of the response tokens' logits: (B,). 0 for a response without tokens."""
-    return (logits_BT1[..., 0] * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+def pool_sentence(logits_BT1: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """One logit per response from its tokens': (B,). 0 for a response without tokens.
+
+    The three poolings of Sentence-BERT (Reimers and Gurevych 2019), after the linear head: `mean` over the response
+    (it commutes with the head), `max` over the response, `cls`, the first token of the input.
+
+    Args:
+        mask_BT: True on response tokens.
+    """
+    logits_BT = logits_BT1[..., 0]
+    if pooling == "max":
+        pooled_B = logits_BT.masked_fill(~mask_BT, -torch.inf).amax(dim=1)
+    elif pooling == "cls":
+        pooled_B = logits_BT[:, 0]
+    else:
+        pooled_B = (logits_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    return torch.where(mask_BT.any(dim=1), pooled_B, 0.0)
 
 
-def sentence_probability(logits_T1: np.ndarray) -> float:
-    """The same for one response, as a probability; 0 for a response without tokens."""
-    return float(1 / (1 + np.exp(-logits_T1.mean()))) if len(logits_T1) else 0.0
+def sentence_probabilities(pairs: Sequence[Pair], logits_N: np.ndarray) -> np.ndarray:
+    """(N,) chances that the responses are relevant; 0 for one without tokens."""
+    return np.where([len(pair.spans) > 0 for pair in pairs], expit(logits_N.astype(float)), 0.0)
 
 
 def softmax(logits_TC: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tppo.config import RL, Task
 from tppo.errors import UserError
 from tppo.reward.align import query_lengths, token_spans
+from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.reward_function import Sample, Scores
 from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
@@ -73,7 +74,7 @@ class QueryReward:
         rewards_BT = token_level_rewards(
             self.config,
             class_probs_BT3,
-            sentence_score_B,
+            sentence_score_B if self.config.sentence_reward == "rival" else token_means(relevance.class_probs),
             format_reward(parsed, self.config, self.task),
             mask_BT,
             self.scale,
@@ -94,6 +95,11 @@ class QueryReward:
 def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:
     """The responses' own entries, without padding."""
     return [row[:length].tolist() for row, length in zip(values_BT, length_B.tolist(), strict=True)]
+
+
+def token_means(class_probs: Sequence[np.ndarray]) -> Tensor:
+    """The token model's answer to the sentence-level question: (T_i, 3) per response -> (B,) in [0, 1]."""
+    return torch.tensor([response_relevance(probs_T3) for probs_T3 in class_probs], dtype=torch.float32)
 
 
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:

@@ -116,13 +116,16 @@ def token_level_rewards(
 
     - tppo: the token rewards where they arise.
     - ppo_sum: their sum at the last token (same information, sparse placement).
-    - ppo: the sentence-level score in [0, 1] at the last token, on the same value scale as a token
-      (`reward_values`) and, with `returns="matched"`, times the suggested length, so that the best return
-      is as large as tppo's and one beta means the same for both.
+    - ppo: the sentence-level score in [0, 1] (by `sentence_reward`: the rival's, or the token model's mean) at the
+      last token, on the same value scale as a token (`reward_values`) and, with `returns="matched"`, times the
+      suggested length, so that the best return is as large as tppo's and one beta means the same for both.
     """
     if config.algorithm == "ppo":
         assert sentence_score_B is not None
-        low, high = reward_values(config.reward_values, scale.relevant_response_share)
+        # What an SFT response scores on average: its chance of relevance, or its share of relevant words.
+        rival = config.sentence_reward == "rival"
+        average = scale.relevant_response_share if rival else scale.relevant_word_share
+        low, high = reward_values(config.reward_values, average)
         times = scale.suggested_length if config.returns == "matched" else 1.0
         rewards_BT = at_last_token((low + (high - low) * sentence_score_B) * times, response_mask_BT)
     else:
