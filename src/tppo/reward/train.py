@@ -74,7 +74,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
             seed_everything(recipe.seed, "reward")
             start = time.monotonic()
-            reward_model = kind.start(load_encoder_path(settings.encoder), settings.max_length)
+            reward_model = kind.start(
+                load_encoder_path(settings.encoder),
+                settings.max_length,
+                longformer_window=settings.attention_window if settings.to_longformer else None,
+                global_attention=settings.global_attention,
+            )
             train_items = make_items(reward_model.tokenizer, train_rows, settings.max_length)
             eval_items = make_items(reward_model.tokenizer, eval_rows, settings.max_length)
             best = fit(reward_model, train_items, eval_items, settings, recipe.seed, log)
