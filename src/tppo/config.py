@@ -13,6 +13,7 @@ Precision = Literal["bf16", "fp32"]
 JudgeKind = Literal["embedding", "llm"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Pooling = Literal["mean", "cls", "max"]
+GlobalAttention = Literal["history", "response", "cls", "none"]
 
 
 @dataclass
@@ -226,7 +227,16 @@ class Reward:
     rubric: Rubric = "targets"
     """Which labels to learn: relevance to the true next queries (the paper's), or to the history."""
     max_length: int = 256
-    """Longest input in reward-model tokens; the oldest history goes first, the response never."""
+    """Longest input in reward-model tokens; the oldest history goes first, the response never (paper: 2048)."""
+    to_longformer: bool = False
+    """Make a Longformer that reads `max_length` tokens of a BERT- or RoBERTa-kind encoder that reads fewer (Beltagy et
+    al. 2020): position embeddings tiled, Q/K/V copied to the global projections."""
+    attention_window: int = 64
+    """Tokens that a token of the Longformer made by `to_longformer` attends to, half on each side; `max_length` must be
+    a multiple. A Longformer given as the encoder has its own."""
+    global_attention: GlobalAttention = "history"
+    """Which tokens of a Longformer attend to all others and are attended to by all, beside the window: the history's
+    (at the cost of full attention), the response's, the first one (cls), or none. Other encoders attend fully."""
     epochs: int = 4
     """Passes over the labelled responses."""
     learning_rate: float = 1e-4

@@ -11,20 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from fault_server import Request, Settings, read_log, spawned, truth
-from many_items import item, make_run
-
-from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row
-from tppo.tables import LABELS, write_table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import judge_faults
 import judge_harness
 import judge_kills
 import judge_overhead
+import pytest
+from fault_server import Request, Settings, read_log, spawned, truth
 from judge_kills import Kill
+from many_items import item, make_run
+
+from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row
+from tppo.tables import LABELS, write_table
 
 
 def request(sha256: str, arrived: float, ended: float, decision: str = "ok", **fields: object) -> Request:

@@ -1,4 +1,4 @@
-"""The studies of benchmarks/reward_study.py at tiny size: resumed after a kill, the same for the same seed, summed up."""
+"""The studies of benchmarks/reward_study.py at tiny size: resumed after a kill, the same for a seed, summed up."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import reward_study
 import torch
 from labelled_run import make_run
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import reward_study
 from reward_trials import Trial, as_flags, finished_trials, load_data, own_settings
 
 from tppo.config import Recipe, Reward
 from tppo.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def flags(recipe: Recipe, output: Path, study: str, *more: str) -> list[str]:

@@ -14,6 +14,7 @@ from labelled_run import make_run
 
 from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.reward.data import load_labelled
 from tppo.reward.evaluate import sentence_check
 from tppo.reward.fit import settings_for
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel

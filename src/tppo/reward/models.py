@@ -24,16 +24,15 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging
 
-from tppo.config import Pooling
+from tppo.config import GlobalAttention, Pooling
 from tppo.errors import UserError
 from tppo.models import save_model
 from tppo.progress import track
 from tppo.reward.align import Span, pool_probabilities
 from tppo.reward.card import REWARD_JSON, VALUES, model_card
 from tppo.reward.data import RESERVED_TOKENS, Batch, Pair, collate, encode_pairs
+from tppo.reward.longformer import check_global_attention, first_position, global_attention_mask, to_longformer
 from tppo.text import Event
-
-POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "longformer", "camembert")  # position 0 is pad_token_id + 1
 
 
 class RewardModel:
@@ -51,11 +50,23 @@ class RewardModel:
         """Inputs so far whose oldest history did not fit."""
 
     @classmethod
-    def start(cls, encoder: str, max_length: int) -> Self:
+    def start(
+        cls,
+        encoder: str,
+        max_length: int,
+        *,
+        longformer_window: int | None = None,
+        global_attention: GlobalAttention = "history",
+    ) -> Self:
         """A model to be trained: the encoder at this path or name with a fresh head.
 
+        Args:
+            longformer_window: make a Longformer with this attention window and `max_length` positions of it.
+            global_attention: which tokens of a Longformer have it; other encoders have no use for it.
+
         Raises:
-            UserError: no fast tokenizer, or `max_length` beyond what the encoder can read.
+            UserError: no model of tokens or no fast tokenizer, `max_length` beyond what the encoder can read, or an
+                encoder that cannot be made a Longformer.
         """
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # the report on missing head weights: a fresh head is what we want
@@ -69,10 +80,19 @@ class RewardModel:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
+            tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"reward.encoder={encoder} holds no encoder and tokenizer that load: {error}") from None
         finally:
             logging.set_verbosity(verbosity)
-        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-        return cls(model, _checked(tokenizer, model, encoder, max_length), max_length, {"encoder": encoder})
+        info: dict[str, Any] = {"encoder": encoder}
+        if longformer_window is not None:
+            model = to_longformer(model, max_length, longformer_window)
+            tokenizer.model_max_length = max_length
+        if model.config.model_type == "longformer":
+            check_global_attention(global_attention, "reward.global_attention")
+            info["global_attention"] = global_attention
+        return cls(model, _checked(tokenizer, model, encoder, max_length), max_length, info)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -98,6 +118,8 @@ class RewardModel:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} holds no model or tokenizer that loads: {error}") from None
+        if model.config.model_type == "longformer":
+            check_global_attention(info.get("global_attention"), f"{path}: global_attention")
         reward_model = cls(model.eval(), tokenizer, max_length, info)
         if torch.cuda.is_available():
             reward_model.model.cuda()
@@ -124,8 +146,7 @@ class RewardModel:
         """(B,T,C) for a batch, padding included."""
         inputs = dict(batch.inputs)
         if self.model.config.model_type == "longformer":
-            # Its token-classification head sets no global attention: let the whole history have it.
-            inputs["global_attention_mask"] = inputs["attention_mask"] * ~batch.response_mask_BT
+            inputs["global_attention_mask"] = global_attention_mask(batch, self.info["global_attention"])
         return self.model(**inputs).logits
 
     def response_logits(
@@ -263,16 +284,23 @@ def softmax(logits_TC: np.ndarray) -> np.ndarray:
 
 
 def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
-    """The tokenizer, if it and the encoder can do what is asked of them."""
+    """The tokenizer, if it and the encoder can do what is asked of them; it gives no token types the encoder lacks."""
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"reward.encoder={encoder}: its tokenizer needs a tokenizer.json and a padding token")
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    if model.config.model_type in POSITIONS_AFTER_PAD:
-        positions -= model.config.pad_token_id + 1
-    longest = min(tokenizer.model_max_length, positions)
+    config = model.config
+    first = first_position(getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None))
+    if first and tokenizer.pad_token_id != config.pad_token_id:
+        raise UserError(
+            f"reward.encoder={encoder}: its tokenizer pads with token {tokenizer.pad_token_id}, but the model counts "
+            f"positions of tokens other than {config.pad_token_id}; they do not belong together"
+        )
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length) - first)
     if not 2 * RESERVED_TOKENS <= max_length <= longest:
         raise UserError(
             f"reward.max_length={max_length} must be between {2 * RESERVED_TOKENS} and {longest}, "
             f"what reward.encoder={encoder} can read"
         )
+    if getattr(config, "type_vocab_size", 0) < 2:
+        # RoBERTa and DistilBERT kinds tell no types apart; a tokenizer that gives them would crash the model.
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer

@@ -102,7 +102,12 @@ def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed:
     settings = settings_for(kind, settings)
     seed_everything(seed, "reward")
     start = time.monotonic()
-    reward_model = kind.start(load_encoder_path(settings.encoder), settings.max_length)
+    reward_model = kind.start(
+        load_encoder_path(settings.encoder),
+        settings.max_length,
+        longformer_window=settings.attention_window if settings.to_longformer else None,
+        global_attention=settings.global_attention,
+    )
     if isinstance(reward_model, SentenceRewardModel):
         reward_model.use_pooling(settings.sentence_pooling)
     train_items = make_items(reward_model.tokenizer, labels.train, settings.max_length)
