@@ -33,10 +33,11 @@ from tppo.reward import metrics
 from tppo.reward.align import RELEVANT
 from tppo.reward.check_text import print_check, to_markdown
 from tppo.reward.data import LabelledResponse, load_labelled, make_items
+from tppo.reward.evaluate import evaluate
 from tppo.reward.gate import Evidence, assess, reasons
-from tppo.reward.models import RewardModel, TokenRewardModel, sentence_probability, softmax
+from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel, sentence_probabilities, softmax
 from tppo.reward.probes import PROBES, log_words, make_probes
-from tppo.reward.train import KINDS, evaluate
+from tppo.reward.train import KINDS
 from tppo.rl.rewards import class_rewards, reward_values
 from tppo.run import RunFolder, write_json, write_text
 from tppo.seeding import rng, stream_seed
@@ -164,11 +165,13 @@ def score_responses(
     responses: Sequence[str],
     description: str | None = None,
 ) -> tuple[list[float], list[np.ndarray]]:
-    """What a reward model says of whole responses, in [0, 1] and 0 for nothing to read; and its logits (T_i, C)."""
-    logits = model.response_logits(model.encode(histories, responses), description=description)
-    if isinstance(model, TokenRewardModel):
-        return [metrics.response_relevance(softmax(logits_TC)) for logits_TC in logits], logits
-    return [sentence_probability(logits_T1) for logits_T1 in logits], logits
+    """What a reward model says of whole responses, in [0, 1] and 0 for nothing to read; and the token model's logits
+    (T_i, C), none of the rival."""
+    pairs = model.encode(histories, responses)
+    if isinstance(model, SentenceRewardModel):
+        return sentence_probabilities(pairs, model.sentence_logits(pairs, description=description)).tolist(), []
+    logits = model.response_logits(pairs, description=description)
+    return [metrics.response_relevance(softmax(logits_TC)) for logits_TC in logits], logits
 
 
 def _score_some(

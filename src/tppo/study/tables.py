@@ -131,9 +131,9 @@ def at_equal_kl(curves: Curves, measure: str) -> EqualKL | None:
     if level is None:
         return None
     values: dict[str, dict[int, float]] = {}
-    for model, found in trainings.items():
-        reached = {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in found.items()}
-        values[model] = {seed: value for seed, value in reached.items() if value is not None and np.isfinite(value)}
+    for model, seeds in trainings.items():
+        at_level = {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in seeds.items()}
+        values[model] = {seed: value for seed, value in at_level.items() if value is not None and np.isfinite(value)}
     differences = {
         (a, b): found
         for number, a in enumerate(models)
