@@ -49,10 +49,11 @@ class Truth:
 
     A word is relevant when its user could have written it in that query (`synthetic.relevant_words`); a query that
     repeats a search of the history or of the same response is not new, so none of its words is. A response is
-    relevant when all of its words are.
+    relevant when at least `response_share` of its words are.
     """
 
-    def __init__(self, config: Synthetic, seed: int) -> None:
+    def __init__(self, config: Synthetic, seed: int, response_share: float = 1.0) -> None:
+        self.response_share = response_share
         hasher = UserHasher(prepare.SYNTHETIC_KEY)
         self.interests = {
             f"{hasher.hash(synthetic.user_name(user)):016x}": synthetic.user_interests(
@@ -80,7 +81,7 @@ class Truth:
         ]
         return Relevance(
             [np.eye(3, dtype=np.float32)[np.array(row, dtype=np.int64)] for row in classes],
-            [float(is_relevant(marks)) for _, marks in found],
+            [float(self.is_relevant(marks)) for _, marks in found],
         )
 
     def shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
@@ -88,14 +89,13 @@ class Truth:
         marks = [self.words(*pair)[1] for pair in zip(examples, responses, strict=True)]
         return {
             "words_relevant": sum(map(sum, marks)) / max(1, sum(map(len, marks))),
-            "responses_relevant": sum(map(is_relevant, marks)) / len(marks),
+            "responses_relevant": sum(map(self.is_relevant, marks)) / len(marks),
             "relevant_words": sum(map(sum, marks)) / len(marks),
         }
 
-
-def is_relevant(marks: Sequence[bool]) -> bool:
-    """Whether a response with these words is relevant."""
-    return bool(marks) and all(marks)
+    def is_relevant(self, marks: Sequence[bool]) -> bool:
+        """Whether a response with these words is relevant."""
+        return bool(marks) and sum(marks) >= self.response_share * len(marks)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int, updates: int) -> 
     parser.add_argument("--kl_coef", type=float, default=0.05)
     parser.add_argument("--users", type=int, default=1000, help="users of the synthetic log")
     parser.add_argument("--sft_epochs", type=float, default=6.0)
+    parser.add_argument(
+        "--response_share",
+        type=float,
+        default=1.0,
+        help="share of relevant words that makes a response relevant; choose it on what the SFT policy reaches, not RL",
+    )
     parser.add_argument("--base", type=Path, help="keep the SFT policy here, and use the one that is here")
     parser.add_argument("--output", type=Path, help="write every seed and update as JSON, and curves as .png beside it")
 
@@ -154,8 +160,10 @@ def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
         make_policy(root / "start", byte_level_tokenizer(corpus, 1500, **POLICY_TOKENS), **sizes, **heads)
     run_stage(recipe, "sft", sft.run)
     run_stage(recipe, "sample", sample.run)
-    truth = Truth(recipe.synthetic, recipe.seed)
+    truth = Truth(recipe.synthetic, recipe.seed, arguments.response_share)
     shares = _sample_shares(run, truth, examples)
+    if not shares["responses_relevant"]:
+        print("the SFT policy writes no relevant response, so ppo has nothing to learn from: lower --response_share")
     model = run.require("sft") / "model"
     length = median_suggested_length(run.require("sample"), load_policy(model)[1], recipe.task)
     scale = RewardScale(length, shares["words_relevant"], shares["responses_relevant"])
@@ -219,6 +227,7 @@ def run_variants(arguments: argparse.Namespace, base: Base, variants: dict[str, 
                     {
                         "task": asdict(base.recipe.task),
                         "sft": base.sft,
+                        "response_share": arguments.response_share,
                         "scale": base.scale._asdict(),
                         "configs": {name: asdict(config) for name, config in variants.items()},
                         "runs": runs,

@@ -54,6 +54,10 @@ def test_only_new_queries_of_the_users_interests_are_relevant(setting):
     shares = truth.shares([example] * 2, [first, f"{first}\n{old}"])
     assert shares["responses_relevant"] == 0.5
     assert shares["relevant_words"] == len(first.split())
+    assert not truth.is_relevant([])
+    truth.response_share = 0.5
+    assert truth.is_relevant([True, False])
+    assert not truth.is_relevant([True, False, False])
 
 
 def test_every_token_of_a_word_is_paid_for_it(setting, tiny_tokenizer):
