@@ -29,7 +29,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
+from tppo.rl.loop import TIME_COLUMNS
+
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
 BEFORE = {"rl": ("synthetic", "prepare", "sft", "sample", "label", "reward"), "sft": ("synthetic", "prepare")}
 CORPUS = ["search: garden chairs", "click: cheap flights rome", "next searches:", "how to fix a flat tire"] * 5

@@ -5,6 +5,7 @@ Scoring with both costs little and puts the curves of every algorithm on the sam
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ class QueryReward:
         responses = [sample.response for sample in samples]
         length_B = torch.tensor([len(sample.response_ids) for sample in samples])
         mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+        start, truncated = time.perf_counter(), self.token_model.truncated
         class_probs_BT3 = pad_class_probs(
             self.token_model.score(histories, responses, [sample.spans for sample in samples]), mask_BT
         )
+        seconds_token_reward = time.perf_counter() - start
         sentence_score_B = torch.tensor(self.sentence_model.score(histories, responses), dtype=torch.float32)
         parsed = [parse_response(sample.response, sample.finished, self.task.num_queries) for sample in samples]
         rewards_BT = token_level_rewards(
@@ -69,6 +72,8 @@ class QueryReward:
             "sentence_reward_mean": sentence_score_B.mean().item(),
             "queries": float(np.mean([len(response.queries) for response in parsed])),
             "unparseable": float(np.mean([response.problem is not None for response in parsed])),
+            "histories_truncated": (self.token_model.truncated - truncated) / len(samples),
+            "seconds_token_reward": seconds_token_reward,
         }
         return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
 
