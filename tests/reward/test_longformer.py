@@ -118,8 +118,8 @@ def test_saved_and_loaded_it_is_the_same(kind, model_kind, tmp_path):
 )
 @pytest.mark.parametrize("amount", [1, 7, 16, 45])
 def test_padding_changes_nothing_on_either_side(where, side, amount, tmp_path):
-    """Among it the padding that transformers adds to reach a multiple of the window, here 16. Left padding with `cls` is
-    no case: `collate` pads on the right, so the first token is no padding."""
+    """Among it the padding that transformers adds to reach a multiple of the window, here 16. Left padding with `cls`
+    is no case: `collate` pads on the right, so the first token is no padding."""
     model = converted(source_model("roberta", tmp_path), window=16, where=where)
     (pair,) = model.encode([history_of(24)], ["pizza\ntown"])
     batch = collate([pair], model.tokenizer.pad_token_id, CPU)
