@@ -28,7 +28,8 @@ import yaml
 from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
 from transformers import BertConfig, BertModel
 
-TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
+from tppo.rl.loop import TIME_COLUMNS
+
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
 BEFORE = {
     "rl": ("synthetic", "prepare", "sft", "sample", "label", "reward", "check-reward"),

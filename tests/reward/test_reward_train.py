@@ -99,6 +99,29 @@ def test_same_seed_same_numbers_and_leftovers_are_overwritten(tiny_encoder, tmp_
     assert first != third
 
 
+def test_both_models_as_longformers(tiny_encoder, tmp_path):
+    """The encoder reads 128 tokens; histories here are longer, and each model says how many it had to cut."""
+    torch.set_num_threads(1)
+    recipe = make_run(tmp_path, tiny_encoder, rows=32, held_out=16)
+    path = Path(recipe.run_dir) / "prepare" / "examples.parquet"
+    examples = pq.read_table(path).to_pylist()
+    for i, example in enumerate(examples):
+        events = 30 if i % 2 else 60
+        example["history"] = [{"kind": "search", "text": "new york pizza"}] * events
+    write_table(path, examples, EXAMPLES)
+    recipe.reward.epochs = 1
+    recipe.reward.to_longformer, recipe.reward.max_length, recipe.reward.attention_window = True, 256, 16
+    recipe.reward.global_attention = "cls"
+    folder, facts, _ = train(recipe)
+    for kind, model in (("token", TokenRewardModel), ("sentence", SentenceRewardModel)):
+        loaded = model.load(folder / kind)
+        assert loaded.model.config.model_type == "longformer"
+        assert loaded.model.config.attention_window == [16, 16]
+        assert loaded.info["global_attention"] == "cls"
+        assert loaded.max_length == 256
+        assert facts[kind]["histories_truncated"] == 24, "the half with 360 tokens"
+
+
 def test_one_class_held_out_has_no_auc(tiny_encoder, tmp_path):
     recipe = make_run(tmp_path, tiny_encoder, rows=48, held_out=1)
     recipe.reward.epochs = 1

@@ -9,7 +9,7 @@ from tppo.config import RL, Task
 from tppo.policy.generate import Generation
 from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.query_reward import QueryReward
+from tppo.rl.query_reward import QueryReward, score_with_models
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rewards import RewardScale
 
@@ -26,7 +26,7 @@ def test_ppo_pays_the_chosen_score_at_the_last_token(tiny_encoder, tiny_tokenize
         ids = [*tiny_tokenizer(text)["input_ids"], tiny_tokenizer.eos_token_id]
         samples.append(make_sample(tiny_tokenizer, Generation([5], ids, text, True), i))
     config = RL(algorithm="ppo", sentence_reward=sentence_reward, length_penalty_alpha=0, returns="as_is")
-    scores = QueryReward(token, rival, examples, config, Task(), SCALE)(samples)
+    scores = QueryReward(score_with_models(token, rival), examples, config, Task(), SCALE)(samples)
     histories = [example.history for example in examples]
     if sentence_reward == "rival":
         expected = np.array(rival.score(histories, TEXTS)) - SCALE.relevant_response_share

@@ -1,12 +1,19 @@
 """The format part of the query reward, and how reward-model scores are padded."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from tppo.config import RL, Task
-from tppo.rl.query_reward import format_reward, pad_class_probs
-from tppo.text import parse_response
+from tppo.policy.generate import Generation
+from tppo.reward.models import SentenceRewardModel, TokenRewardModel
+from tppo.rl.query_reward import QueryReward, format_reward, pad_class_probs
+from tppo.rl.reward_function import make_sample
+from tppo.rl.rewards import RewardScale
+from tppo.text import parse_response, render_history
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,35 @@ def test_padding_is_class_0_and_lengths_are_checked():
     assert padded[0, 0].tolist() == pytest.approx([0.1, 0.2, 0.7])
     with pytest.raises(AssertionError, match="one class distribution"):
         pad_class_probs([probs[0], probs[0]], mask)
+
+
+@pytest.fixture
+def query_reward(tmp_path, tiny_tokenizer):
+    """A function: the reward of tiny random models that read `max_length` tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+
+    def make(max_length, examples):
+        models = [cls.start(str(tmp_path), max_length) for cls in (TokenRewardModel, SentenceRewardModel)]
+        return QueryReward(score_with_models(*models), examples, RL(), Task(), RewardScale(12.0, 0.5, 0.5))
+
+    return make
+
+
+def test_truncated_histories_and_the_token_models_time_are_reported(query_reward, tiny_tokenizer, example_factory):
+    """Every rollout says how many of its histories the reward model could not read whole: not the sum so far."""
+    examples = example_factory(2)
+    examples[1].history[:] = examples[1].history * 9
+    ids = [*tiny_tokenizer("rome hotels")["input_ids"], tiny_tokenizer.eos_token_id]
+    samples = [make_sample(tiny_tokenizer, Generation([1], ids, "rome hotels", True), index) for index in (0, 1, 1, 1)]
+    lengths = [len(tiny_tokenizer(render_history(example.history))["input_ids"]) for example in examples]
+    assert lengths[0] + len(ids) < 150 < lengths[1]
+    reward = query_reward(150, examples)
+    for _ in range(2):
+        start = time.perf_counter()
+        metrics = reward(samples).metrics
+        assert metrics["histories_truncated"] == 0.75
+        assert 0 < metrics["seconds_token_reward"] < time.perf_counter() - start
+    assert query_reward(512, examples)(samples).metrics["histories_truncated"] == 0

@@ -1,5 +1,7 @@
 """The PPO loop on a tiny model: what must hold at the first step, what must not depend on batching, and learning."""
 
+import time
+
 import pytest
 import torch
 
@@ -92,6 +94,17 @@ def test_a_folder_is_a_policy_and_brings_its_tokenizer(tiny_policy):
     config = RL(batch_size=2, minibatch_size=2, micro_batch_size=2)
     trainer = TokenPPOTrainer(tiny_policy, lambda samples: [1.0] * len(samples), ["one", "two"], config)
     assert trainer.step().metrics["reward_mean"] == 1
+
+
+def test_the_reward_functions_time_is_told_apart(make_trainer, dense_reward):
+    def slow_reward(samples):
+        time.sleep(0.2)
+        return dense_reward(samples)
+
+    metrics = make_trainer(slow_reward).step().metrics
+    assert 0.2 <= metrics["seconds_reward"] <= metrics["seconds_score"]
+    parts = sum(metrics[f"seconds_{name}"] for name in ("rollout", "score", "update"))
+    assert metrics["seconds"] == pytest.approx(parts)
 
 
 def test_mistakes_are_named(tiny_lm, tokenizer, dense_reward):

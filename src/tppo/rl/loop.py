@@ -25,8 +25,12 @@ from tppo.rl.trackers import open_trackers
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
 
 SAMPLES_PER_UPDATE = 3
-TIME_COLUMNS = ("seconds", "seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second")
-"""Columns of metrics.jsonl that differ from run to run; every other one is reproducible."""
+TIME_COLUMNS = (
+    *("seconds", "seconds_rollout", "seconds_score", "seconds_reward", "seconds_token_reward", "seconds_update"),
+    "tokens_per_second",
+)
+"""Columns of metrics.jsonl that differ from run to run; every other one is reproducible. An update is rollout, score
+and update; the reward function is part of score, and the token-level reward model of the reward function."""
 
 
 def train(

@@ -6,6 +6,7 @@ reward models (`score_with_models`), or from any other callable of their kind, s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ class Relevance(NamedTuple):
     """(T_i, 3) for each response: class probabilities of its tokens, rows sum to 1."""
     sentence_scores: Sequence[float]
     """One number in [0, 1] per response."""
+    metrics: dict[str, float] = {}
+    """What else is to stand in metrics.jsonl."""
 
 
 RelevanceScorer = Callable[[list[Example], list[Sample]], Relevance]
@@ -44,10 +47,13 @@ def score_with_models(token_model: TokenRewardModel, sentence_model: SentenceRew
     def score(examples: list[Example], samples: list[Sample]) -> Relevance:
         histories = [example.history for example in examples]
         responses = [sample.response for sample in samples]
-        return Relevance(
-            token_model.score(histories, responses, [sample.spans for sample in samples]),
-            sentence_model.score(histories, responses),
-        )
+        start, truncated = time.perf_counter(), token_model.truncated
+        class_probs = token_model.score(histories, responses, [sample.spans for sample in samples])
+        metrics = {
+            "seconds_token_reward": time.perf_counter() - start,
+            "histories_truncated": (token_model.truncated - truncated) / len(samples),
+        }
+        return Relevance(class_probs, sentence_model.score(histories, responses), metrics)
 
     return score
 
@@ -88,6 +94,7 @@ class QueryReward:
             "sentence_reward_mean": sentence_score_B.mean().item(),
             "queries": float(np.mean([len(response.queries) for response in parsed])),
             "unparseable": float(np.mean([response.problem is not None for response in parsed])),
+            **relevance.metrics,
         }
         return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
 

@@ -127,6 +127,7 @@ class TokenPPOTrainer:
         rolled_out = time.perf_counter()
         with guards.out_of_memory_named(self.config, "scoring"):
             rewards = self._reward(rollout)
+            rewarded = time.perf_counter()
             experience, probe, metrics = self._experience(rollout, rewards.rewards)
         metrics |= rewards.metrics
         if self.config.max_kl and metrics["kl"] > self.config.max_kl:
@@ -147,6 +148,7 @@ class TokenPPOTrainer:
             "seconds": done - start,
             "seconds_rollout": rolled_out - start,
             "seconds_score": scored - rolled_out,
+            "seconds_reward": rewarded - rolled_out,
             "seconds_update": done - scored,
             "tokens_per_second": rollout.batch.response_mask.sum().item() / (done - start),
         }
