@@ -93,10 +93,10 @@ def test_suggested_length_is_in_the_reward_models_own_tokens(tiny_encoder: Path)
     """Queries of 2, 1 and 3 word pieces, each with its separator: median 3, times the number of queries."""
     response = "new york\npizza\ncheap flights tokyo"
     words = parse_response(response, True, 3).words
-    rows = [LabelledResponse("a", HISTORY, response, words, [1] * len(words), 1)]
+    rows = [LabelledResponse("a", "u", HISTORY, response, words, [1] * len(words), 1)]
     model = TokenRewardModel.start(str(tiny_encoder), 64)
     assert suggested_length(rows, make_items(model.tokenizer, rows, 64), num_queries=4) == 12.0
-    empty = [LabelledResponse("a", HISTORY, "", [], [], 0)]
+    empty = [LabelledResponse("a", "u", HISTORY, "", [], [], 0)]
     assert suggested_length(empty, make_items(model.tokenizer, empty, 64), num_queries=4) is None
 
 

@@ -19,6 +19,7 @@ from tppo.config import Recipe
 from tppo.evaluate.stats import UserBootstrap
 from tppo.reward import check, train
 from tppo.reward.data import make_items
+from tppo.reward.evaluate import evaluate
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
 from tppo.run import RunFolder, run_stage
 
@@ -190,7 +191,7 @@ def test_models_that_know_their_job_pass(knowing: Recipe):
     token = report["models"]["token"]
     model = TokenRewardModel.load(run.path("reward") / "token")
     held_out, _ = check.load_held_out(knowing, run, "history")
-    trained = train.evaluate(model, make_items(model.tokenizer, held_out.rows, 64), knowing.reward)
+    trained = evaluate(model, make_items(model.tokenizer, held_out.rows, 64), knowing.reward)
     assert token["metrics"] == {name: trained[name] for name in check.MEASURES if name in trained}
     assert trained["token_auc"] > 0.95
     assert token["probes"]["real"]["value"] > token["probes"]["noise"]["value"] > token["probes"]["empty"]["value"]

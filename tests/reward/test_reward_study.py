@@ -19,7 +19,7 @@ from reward_trials import Trial, as_flags, finished_trials, load_data, own_setti
 from tppo.config import Recipe, Reward
 from tppo.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = Path(reward_study.__file__)
 
 
 def flags(recipe: Recipe, output: Path, study: str, *more: str) -> list[str]:
@@ -46,12 +46,12 @@ def small_run(tiny_encoder, tmp_path):
 def test_a_killed_study_goes_on_where_it_was(small_run, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = flags(small_run, killed, "curves", "--seeds", "2", "--evals_per_epoch", "3")
-    script = [sys.executable, str(BENCHMARKS / "reward_study.py"), *command]
+    script = [sys.executable, str(SCRIPT), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(script, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(script, env=environment)
     trials = killed / "trials.jsonl"
     while process.poll() is None and not (trials.exists() and trials.read_text().count("\n") >= 1):
-        time.sleep(0.01)
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = trials.read_text()
@@ -76,23 +76,24 @@ def test_a_killed_study_goes_on_where_it_was(small_run, tmp_path):
 
 def test_search_gives_both_models_the_same_budget(small_run, tmp_path, capsys):
     output = tmp_path / "study"
-    command = flags(small_run, output, "search", "--seeds", "2", "--learning_rates", "3e-3", "1e-9", "--epochs", "1",
+    command = flags(small_run, output, "search", "--seeds", "2", "--learning_rates", "3e-3", "--epochs", "1",
                     "--finalists", "1")  # fmt: skip
     reward_study.main(command)
     rows = rows_of(output)
     for kind in ("token", "sentence"):
         found = [row for row in rows if row["kind"] == kind]
-        assert len(found) == 2 * 5 + 1, "ten settings with the first seed, one of them with the second"
+        assert len(found) == 5 + 1, "five settings with the first seed, one of them with the second"
         assert [row["seed"] for row in found].count(1) == 1
         finalist = next(row for row in found if row["seed"] == 1)
         best = max(row["facts"]["best"]["auc"] for row in found if row["seed"] == 0)
         (same,) = [row for row in found if row["seed"] == 0 and row["settings"] == finalist["settings"]]
         assert same["facts"]["best"]["auc"] == best
     settings = json.loads((output / "search.json").read_text())["settings"]
-    assert [row["seeds"] for row in settings] == [2, *[1] * 9] * 2
-    assert {row["changes"]["learning_rate"] for row in settings} == {3e-3, 1e-9}
-    pooled = [row for row in settings if row["changes"].get("sentence_pooling") == "cls"]
-    assert len(pooled) == 2
+    assert [row["seeds"] for row in settings] == [2, *[1] * 4] * 2
+    for kind in ("token", "sentence"):
+        grid = reward_study.search_grid(kind, [1e-4, 3e-4], [4, 8, 12])
+        assert len({json.dumps(changes) for changes in grid}) == len(grid) == 2 * 3 * 5
+        assert all(own_settings(kind, small_run.reward, **changes).epochs in (4, 8, 12) for changes in grid)
     printed = capsys.readouterr().out
     assert "best for the sentence model: `--reward.sentence_learning_rate" in printed
     assert "best for the sentence model" in (output / "search.md").read_text()

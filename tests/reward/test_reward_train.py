@@ -20,7 +20,7 @@ from tppo.reward.fit import settings_for
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
 from tppo.run import RunFolder
-from tppo.tables import LABELS, write_table
+from tppo.tables import EXAMPLES, LABELS, write_table
 from tppo.text import Event
 
 

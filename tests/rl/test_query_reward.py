@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from tppo.config import RL, Task
 from tppo.policy.generate import Generation
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.query_reward import QueryReward, format_reward, pad_class_probs
+from tppo.rl.query_reward import QueryReward, format_reward, pad_class_probs, score_with_models
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rewards import RewardScale
 from tppo.text import parse_response, render_history
