@@ -86,3 +86,5 @@ def test_relevance_leaves_separators_out():
     np.testing.assert_allclose(word_relevance(probs), [0, 0.75, 0])
     assert response_relevance(probs) == pytest.approx(0.75 / 1.5)
     assert response_relevance(np.zeros((0, 3))) == 0
+    same = np.array([[0.09, 0.1, 0.81]], dtype=np.float32)
+    assert len({response_relevance(np.repeat(same, count, axis=0)) for count in range(1, 40)}) == 1, "no noise to rank"

@@ -108,5 +108,8 @@ def response_relevance(probs: np.ndarray) -> float:
     The token model's answer to the sentence-level question: the mean relevance of its tokens, each counted by
     how likely it is a word token at all. A response without words is irrelevant: 0.
     """
-    words = float(probs[:, [IRRELEVANT, RELEVANT]].sum())
-    return float(probs[:, RELEVANT].sum()) / words if words > 0 else 0.0
+    _, irrelevant, relevant = probs.sum(axis=0, dtype=np.float64)
+    words = irrelevant + relevant
+    # Rounded: of a model that says the same of every token, sums over more or fewer tokens would differ in their last
+    # digits, and an AUC would rank that noise.
+    return round(float(relevant / words), 6) if words > 0 else 0.0
