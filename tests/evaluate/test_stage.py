@@ -147,5 +147,14 @@ def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, jud
 
     assert len(set(ids(0))) == 10
     assert ids(0) == ids(0) != ids(1)
+    shared = replace(recipe, seed=9, shared_seed=0)
+    assert [e.example_id for e in stage.choose_examples(shared, run, "eval1")] == ids(0)
     recipe.evaluate.max_examples = 0
     assert len(ids(0)) == 40
+
+
+def test_tuned_only_leaves_sft_out(tmp_path: Path):
+    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True)
+    assert stage.evaluated_models(recipe) == ["tppo"]
+    with pytest.raises(UserError, match="leaves nothing to evaluate"):
+        stage.evaluated_models(replace(recipe, algorithms=[]))

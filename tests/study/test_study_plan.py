@@ -92,6 +92,21 @@ def test_stages_of_another_run_are_taken_over_when_they_fit(tmp_path: Path):
         check_taken(recipe)
 
 
+def test_a_stage_taken_from_elsewhere_is_neither_made_nor_deleted(tmp_path: Path):
+    taken = tmp_path / "old/prepare"
+    recipe = make_recipe(tmp_path / "new", stage_dirs={"prepare": str(taken)})
+    with pytest.raises(UserError, match="is taken from"), RunFolder(recipe).stage("prepare"):
+        pass
+    with RunFolder(replace(recipe, run_dir=str(tmp_path / "old"), stage_dirs={})).stage("prepare"):
+        pass
+    with RunFolder(recipe).stage("sft"):
+        pass
+    assert RunFolder(recipe).is_done("sft")
+    RunFolder(recipe).discard_from("prepare")
+    assert (taken / "manifest.json").exists()
+    assert not (tmp_path / "new/sft").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

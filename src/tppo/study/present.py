@@ -16,7 +16,7 @@ from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.present import Metrics
 from tppo.study.plan import Plan, settings_tried
 from tppo.study.stats import SeedMean
-from tppo.study.tables import MEASURES, Curves, at_equal_kl, display, reaching, steadiness_of
+from tppo.study.tables import MEASURES, Curves, at_equal_kl, reaching, steadiness_of
 
 FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
 """Order in which the first sentences name those the leading model is compared with."""
@@ -44,6 +44,10 @@ def p_text(p: float | None) -> str:
     if p is None:
         return present.NOT_MEASURED
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def display(pair: tuple[str, str]) -> str:
+    return f"{DISPLAY[pair[0]]} minus {DISPLAY[pair[1]]}"
 
 
 def difference_row(metrics: Metrics, scope: str, model: str, than: str, metric: str) -> dict[str, Any]:

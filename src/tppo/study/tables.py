@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from tppo.config import Recipe
-from tppo.evaluate.compare import DISPLAY, MODEL_ORDER, Rows, build_metrics
+from tppo.evaluate.compare import MODEL_ORDER, Rows, build_metrics
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import UserBootstrap
 from tppo.seeding import stream_seed
@@ -154,7 +153,3 @@ def steadiness_of(curves: Curves, measure: str) -> dict[str, Steadiness]:
     """By algorithm, of those with at least one update that all seeds have."""
     found = {model: curves.get(model, measure) for model in curves.models(measure)}
     return {model: steadiness(curve.values) for model, curve in found.items() if curve and len(curve.updates)}
-
-
-def display(models: Sequence[str]) -> str:
-    return " minus ".join(DISPLAY[model] for model in models)
