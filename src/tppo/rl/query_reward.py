@@ -7,8 +7,9 @@ reward models (`score_with_models`), or from any other callable of their kind, s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Relevance(NamedTuple):
     """(T_i, 3) for each response: class probabilities of its tokens, rows sum to 1."""
     sentence_scores: Sequence[float]
     """One number in [0, 1] per response."""
-    metrics: dict[str, float] = {}
+    metrics: Mapping[str, float] = MappingProxyType({})
     """What else is to stand in metrics.jsonl."""
 
 
