@@ -67,6 +67,11 @@ def main() -> None:
     with ExitStack() as stack:
         base = make_base(arguments, stack)
         print(f"SFT: {base.sft}; {base.scale}", flush=True)
+        limit = base.recipe.task.max_response_tokens
+        if base.scale.suggested_length >= limit:
+            print(
+                f"the suggested length is not below the limit of {limit} tokens, so no alpha is felt: train SFT longer"
+            )
         variants = {
             f"alpha {alpha:g}": rl_config(
                 arguments, algorithm="tppo", length_penalty_alpha=alpha, reward_values=arguments.reward_values
