@@ -134,12 +134,12 @@ def at_equal_kl(curves: Curves, measure: str) -> EqualKL | None:
         at_level = {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in seeds.items()}
         values[model] = {seed: value for seed, value in at_level.items() if value is not None and np.isfinite(value)}
     differences = {
-        (a, b): found
+        (a, b): mean
         for number, a in enumerate(models)
         for b in models[number + 1 :]
-        if (found := mean_over_seeds([values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]]))
+        if (mean := mean_over_seeds([values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]]))
     }
-    means = {model: found for model in models if (found := mean_over_seeds(list(values[model].values())))}
+    means = {model: mean for model in models if (mean := mean_over_seeds(list(values[model].values())))}
     return EqualKL(level, means, differences)
 
 
