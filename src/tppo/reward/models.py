@@ -42,6 +42,10 @@ class RewardModel:
     classes: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, info: dict[str, Any]) -> None:
+        if getattr(model.config, "type_vocab_size", 0) < 2:
+            # RoBERTa and DistilBERT kinds know no two types of tokens, and ids of another tokenizer's would crash
+            # them. Not every tokenizer class saves this list, so it is set whenever a model is made.
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -284,7 +288,7 @@ def softmax(logits_TC: np.ndarray) -> np.ndarray:
 
 
 def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
-    """The tokenizer, if it and the encoder can do what is asked of them; it gives no token types the encoder lacks."""
+    """The tokenizer, if it and the encoder can do what is asked of them."""
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"reward.encoder={encoder}: its tokenizer needs a tokenizer.json and a padding token")
     config = model.config
@@ -300,7 +304,4 @@ def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
             f"reward.max_length={max_length} must be between {2 * RESERVED_TOKENS} and {longest}, "
             f"what reward.encoder={encoder} can read"
         )
-    if getattr(config, "type_vocab_size", 0) < 2:
-        # RoBERTa and DistilBERT kinds tell no types apart; a tokenizer that gives them would crash the model.
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
