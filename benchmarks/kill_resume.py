@@ -6,28 +6,31 @@
 A tiny random policy and encoder are made, and every stage before the one under test is run once. Each trial starts
 the stage, kills it at a seeded random moment between its first file and the end, starts it again with the same
 command and lets it finish. Model files and samples.jsonl must then be equal byte by byte, and so must every column of
-metrics.jsonl but those that measure time. No CUDA, no downloads. Exit status 1 when a trial differs.
+metrics.jsonl but those that measure time. Stages run in forks of
+this process, which has imported everything. No CUDA, no downloads. Exit status 1 when a trial differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
 from transformers import BertConfig, BertModel
 
+from tppo import cli
 from tppo.rl.loop import TIME_COLUMNS
 
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
@@ -76,7 +79,8 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     return policy, encoder
 
 
-def write_recipe(folder: Path, updates: int) -> Path:
+def write_recipe(path: Path, updates: int) -> None:
+    folder = path.parent
     policy, encoder = make_models(folder)
     recipe = {
         "run_dir": str(folder / "base"),
@@ -110,22 +114,27 @@ def write_recipe(folder: Path, updates: int) -> Path:
             "best_metric": "reward_mean",
         },
     }
-    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
 
 
-def start(command: str, recipe: Path, run_dir: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tppo", command, "--config", str(recipe), "--run_dir", str(run_dir)],
-        stdout=subprocess.DEVNULL,
-        stderr=(run_dir / "stderr.txt").open("ab"),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TPPO_HASH_KEY": "kill-resume"},
-    )
+def start(command: str, recipe: Path, run_dir: Path) -> BaseProcess:
+    """The command in a forked process. A fresh interpreter would spend most of a trial on its imports."""
+    process = multiprocessing.get_context("fork").Process(target=run_command, args=(command, recipe, run_dir))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
-    if process.wait():
+def run_command(command: str, recipe: Path, run_dir: Path) -> None:
+    """`tppo COMMAND` in this process, which ends with it."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(run_dir / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    cli.main([command, "--config", str(recipe), "--run_dir", str(run_dir)])
+
+
+def finish(process: BaseProcess, run_dir: Path) -> None:
+    process.join()
+    if process.exitcode:
         raise SystemExit(f"the stage failed:\n{(run_dir / 'stderr.txt').read_text(encoding='utf-8')[-3000:]}")
 
 
@@ -134,8 +143,8 @@ def copy_base(base: Path, run_dir: Path) -> Path:
     return run_dir
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    while not path.exists() and process.poll() is None:
+def wait_for(path: Path, process: BaseProcess) -> None:
+    while not path.exists() and process.is_alive():
         time.sleep(0.005)
 
 
@@ -154,11 +163,11 @@ def trial(stage: str, recipe: Path, run_dir: Path, delay: float) -> str | None:
     process = start(stage, recipe, run_dir)
     wait_for(run_dir / STAGE_FOLDER[stage] / "started.json", process)
     time.sleep(delay)
-    if process.poll() is not None:
+    if not process.is_alive():
         finish(process, run_dir)
         return None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     metrics = run_dir / STAGE_FOLDER[stage] / "metrics.jsonl"
     lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     finish(start(stage, recipe, run_dir), run_dir)
@@ -172,11 +181,18 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=6, help="updates of rl, optimizer steps of sft")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TPPO_HASH_KEY": "kill-resume"}
+    for module in cli.MODULES.values():
+        importlib.import_module(module)
     moments = np.random.default_rng(arguments.seed).uniform(size=arguments.kills)
     stage = arguments.stage
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        recipe, base = write_recipe(folder, arguments.updates), folder / "base"
+        recipe, base = folder / "recipe.yaml", folder / "base"
+        # This process does no work with torch: a fork takes none of torch's threads along.
+        made = multiprocessing.get_context("fork").Process(target=write_recipe, args=(recipe, arguments.updates))
+        made.start()
+        finish(made, folder)
         base.mkdir()
         for earlier in BEFORE[stage]:
             finish(start(earlier, recipe, base), base)
