@@ -28,6 +28,7 @@ from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage, st
 
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
+    "plan": "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
     "synthetic": "write the seeded synthetic log",
     "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
     "sft": "examples -> a language model fine-tuned on the true next queries",
@@ -58,6 +59,7 @@ ACTIONS = {
     "serve": ("tppo.serve.app", "serve"),
     "agreement": ("tppo.judge.agreement", "run_action"),
     "ledger": ("tppo.judge.show", "show_ledger"),
+    "plan": ("tppo.plan", "print_plan"),
 }
 """Commands that are no stage: nothing of theirs to make anew with --redo."""
 ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
@@ -65,6 +67,7 @@ SHARED = ("run_dir", "seed", "algorithms", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
     "  tppo run recipes/demo.yaml --redo reward",
+    "plan": "tppo plan recipes/paper-aol.yaml\n  tppo plan recipes/demo.yaml --plan.tflops 0.1 --plan.bandwidth 0.02",
     "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",
@@ -127,7 +130,7 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
     """
     parser = stage_parser(command)
     arguments = list(arguments)
-    if command == "run" and arguments and not arguments[0].startswith("-"):
+    if command in ("run", "plan") and arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     try:
         namespace = parser.parse_args(arguments)

@@ -458,6 +458,20 @@ class Agreement:
 
 
 @dataclass
+class Plan:
+    """What `tppo plan` assumes of the machine."""
+
+    tflops: float = 312.0
+    """Peak speed of one device in 10^12 operations per second (312: bf16 of an A100, by its data sheet)."""
+    utilisation: float = 0.4
+    """Share of the peak that is reached (0.4: a usual figure for well-tuned training; measure yours)."""
+    bandwidth: float = 2.0
+    """Memory bandwidth of one device in 10^12 bytes per second (2.0: an A100 with 80 GB); it bounds generation."""
+    device_memory: float = 80.0
+    """Memory of one device in GiB: what does not fit is said."""
+
+
+@dataclass
 class Recipe:
     """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
 
@@ -481,3 +495,4 @@ class Recipe:
     evaluate: Evaluate = field(default_factory=Evaluate)
     serve: Serve = field(default_factory=Serve)
     agreement: Agreement = field(default_factory=Agreement)
+    plan: Plan = field(default_factory=Plan)

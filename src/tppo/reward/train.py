@@ -52,7 +52,7 @@ Log = Callable[[dict[str, Any]], None]
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train both reward models on the labels; returns facts for the manifest."""
     settings = recipe.reward
-    _check_settings(settings)
+    check_settings(settings)
     label, prepare = run.require("label"), run.require("prepare")
     train_rows, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
     eval_rows, eval_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
@@ -253,7 +253,8 @@ def _parameter_groups(model: Any, settings: Reward) -> list[dict[str, Any]]:
     ]
 
 
-def _check_settings(settings: Reward) -> None:
+def check_settings(settings: Reward) -> None:
+    """UserError for a number out of range."""
     for name, least in (("epochs", 1), ("batch_size", 1), ("evals_per_epoch", 1), ("class_ratio", 1.0)):
         if getattr(settings, name) < least:
             raise UserError(f"reward.{name}={getattr(settings, name)} must be at least {least}")
