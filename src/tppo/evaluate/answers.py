@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tppo.progress import console, track
 from tppo.run import RunFolder, rl_stage
 from tppo.seeding import stream_seed
 from tppo.tables import Example, load_examples
-from tppo.text import render_response
+from tppo.text import Event, render_response
 
 REFERENCES = ("targets", "other_user")
 _CHUNK = 1024  # texts embedded at a time: bounds the memory of the word vectors, which are not kept
@@ -46,8 +47,11 @@ Answerer = Callable[[str, Sequence[Example]], Answers | None]
 """Split and its examples -> answers; None: there is nothing to answer with (and it has been said)."""
 
 
-def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder) -> Answerer:
+def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | None) -> Answerer:
     """The answerer called `name`: sft, an algorithm, untuned, a baseline, or a reference.
+
+    Args:
+        encoder: needed by `nearest` only.
 
     Raises:
         UserError: a stage to the left is not finished, or a model does not load.
@@ -68,13 +72,13 @@ def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder) -
                 f"evaluate.baselines holds {name}, which learns from training examples, but "
                 f"{run.path('prepare')}/examples.parquet has none: prepare more, or take it out"
             )
-        baseline = (
-            FrequentNext(train, count)
-            if name == "frequent_next"
-            else NearestNeighbour(
-                train, count, lambda texts: embed_texts(encoder, texts, "evaluate: embedding queries")
-            )
-        )
+        baseline: Callable[[Sequence[Event]], list[str]]
+        if name == "frequent_next":
+            baseline = FrequentNext(train, count)
+        else:
+            assert encoder is not None, "nearest compares embeddings"
+            embed = partial(embed_texts, encoder, description="evaluate: embedding queries")
+            baseline = NearestNeighbour(train, count, embed)
         return lambda split, examples: from_queries([baseline(example.history) for example in examples])
     return _policy(name, recipe, run)
 

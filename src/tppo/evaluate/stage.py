@@ -111,7 +111,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         split: Readers(judge, second, second_asked(recipe, split, chosen), encoder)
         for split, chosen in examples.items()
     }
-    facts = _write_parts(recipe, run, encoder, examples, readers, parts)
+    facts = _write_parts(recipe, run, examples, readers, parts)
     models = evaluated_models(recipe)
     order = [(split, model) for split in examples for model in models]
     tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
@@ -138,44 +138,52 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def _write_parts(
+    recipe: Recipe, run: RunFolder, examples: dict[str, list[Example]], readers: dict[str, Readers], parts: Path
+) -> dict[str, Any]:
+    """Write every (split, model) part that is missing; returns facts about that.
+
+    Seconds are given for models that were answered and judged as a whole in this attempt.
+    """
+    facts: dict[str, dict[str, Any]] = {
+        name: {} for name in ("history_events_dropped_to_fit_the_prompt", "seconds_answering", "seconds_judging")
+    }
+    for model in evaluated_models(recipe):
+        missing = {split: part for split, part in examples.items() if not _part(parts, split, model).exists()}
+        if not missing:
+            continue
+        seconds, dropped = _write_model(recipe, run, model, missing, readers, parts)
+        facts["history_events_dropped_to_fit_the_prompt"] |= dropped
+        if len(missing) == len(examples):
+            for name, value in seconds.items():
+                facts[name][model] = round(value, 1)
+    return facts
+
+
+def _write_model(
     recipe: Recipe,
     run: RunFolder,
-    encoder: Encoder,
+    model: str,
     examples: dict[str, list[Example]],
     readers: dict[str, Readers],
     parts: Path,
-) -> dict[str, Any]:
-    """Answer, judge and measure every (split, model) whose part is missing; returns facts about that.
-
-    Seconds are those of this attempt: parts found from an earlier one are missing in them.
-    """
-    answering: dict[str, float] = {}
-    judging: dict[str, float] = {}
-    dropped: dict[str, int] = {}
-    for model in evaluated_models(recipe):
-        missing = [split for split in examples if not _part(parts, split, model).exists()]
-        start = time.monotonic()
-        answerer = make_answerer(model, recipe, run, encoder) if missing else None
-        for split in missing:
-            assert answerer is not None
-            answers = answerer(split, examples[split])
-            answered = time.monotonic()
-            if answers is None:
-                continue
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Answer, judge and measure; returns the seconds of each, and how many history events did not fit, per split."""
+    seconds = {"seconds_answering": 0.0, "seconds_judging": 0.0}
+    dropped = {}
+    start = time.monotonic()
+    answerer = make_answerer(model, recipe, run, next(iter(readers.values())).encoder)
+    for split, chosen in examples.items():
+        answers = answerer(split, chosen)
+        answered = time.monotonic()
+        seconds["seconds_answering"] += answered - start
+        if answers is not None:
+            rows = response_rows(readers[split], chosen, answers, model=model, num_queries=recipe.task.num_queries)
+            write_table(_part(parts, split, model), rows, GENERATIONS)
             if answers.dropped_events is not None:
                 dropped[f"{split}.{model}"] = answers.dropped_events
-            rows = response_rows(
-                readers[split], examples[split], answers, model=model, num_queries=recipe.task.num_queries
-            )
-            write_table(_part(parts, split, model), rows, GENERATIONS)
-            answering[model] = answering.get(model, 0.0) + answered - start
-            start = time.monotonic()
-            judging[model] = judging.get(model, 0.0) + start - answered
-    return {
-        "history_events_dropped_to_fit_the_prompt": dropped,
-        "seconds_answering": {model: round(value, 1) for model, value in answering.items()},
-        "seconds_judging": {model: round(value, 1) for model, value in judging.items()},
-    }
+        start = time.monotonic()
+        seconds["seconds_judging"] += start - answered
+    return seconds, dropped
 
 
 def check_settings(recipe: Recipe) -> None:
