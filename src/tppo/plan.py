@@ -8,6 +8,7 @@ response is taken at its token limit; formulas and sources are in `tppo.estimate
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def config_of(name: str, setting: str) -> Any:
         ) from None
 
 
+@cache
+def size_of(name: str, setting: str, num_labels: int = 0) -> ModelSize:
+    """The size of a model by its name, counted once; `setting` is what messages call it by."""
+    return model_size(config_of(name, setting), num_labels)
+
+
 def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     """Every check of settings that needs no data.
 
@@ -154,8 +161,8 @@ class Planner:
             if getattr(plan, name) <= 0:
                 raise UserError(f"plan.{name}={getattr(plan, name)}: give a number above 0")
         self.machine = Machine(plan.tflops * 1e12 * plan.utilisation, plan.bandwidth * 1e12)
-        self.policy = model_size(config_of(recipe.sft.model, "sft.model"))
-        self.encoder = model_size(config_of(recipe.reward.encoder, "reward.encoder"), num_labels=3)
+        self.policy = size_of(recipe.sft.model, "sft.model")
+        self.encoder = size_of(recipe.reward.encoder, "reward.encoder", num_labels=3)
         check(recipe, self.policy, self.encoder)
         self.prompt, self.response = recipe.task.max_prompt_tokens, recipe.task.max_response_tokens
         self.length = self.prompt + self.response

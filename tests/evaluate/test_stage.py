@@ -74,7 +74,8 @@ def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, jud
     metrics = json.loads((folder / "metrics.json").read_text())
     same = [d for d in metrics["differences"] if (d["model"], d["than"]) == ("ppo", "sft")]
     assert {d["value"] for d in same if d["value"] is not None} == {0.0}
-    assert all(row["win"] == 0 and row["tie"] == 1 for row in metrics["wins"] if row["model"] == "ppo")
+    wins = [row for row in metrics["wins"] if (row["model"], row["than"]) == ("ppo", "sft")]
+    assert all(row["win"] == 0 and row["tie"] == 1 for row in wins)
 
     # The scale of the judge: a user's own next queries are relevant to themselves, and exact hits.
     assert all(row["hit"] == 1 and row["words_targets"] == 1 for row in by_model["targets"])
