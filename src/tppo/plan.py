@@ -358,7 +358,8 @@ def plan_text(recipe: Recipe) -> str:
             parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.memory.items() if size)
             lines.append(f"  {plan.stage}: {parts}")
             if sum(plan.memory.values()) > machine.device_memory * GIB:
-                lines.append(f"    more than one device of {machine.device_memory:g} GiB: shard it, or use LoRA")
+                way_out = "lower reward.batch_size" if plan.stage == "reward" else "shard it, or tune with LoRA"
+                lines.append(f"    more than one device of {machine.device_memory:g} GiB: {way_out}")
     lines += ["", *(note for plan in stages for note in plan.notes)]
     lines += [
         f"Assumed: {machine.tflops:g} TFLOP/s at {machine.utilisation:.0%} (plan.tflops, plan.utilisation), "
