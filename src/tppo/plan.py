@@ -133,7 +133,7 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
             f"positions of sft.model={recipe.sft.model}",
         ),
         (
-            0 < encoder.positions < reward.max_length and not getattr(reward, "to_longformer", False),
+            0 < encoder.positions < reward.max_length and not reward.to_longformer,
             f"reward.max_length={reward.max_length} is more than the {encoder.positions} positions of "
             f"reward.encoder={reward.encoder}",
         ),

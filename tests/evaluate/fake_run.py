@@ -46,7 +46,7 @@ COUNTS = {
     "examples_probed": 60,
     "users_probed": 30,
 }
-JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
+JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True, "second_judge": None}
 
 
 class WordOverlapJudge:

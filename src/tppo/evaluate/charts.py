@@ -98,7 +98,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, *, dots: bool = 
         return None
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.7, 2.7)
-        _draw_lines(axes, drawn, title, x_label, _COLOURS, dots)
+        _draw_lines(axes, drawn, title, x_label, {**_COLOURS, "quiet": _QUIET}, dots)
         return _svg(figure, title)
 
 
