@@ -66,6 +66,29 @@ def test_numbers_of_the_plan_by_hand():
     assert found["evaluate"].notes == ["evaluate: at most 30,000 requests to meta-llama/Meta-Llama-3-70B-Instruct"]
 
 
+def test_an_encoder_made_a_longformer_is_counted_as_one():
+    flags = ("--reward.encoder", "minilm", "--reward.to_longformer", "true", "--reward.max_length", "2048")
+    planner, short = Planner(load("paper-aol.yaml", *flags)), Planner(load("demo.yaml"))
+    # Per layer three more projections with bias; 2,048 positions and the padding token's in place of 512.
+    added = 6 * 3 * (384 * 384 + 384) + (2048 + 1 - 512) * 384
+    assert planner.encoder.parameters == short.encoder.parameters + added
+    assert (planner.encoder.window, planner.encoder.positions) == (64, 2049)
+    memory = {
+        where: plans(load("paper-aol.yaml", *flags, "--reward.global_attention", where))["reward"].memory
+        for where in ("history", "response", "cls")
+    }
+    activations = [found["activations"] for found in memory.values() if found]
+    assert activations[0] > activations[1] > activations[2]
+
+
+def test_the_gate_and_the_rivals_own_epochs_are_planned():
+    found = plans(load("paper-aol.yaml", "--reward.sentence_epochs", "2"))
+    # 10,000 responses, 4 and 2 passes; 1,000 held-out ones and 6 probes of 200 examples.
+    assert "4 and 2 epochs = 1,875 steps of 32" in found["reward"].does
+    assert "2 models x 2,200 responses of held-out users" in found["check_reward"].does
+    assert found["report"].does == "writes the page"
+
+
 def test_lora_takes_less_memory():
     full, lora = (plans(load("paper-aol.yaml", "--rl.tuning", tuning))["rl_ppo"].memory for tuning in ("full", "lora"))
     assert full is not None
@@ -86,6 +109,9 @@ def test_lora_takes_less_memory():
         (["--prepare.eval1_share", "0.99"], r"prepare: .*no user is left"),
         (["--evaluate.splits", "[]"], r"evaluate\.splits"),
         (["--reward.epochs", "0"], r"reward\.epochs=0"),
+        (["--reward.sentence_epochs", "0"], r"reward\.sentence_epochs=0"),
+        (["--check_reward.bootstrap_samples", "9"], r"check_reward\.bootstrap_samples=9"),
+        (["--reward.to_longformer", "true"], r"reward\.to_longformer: the encoder is of kind longformer"),
         (["--algorithms", "[tppo, tppo]"], r"algorithms=.*twice"),
         (["--sft.model", "nobody/has-this"], r"sft\.model=nobody/has-this"),
         (["--plan.tflops", "0"], r"plan\.tflops=0"),

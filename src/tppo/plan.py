@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, LongformerConfig, MistralConfig
+import torch
+from transformers import AutoConfig, AutoModelForTokenClassification, LlamaConfig, LongformerConfig, MistralConfig
 
 from tppo import estimate
-from tppo.config import DPO, SFT, Recipe
+from tppo.config import DPO, SFT, Recipe, Reward
 from tppo.errors import UserError
 from tppo.estimate import GIB, Machine, ModelSize, model_size
 from tppo.evaluate.answers import REFERENCES
@@ -25,6 +26,11 @@ from tppo.judge.llm import LLMJudge
 from tppo.logs.prepare import check_settings as check_prepare
 from tppo.models import MINILM, SMOLLM2, load_encoder_path
 from tppo.policy.training import check_batch_sizes
+from tppo.reward.check import check_settings as check_gate
+from tppo.reward.fit import settings_for
+from tppo.reward.longformer import to_longformer
+from tppo.reward.probes import PROBES
+from tppo.reward.train import KINDS
 from tppo.reward.train import check_settings as check_reward
 from tppo.rl.pairs import check_samples
 from tppo.rl.setup import check_config
@@ -102,6 +108,26 @@ def size_of(name: str, setting: str, num_labels: int = 0) -> ModelSize:
     return model_size(config_of(name, setting), num_labels)
 
 
+@cache
+def longformer_size(name: str, max_length: int, attention_window: int) -> ModelSize:
+    """The size of the Longformer that `reward.to_longformer` makes of the encoder called `name`.
+
+    Raises:
+        UserError: it cannot be made one (see `tppo.reward.longformer`).
+    """
+    with torch.device("meta"):
+        short = AutoModelForTokenClassification.from_config(config_of(name, "reward.encoder"))
+        config = to_longformer(short, max_length, attention_window).config
+    return model_size(config, num_labels=3)
+
+
+def encoder_size(reward: Reward) -> ModelSize:
+    """The size of a reward model."""
+    if reward.to_longformer:
+        return longformer_size(reward.encoder, reward.max_length, reward.attention_window)
+    return size_of(reward.encoder, "reward.encoder", num_labels=3)
+
+
 def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     """Every check of settings that needs no data.
 
@@ -111,6 +137,7 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     check_prepare(recipe.prepare)
     check_batch_sizes(recipe.sft, "sft")
     check_reward(recipe.reward)
+    check_gate(recipe.check_reward)
     check_config(recipe.rl, recipe.task.max_response_tokens)
     if "dpo" in recipe.algorithms:
         check_batch_sizes(recipe.dpo, "dpo")
@@ -133,9 +160,9 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
             f"positions of sft.model={recipe.sft.model}",
         ),
         (
-            0 < encoder.positions < reward.max_length and not reward.to_longformer,
+            0 < encoder.positions < reward.max_length,
             f"reward.max_length={reward.max_length} is more than the {encoder.positions} positions of "
-            f"reward.encoder={reward.encoder}",
+            f"reward.encoder={reward.encoder} (reward.to_longformer gives it more)",
         ),
         (
             by_llm and reward.rubric not in judge.rubrics,
@@ -162,7 +189,7 @@ class Planner:
                 raise UserError(f"plan.{name}={getattr(plan, name)}: give a number above 0")
         self.machine = Machine(plan.tflops * 1e12 * plan.utilisation, plan.bandwidth * 1e12)
         self.policy = size_of(recipe.sft.model, "sft.model")
-        self.encoder = size_of(recipe.reward.encoder, "reward.encoder", num_labels=3)
+        self.encoder = encoder_size(recipe.reward)
         check(recipe, self.policy, self.encoder)
         self.prompt, self.response = recipe.task.max_prompt_tokens, recipe.task.max_response_tokens
         self.length = self.prompt + self.response
@@ -173,15 +200,20 @@ class Planner:
 
     def _stage(self, stage: str) -> StagePlan:
         section = split_stage(stage)[0]
-        plans = {"sft": self.sft, "sample": self.sample, "label": self.label, "reward": self.reward}
+        plans = {
+            "sft": self.sft,
+            "sample": self.sample,
+            "label": self.label,
+            "reward": self.reward,
+            "check_reward": self.check_reward,
+            "evaluate": self.evaluate,
+        }
         if section == "rl":
             return self.rl(stage)
         if section in plans:
             return plans[section]()
         if section == "dpo":
             return self.dpo(stage)
-        if section == "evaluate":
-            return self.evaluate()
         does = {"prepare": f"reads {', '.join(self.recipe.prepare.source)}; memory_limit "
                 f"{self.recipe.prepare.memory_limit}", "synthetic": "writes a log"}  # fmt: skip
         return StagePlan(stage, does.get(section, "writes the page"))
@@ -240,15 +272,32 @@ class Planner:
         rows = (self.examples(sample.train_examples, "train") or 0) * sample.samples_per_example
         held_out = (self.examples(sample.reward_eval_examples, "reward_eval") or 0) * sample.samples_per_example
         length, size = settings.max_length, self.encoder
-        attended = min(length, size.window + 1 + max(0, length - self.response)) if size.window else length
+        global_tokens = {
+            "history": max(0, length - self.response),
+            "response": min(length, self.response),
+            "cls": 1,
+            "none": 0,
+        }[settings.global_attention]
+        attended = min(length, size.window + 1 + global_tokens) if size.window else length
         memory = estimate.training_state(size, "full", 0, "fp32")
         memory["activations"] = estimate.activations(size, settings.batch_size * length, "fp32", attended)
-        evaluations = settings.epochs * settings.evals_per_epoch + 1
-        tokens = rows * settings.epochs * length
+        epochs = [settings_for(kind, settings).epochs for kind in KINDS]
+        evaluations = sum(passes * settings.evals_per_epoch + 1 for passes in epochs)
+        tokens = rows * sum(epochs) * length
         seconds = self.machine.train(size, tokens) + self.machine.forward(size, evaluations * held_out * length)
-        steps = rows * settings.epochs / settings.batch_size
-        does = f"2 models x {rows:,} responses x {settings.epochs} epochs = 2 x {steps:,.0f} steps of "
-        return StagePlan("reward", f"{does}{settings.batch_size}, {_tokens(2 * tokens)}", memory, 2 * seconds)
+        steps = rows * sum(epochs) / settings.batch_size
+        does = f"2 models on {rows:,} responses, {epochs[0]} and {epochs[1]} epochs = {steps:,.0f} steps of "
+        return StagePlan("reward", f"{does}{settings.batch_size}, {_tokens(tokens)}", memory, seconds)
+
+    def check_reward(self) -> StagePlan:
+        sample = self.recipe.sample
+        held_out = (self.examples(sample.reward_eval_examples, "reward_eval") or 0) * sample.samples_per_example
+        probed = self.examples(self.recipe.check_reward.max_examples, "reward_eval") or 0
+        responses = held_out + len(PROBES) * probed
+        tokens = 2 * responses * self.recipe.reward.max_length
+        memory = {"reward models": 2 * estimate.weights(self.encoder, "fp32")}
+        does = f"2 models x {responses:,} responses of held-out users, {_tokens(tokens)}"
+        return StagePlan("check_reward", does, memory, self.machine.forward(self.encoder, tokens))
 
     def rl(self, stage: str) -> StagePlan:
         settings, policy = self.recipe.rl, self.policy
@@ -282,7 +331,9 @@ class Planner:
         does = (
             f"{settings.updates:,} updates x {settings.batch_size} prompts = {rollouts:,} rollouts, {steps:,} steps, "
         )
-        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds)
+        eager = settings.attention == "eager"
+        notes = [f"{stage}: rl.attention=eager keeps attention scores as well, which are not counted"] if eager else []
+        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds, notes)
 
     def evaluate(self) -> StagePlan:
         settings, precision = self.recipe.evaluate, self.recipe.rl.precision
@@ -294,7 +345,7 @@ class Planner:
         if len(counts) < len(found):
             return StagePlan("evaluate", "all evaluation examples: unknown before prepare", memory)
         count = sum(counts)
-        generated = count * (len(policies) + ("best_of_n" in settings.baselines) * settings.best_of)
+        generated = count * (len(policies) + ("best_of_n" in names) * settings.best_of)
         does = f"{count:,} examples x {len(names)} rows of the tables; {generated:,} responses generated"
         notes = []
         if uses_llm_judge("evaluate", self.recipe):
@@ -340,9 +391,10 @@ def plan_text(recipe: Recipe) -> str:
     planner = Planner(recipe)
     stages, machine = planner.stages(), recipe.plan
     lines = [f"Dry run of {recipe.run_dir}: every section checked, nothing made. Lengths are upper bounds.", ""]
+    encoder = f"{recipe.reward.encoder}{' as a Longformer' if recipe.reward.to_longformer else ''}"
     for name, label, size in (
         (recipe.sft.model, "policy", planner.policy),
-        (recipe.reward.encoder, "reward model", planner.encoder),
+        (encoder, "reward model", planner.encoder),
     ):
         lines.append(f"{label}: {name}, {size.parameters:,} parameters")
     lines += ["", f"{'stage':<12} {'memory':>10} {'hours':>8}  work"]

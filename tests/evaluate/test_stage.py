@@ -168,7 +168,7 @@ def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, jud
 
 
 def test_tuned_only_leaves_sft_out(tmp_path: Path):
-    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True)
+    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True, untuned=True, baselines=["best_of_n"])
     assert stage.evaluated_models(recipe) == ["tppo"]
     with pytest.raises(UserError, match="leaves nothing to evaluate"):
         stage.evaluated_models(replace(recipe, algorithms=[]))
@@ -198,6 +198,22 @@ def test_the_second_judge_reads_the_same_examples_of_every_model():
     assert (len(asked), sum(asked)) == (12, 4)
     assert asked == stage.second_asked(recipe, "eval1", examples)
     assert all(stage.second_asked(Recipe(), "eval1", examples))
+    # The cells of a study differ in `seed`, not in what the second judge reads.
+    seeds = [stage.second_asked(replace(recipe, seed=seed, shared_seed=0), "eval1", examples) for seed in (1, 2, 3)]
+    assert seeds == [asked] * 3
+
+
+def test_another_users_queries_are_the_same_in_every_cell_of_a_study(tmp_path: Path):
+    examples = fake_run.make_examples(12)
+    recipe = fake_run.make_recipe(tmp_path, [])
+
+    def responses(seed: int, shared_seed: int | None) -> list[str]:
+        cell = replace(recipe, seed=seed, shared_seed=shared_seed)
+        found = answers.make_answerer("other_user", cell, RunFolder(cell), None)("eval1", examples)
+        assert found is not None
+        return found.responses
+
+    assert responses(4, 0) == responses(5, 0) == responses(0, None) != responses(1, None)
 
 
 def test_the_start_model_is_evaluated_without_sft(tmp_path: Path, tiny_policy: Path, judge_file: Path):
