@@ -410,7 +410,10 @@ def plan_text(recipe: Recipe) -> str:
             parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.memory.items() if size)
             lines.append(f"  {plan.stage}: {parts}")
             if sum(plan.memory.values()) > machine.device_memory * GIB:
-                way_out = "lower reward.batch_size" if plan.stage == "reward" else "shard it, or tune with LoRA"
+                way_out = "shard it, or tune with LoRA"
+                if plan.stage == "reward":
+                    fewer = ", or give the Longformer fewer global tokens (reward.global_attention)"
+                    way_out = f"lower reward.batch_size{fewer if planner.encoder.window else ''}"
                 lines.append(f"    more than one device of {machine.device_memory:g} GiB: {way_out}")
     lines += ["", *(note for plan in stages for note in plan.notes)]
     lines += [
