@@ -27,6 +27,7 @@ from tppo.run import RunFolder, all_stages, rl_stage, run_stage, split_stage
 COMMANDS = {
     "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
     "study": "a grid of algorithms x seeds x settings from shared SFT, labels and reward models; resumes, then reports",
+    "plan": "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
     "synthetic": "write the seeded synthetic log",
     "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
     "sft": "examples -> a language model fine-tuned on the true next queries",
@@ -59,9 +60,10 @@ ACTIONS = {
     "serve": ("tppo.serve.app", "serve"),
     "agreement": ("tppo.judge.agreement", "run_action"),
     "ledger": ("tppo.judge.show", "show_ledger"),
+    "plan": ("tppo.plan", "print_plan"),
 }
 """Commands that are no stage: nothing of theirs to make anew with --redo."""
-WHOLE_RECIPE = ("run", "study")
+WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
 ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
@@ -70,6 +72,7 @@ EXAMPLES = {
     "  tppo run recipes/demo.yaml --redo reward",
     "study": "tppo study recipes/study-demo.yaml --study.action plan\n  tppo study recipes/study-demo.yaml\n"
     "  tppo study recipes/study-demo.yaml --redo evaluate",
+    "plan": "tppo plan recipes/paper-aol.yaml\n  tppo plan recipes/demo.yaml --plan.tflops 0.1 --plan.bandwidth 0.02",
     "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",

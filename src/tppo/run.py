@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tppo.config import Recipe, judge_identity, rl_identity
+from tppo.config import Baseline, Recipe, judge_identity, rl_identity
 from tppo.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -52,6 +52,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
     rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
+    best_of_n_inputs = ["sample", "reward"] if "best_of_n" in evaluated_baselines(recipe) else []
     inputs = {
         "synthetic": [],
         "prepare": synthetic,
@@ -60,12 +61,17 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "label": ["prepare", "sample"],
         "reward": ["prepare", "label"],
         "check_reward": ["prepare", "label", "reward"],
-        "evaluate": ["prepare", "sft", "label", *rl_stages],
+        "evaluate": ["prepare", "sft", "label", *best_of_n_inputs, *rl_stages],
         "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
     }
     if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
     return ["prepare", "sft", "sample", "reward"] if split_stage(stage)[0] == "rl" else inputs[stage]
+
+
+def evaluated_baselines(recipe: Recipe) -> list[Baseline]:
+    """The simple baselines that `evaluate` answers with: none beside tuned policies alone."""
+    return [] if recipe.evaluate.tuned_only else recipe.evaluate.baselines
 
 
 def all_stages(recipe: Recipe) -> list[str]:
@@ -95,6 +101,11 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
     if section == "check_reward":
         del config[section]["allow_failed"]  # what RL does with the verdict: the check is the same either way
+    if stage == "evaluate" and "best_of_n" in evaluated_baselines(recipe):
+        # It chooses by TPPO's reward, whatever algorithm the section names.
+        config["rl"] = rl_identity(recipe.rl) | {"algorithm": "tppo"}
+    if stage == "evaluate" and recipe.evaluate.untuned and not recipe.evaluate.tuned_only:
+        config["start_model"] = recipe.sft.model
     return config
 
 
@@ -105,7 +116,7 @@ def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
         return by_labels
     evaluate = recipe.evaluate
     return stage == "evaluate" and (
-        evaluate.vote or evaluate.judge == "llm" or (evaluate.judge == "label" and by_labels)
+        evaluate.vote or "llm" in (evaluate.judge, evaluate.second_judge) or (evaluate.judge == "label" and by_labels)
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from tppo.config import Evaluate, Prepare, Recipe, Rubric
-from tppo.evaluate.compare import build_metrics
-from tppo.evaluate.stage import GENERATIONS, response_rows
+from tppo.evaluate.answers import Answers
+from tppo.evaluate.compare import BASELINES, build_metrics
+from tppo.evaluate.stage import GENERATIONS, Readers, response_rows
 from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response
 from tppo.reward.check import build_report
 from tppo.run import RunFolder, write_json
@@ -33,7 +34,7 @@ TOPICS = {
     )
 }
 # How often a model stays on the user's topic: what separates the models in the made-up run.
-SKILL = {"sft": 0.4, "dpo": 0.45, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66}
+SKILL = {"sft": 0.4, "dpo": 0.45, "ppo": 0.5, "ppo_sum": 0.58, "tppo": 0.66, "frequent_next": 0.3, "nearest": 0.9}
 
 
 COUNTS = {
@@ -45,7 +46,7 @@ COUNTS = {
     "examples_probed": 60,
     "users_probed": 30,
 }
-JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
+JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True, "second_judge": None}
 
 
 class WordOverlapJudge:
@@ -111,9 +112,11 @@ def generation_rows(examples: list[Example], model: str, seed: int = 1) -> list[
         answers = ["\n".join(examples[(i + 2) % count].targets) for i in range(count)]
     else:
         answers = [write_answer(example, SKILL[model], generator) for example in examples]
-    finished = [model not in SKILL or bool(generator.random() > 0.05) for _ in examples]
-    tokens = [None if model not in SKILL else 3 * len(answer.split()) for answer in answers]
-    return response_rows(WordOverlapJudge(), examples, answers, finished, tokens, model=model, num_queries=3)
+    by_model = model in SKILL and model not in BASELINES
+    finished = [not by_model or bool(generator.random() > 0.05) for _ in examples]
+    tokens = [3 * len(answer.split()) if by_model else None for answer in answers]
+    readers = Readers(WordOverlapJudge())
+    return response_rows(readers, examples, Answers(answers, finished, tokens), model=model, num_queries=3)
 
 
 def make_recipe(root: Path, algorithms: Sequence[str] = ("tppo", "ppo", "ppo_sum"), **evaluate: Any) -> Recipe:
@@ -145,7 +148,9 @@ def make_run(
     with run.stage("sample") as (folder, facts):
         facts["responses"] = 1200
     with run.stage("label") as (folder, facts):
-        facts.update({"judge": "word-overlap-v1", "thresholds": {"targets": {"word": 0.61, "sentence": 0.442}}})
+        facts.update(
+            {"judge": "word-overlap-v1", "labels": 2400, "thresholds": {"targets": {"word": 0.61, "sentence": 0.442}}}
+        )
     with run.stage("reward") as (folder, facts):
         _write_jsonl(folder / "metrics.jsonl", _reward_rows())
         facts["token"] = {"best": {"auc": 0.912}}
@@ -165,7 +170,7 @@ def make_run(
         rows = []
         for split in ("eval1", "eval2"):
             chosen = [e for e in examples if e.split == split]
-            for seed, model in enumerate(("sft", *algorithms, "targets", "other_user")):
+            for seed, model in enumerate(("sft", *algorithms, "frequent_next", "nearest", "targets", "other_user")):
                 rows += generation_rows(chosen, model, seed)
         write_table(folder / "generations.parquet", rows, GENERATIONS)
         write_json(folder / "metrics.json", {**build_metrics(rows, recipe), **JUDGE})

@@ -8,9 +8,11 @@ import pytest
 
 from tppo.config import Reward
 from tppo.evaluate import present
+from tppo.evaluate.answers import Answers
 from tppo.evaluate.compare import build_metrics, paired_scores
 from tppo.evaluate.present import Metrics
-from tppo.evaluate.stage import response_rows
+from tppo.evaluate.stage import Readers, response_rows
+from tppo.judge.record import Verdict
 from tppo.tables import Example
 from tppo.text import Event
 
@@ -22,8 +24,8 @@ GOOD, HALF, BAD = "blue shoes\nblue hat", "blue shoes\nyellow socks", "yellow so
 
 
 def answers(model: str, texts: list[str], finished: list[bool] | None = None) -> list[dict[str, Any]]:
-    judge, done = fake_run.WordOverlapJudge(), finished or [True] * 4
-    return response_rows(judge, EXAMPLES, texts, done, [5] * 4, model=model, num_queries=2)
+    found = Answers(texts, finished or [True] * 4, [5] * 4)
+    return response_rows(Readers(fake_run.WordOverlapJudge()), EXAMPLES, found, model=model, num_queries=2)
 
 
 @pytest.fixture
@@ -88,3 +90,44 @@ def test_splits_are_pooled_only_when_there_are_several(tmp_path: Path):
     sizes = [found.cell(scope, "sft", "hit").examples for scope in found.scopes]
     assert sizes == [16, 8, 8]
     assert found.pairs("all") == []
+
+
+class AgainstEverything:
+    """A second judge that calls nothing relevant."""
+
+    name = "against-everything"
+    rubrics = ("targets",)
+
+    def judge(self, items: list[Any], rubric: str, description: str | None = None) -> list[Verdict]:
+        return [Verdict(None, 0.0, False, "ok", None) for _ in items]
+
+
+def test_a_second_judge_has_columns_of_its_own(tmp_path: Path):
+    readers = Readers(fake_run.WordOverlapJudge(), AgainstEverything(), [True, False, True, False])
+    found = Answers([GOOD] * 4, [True] * 4, [5] * 4)
+    rows = response_rows(readers, EXAMPLES, found, model="sft", num_queries=2)
+    assert [row["second_relevant_targets"] for row in rows] == [0.0, None, 0.0, None]
+    assert [row["second_status_targets"] for row in rows] == ["ok", "not_asked", "ok", "not_asked"]
+    assert {row["second_status_history"] for row in rows} == {"not_asked"}
+    assert {row["second_words_targets"] for row in rows} == {None}  # it judged responses only
+    metrics = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, [])), **fake_run.JUDGE})
+    assert metrics.cell("eval1", "sft", "relevant_targets").value == 1.0
+    cell = metrics.cell("eval1", "sft", "second_relevant_targets")
+    assert (cell.value, cell.examples) == (0.0, 2)
+
+
+def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
+    rows = answers("sft", [BAD] * 4) + answers("tppo", [GOOD] * 4)
+    rows += answers("nearest", [GOOD] * 4) + answers("repeat_last", [BAD] * 4)
+    metrics = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    assert metrics.policies == ["sft", "tppo"]
+    assert metrics.pairs("eval1") == [("tppo", "sft")]
+    assert metrics.baseline_pairs("eval1") == [(m, b) for m in ("tppo", "sft") for b in ("repeat_last", "nearest")]
+    headline = "Relevant to what the user really searched next"
+    lost = f"SFT loses to a simple baseline: Nearest neighbour ({headline}, Hit, Word F1)."
+    assert present.baseline_verdicts(metrics, "eval1") == [lost]
+    assert lost in present.lead(metrics, "eval1")
+
+    won = [row for row in rows if row["model"] != "sft"] + answers("sft", [GOOD] * 4)
+    metrics = Metrics({**build_metrics(won, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    assert present.baseline_verdicts(metrics, "eval1")[0].startswith("No model is shown to lose")

@@ -9,13 +9,13 @@ import fake_run
 import pytest
 import torch
 
-from tppo.config import RL, Recipe, Task
+from tppo.config import RL, Evaluate, Recipe, Task
 from tppo.errors import UserError
-from tppo.evaluate import stage
+from tppo.evaluate import answers, stage
 from tppo.evaluate.stage import GENERATIONS
 from tppo.judge.embedding import EmbeddingJudge, Thresholds
 from tppo.models import load_policy
-from tppo.run import RunFolder, run_stage
+from tppo.run import RunFolder, run_stage, stage_config
 from tppo.tables import EXAMPLES, Example, read_table, write_table
 
 
@@ -34,6 +34,7 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
         rl=RL(precision="fp32"),
     )
     run = RunFolder(recipe)
+    examples = [*examples, *fake_run.make_examples(4, split="train", seed=5)]
     with run.stage("prepare") as (folder, _):
         write_table(folder / "examples.parquet", [fake_run._example_row(e) for e in examples], EXAMPLES)
     for name in ("sft", "sample", "label", "reward", "rl_ppo", "rl_tppo"):
@@ -60,8 +61,11 @@ def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, jud
     assert run_stage(recipe, "evaluate", stage.run)
     folder = run.require("evaluate")
     rows = read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
-    by_model = {m: [r for r in rows if r["model"] == m] for m in ("sft", "ppo", "tppo", "targets", "other_user")}
-    assert [len(found) for found in by_model.values()] == [12] * 5
+    baselines = ["frequent_next", "repeat_last", "nearest"]
+    models = ["sft", "tppo", "ppo", *baselines, "targets", "other_user"]
+    assert stage.evaluated_models(recipe) == models
+    by_model = {model: [row for row in rows if row["model"] == model] for model in models}
+    assert [len(found) for found in by_model.values()] == [12] * len(models)
     assert not (folder / "parts").exists()
 
     # Same weights, same seed, same prompts: the same answers, so a difference of exactly nothing.
@@ -70,10 +74,17 @@ def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, jud
     metrics = json.loads((folder / "metrics.json").read_text())
     same = [d for d in metrics["differences"] if (d["model"], d["than"]) == ("ppo", "sft")]
     assert {d["value"] for d in same if d["value"] is not None} == {0.0}
-    assert all(row["win"] == 0 and row["tie"] == 1 for row in metrics["wins"] if row["model"] == "ppo")
+    wins = [row for row in metrics["wins"] if (row["model"], row["than"]) == ("ppo", "sft")]
+    assert all(row["win"] == 0 and row["tie"] == 1 for row in wins)
 
     # The scale of the judge: a user's own next queries are relevant to themselves, and exact hits.
     assert all(row["hit"] == 1 and row["words_targets"] == 1 for row in by_model["targets"])
+    assert all(row["similarity_true"] == pytest.approx(1, abs=1e-5) for row in by_model["targets"])
+    # Baselines go through the same judging and metrics; nothing is padded.
+    assert {row["queries_written"] for row in by_model["repeat_last"]} == {1.0}
+    assert {row["copied_queries"] for row in by_model["repeat_last"]} == {1.0}
+    train = {query for e in fake_run.make_examples(4, split="train", seed=5) for query in e.targets}
+    assert {query for row in by_model["nearest"] for query in row["queries"]} <= train
     own = {row["example_id"]: row for row in by_model["targets"]}
     assert all(row["user_id"] == own[row["example_id"]]["user_id"] for row in by_model["other_user"])
     assert all(len(row["words"]) == len(row["word_labels_targets"]) == len(row["word_query"]) for row in rows)
@@ -88,7 +99,7 @@ def test_a_restart_keeps_the_parts_it_finds(
     examples = fake_run.make_examples(3) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     asked: list[str] = []
-    real = stage.generate
+    real = answers.generate
 
     def counted(*args, **kwargs):
         asked.append(kwargs["description"])
@@ -96,7 +107,7 @@ def test_a_restart_keeps_the_parts_it_finds(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(stage, "generate", counted)
+    monkeypatch.setattr(answers, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         run_stage(recipe, "evaluate", stage.run)
     assert run.manifest("evaluate") is None
@@ -109,7 +120,7 @@ def test_a_restart_keeps_the_parts_it_finds(
         "ppo answers eval1",
         "ppo answers eval2",
     ]
-    assert read_table(run.path("evaluate") / "generations.parquet", GENERATIONS).num_rows == 2 * 6 * 5
+    assert read_table(run.path("evaluate") / "generations.parquet", GENERATIONS).num_rows == 2 * 6 * 8
 
 
 def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_file: Path):
@@ -118,7 +129,7 @@ def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_fil
     recipe.evaluate.splits = ["eval1"]
     run_stage(recipe, "evaluate", stage.run)
     metrics = json.loads((run.path("evaluate") / "metrics.json").read_text())
-    assert metrics["models"] == ["sft", "ppo", "tppo", "targets"]
+    assert metrics["models"] == ["sft", "ppo", "tppo", "frequent_next", "repeat_last", "nearest", "targets"]
     assert {row["low"] for row in metrics["rows"]} == {None}
 
 
@@ -132,6 +143,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path):
     for broken, words in (
         ({"splits": []}, "splits is empty"),
         ({"bootstrap_samples": 0}, "give at least 100"),
+        ({"baselines": ["best_of_n"], "best_of": 1}, "best_of=1"),
+        ({"baselines": ["best_of_n"], "temperature": 0.0}, "temperature=0"),
+        ({"baselines": ["nearest", "nearest"]}, "names one twice"),
     ):
         recipe = fake_run.make_recipe(tmp_path, **broken)
         with pytest.raises(UserError, match=words):
@@ -154,7 +168,62 @@ def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, jud
 
 
 def test_tuned_only_leaves_sft_out(tmp_path: Path):
-    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True)
+    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True, untuned=True, baselines=["best_of_n"])
     assert stage.evaluated_models(recipe) == ["tppo"]
     with pytest.raises(UserError, match="leaves nothing to evaluate"):
         stage.evaluated_models(replace(recipe, algorithms=[]))
+
+
+def test_baselines_that_learn_need_training_examples(tmp_path: Path):
+    recipe = fake_run.make_recipe(tmp_path / "run", [])
+    run = RunFolder(recipe)
+    with run.stage("prepare") as (folder, _):
+        rows = [fake_run._example_row(e) for e in fake_run.make_examples(2)]
+        write_table(folder / "examples.parquet", rows, EXAMPLES)
+    with pytest.raises(UserError, match=r"frequent_next.*training examples"):
+        answers.make_answerer("frequent_next", recipe, run, None)
+
+
+def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
+    recipe.evaluate.second_judge = "embedding"
+    with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v1/minilm, the first judge"):
+        stage.choose_second_judge(recipe, run, stage.choose_judge(recipe, run))
+
+
+def test_the_second_judge_reads_the_same_examples_of_every_model():
+    recipe = Recipe(evaluate=Evaluate(second_judge_examples=4))
+    examples = fake_run.make_examples(6)
+    asked = stage.second_asked(recipe, "eval1", examples)
+    assert (len(asked), sum(asked)) == (12, 4)
+    assert asked == stage.second_asked(recipe, "eval1", examples)
+    assert all(stage.second_asked(Recipe(), "eval1", examples))
+    # The cells of a study differ in `seed`, not in what the second judge reads.
+    seeds = [stage.second_asked(replace(recipe, seed=seed, shared_seed=0), "eval1", examples) for seed in (1, 2, 3)]
+    assert seeds == [asked] * 3
+
+
+def test_another_users_queries_are_the_same_in_every_cell_of_a_study(tmp_path: Path):
+    examples = fake_run.make_examples(12)
+    recipe = fake_run.make_recipe(tmp_path, [])
+
+    def responses(seed: int, shared_seed: int | None) -> list[str]:
+        cell = replace(recipe, seed=seed, shared_seed=shared_seed)
+        found = answers.make_answerer("other_user", cell, RunFolder(cell), None)("eval1", examples)
+        assert found is not None
+        return found.responses
+
+    assert responses(4, 0) == responses(5, 0) == responses(0, None) != responses(1, None)
+
+
+def test_the_start_model_is_evaluated_without_sft(tmp_path: Path, tiny_policy: Path, judge_file: Path):
+    recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
+    recipe.evaluate.splits, recipe.evaluate.baselines, recipe.evaluate.untuned = ["eval1"], [], True
+    recipe.sft.model = str(tiny_policy)
+    found = {
+        name: answers.make_answerer(name, recipe, run, None)("eval1", fake_run.make_examples(3))
+        for name in ("untuned", "sft")
+    }
+    # SFT's folder here is a copy of the start model: the same prompts and draws give the same answers.
+    assert found["untuned"] == found["sft"]
+    assert "start_model" in stage_config("evaluate", recipe)

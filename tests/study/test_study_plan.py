@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tppo.config import Evaluate, Prepare, Recipe, Sample, Setting, Study
+from tppo.config import RL, Evaluate, Prepare, Recipe, Sample, Setting, Study
 from tppo.errors import UserError
-from tppo.run import RunFolder
+from tppo.evaluate.stage import evaluated_models
+from tppo.run import RunFolder, stage_config, stage_inputs
 from tppo.study.plan import Plan, describe, make_plan, settings_tried
 from tppo.study.run import check_taken, worker_devices
 
@@ -58,6 +59,25 @@ def test_a_setting_makes_what_it_touches_and_takes_the_rest():
     assert taken.recipe.stage_dirs["rl_tppo"] == "r/cells/base-tppo-s1/rl_tppo"
     assert [job.name for job in plan.jobs if taken.needs(job)] == ["shared/base", "cells/base-tppo-s1"]
     assert settings_tried(plan) == {"tppo": ["base", "w0.9", "kl"], "dpo": ["base"]}
+
+
+def test_baselines_are_answered_in_the_cells_of_sft():
+    baselines = Evaluate(baselines=["nearest", "best_of_n"], untuned=True)
+    plan = make_plan(make_recipe("r", Setting("kl", {"rl.kl_coef": 0.05}), evaluate=baselines))
+    cells = {job.name: job.recipe for job in plan.cells}
+    assert evaluated_models(cells["cells/base-sft-s0"]) == [
+        "sft", "untuned", "nearest", "best_of_n", "targets", "other_user",
+    ]  # fmt: skip
+    assert evaluated_models(cells["cells/base-tppo-s0"]) == ["tppo"]
+    # best_of_n chooses by the rewards of `rl`; DPO is none of its business.
+    assert "cells/kl-sft-s0" in cells
+    assert "cells/kl-dpo-s0" not in cells
+    config = stage_config("evaluate", cells["cells/base-tppo-s0"])
+    assert not {"rl", "start_model"} & config.keys()
+    assert "reward" not in stage_inputs("evaluate", cells["cells/base-tppo-s0"])
+    shown = replace(cells["cells/base-sft-s0"], rl=RL(trackers=["tensorboard"]))
+    assert stage_config("evaluate", shown) == stage_config("evaluate", cells["cells/base-sft-s0"])
+    assert stage_inputs("evaluate", shown) == ["prepare", "sft", "label", "sample", "reward"]
 
 
 def test_every_folder_is_made_once():

@@ -23,8 +23,10 @@ from tppo.tables import write_table
 EXAMPLES = [*fake_run.make_examples(10), *fake_run.make_examples(10, split="eval2", seed=7)]
 
 
-def make_study(root: Path, skip: str = "") -> tuple[Recipe, Plan]:
-    """Every cell but `skip`, finished, by the run folders themselves."""
+def make_study(
+    root: Path, skip: str = "", baselines: tuple[str, ...] = (), second_judge: str | None = None
+) -> tuple[Recipe, Plan]:
+    """Every cell but `skip`, finished, by the run folders themselves; the second judge says what the first does."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo", "dpo"]),
         study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
@@ -38,10 +40,13 @@ def make_study(root: Path, skip: str = "") -> tuple[Recipe, Plan]:
                 elif stage.startswith("rl_"):
                     fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._rl_rows(job.model, job.seed))
                 elif stage == "evaluate":
-                    models = ["sft", "targets", "other_user"] if job.model == "sft" else [job.model]
+                    models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
                     rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
+                    for name in [n for n in GENERATIONS.names if second_judge and n.startswith("second_")]:
+                        for row in rows:
+                            row[name] = row[name.removeprefix("second_")]
                     write_table(folder / "generations.parquet", rows, GENERATIONS)
-                    write_json(folder / "metrics.json", fake_run.JUDGE)
+                    write_json(folder / "metrics.json", {**fake_run.JUDGE, "second_judge": second_judge})
     return recipe, plan
 
 
@@ -129,6 +134,33 @@ def test_a_missing_cell_is_named_and_the_rest_is_reported(tmp_path: Path):
     metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
     pairs = {(r["model"], r["than"]): r["seeds"] for r in metrics["differences"] if r["metric"] == "hit"}
     assert (pairs["tppo", "ppo"], pairs["tppo", "sft"]) == (2, 3)
+
+
+def test_baselines_and_the_second_judge_are_in_the_report(tmp_path: Path, study: Path):
+    recipe, plan = make_study(tmp_path / "run", baselines=("frequent_next",), second_judge="other-v1")
+    folder = tmp_path / "run/study"
+    assert write_report(recipe, plan, {}) == folder / "report.html"
+    html, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
+    assert "The same by a second judge, other-v1" in html
+    assert "second judge: other-v1" in summary
+    assert "SFT minus Most frequent next" in html
+    assert "SFT minus Most frequent next" in summary
+    row = pq.read_table(folder / "results.parquet").to_pylist()[0]
+    assert (row["second_judge"], row["second_status_history"]) == ("other-v1", "ok")
+    found, alone = (json.loads((path / "metrics.json").read_text())["differences"] for path in (folder, study))
+
+    def corrected(rows: list, metric: str) -> dict:
+        return {(r["scope"], r["model"], r["than"]): r["p_holm"] for r in rows if r["metric"] == metric}
+
+    # Against baselines every policy is compared, too, but that makes no p-value between policies larger.
+    with_baselines = corrected(found, "relevant_targets")
+    assert with_baselines.keys() - corrected(alone, "relevant_targets").keys() == {
+        (scope, model, "frequent_next")
+        for scope in ("all", "eval1", "eval2")
+        for model in ("tppo", "ppo", "dpo", "sft")
+    }
+    assert corrected(alone, "relevant_targets").items() <= with_baselines.items()
+    assert corrected(found, "second_relevant_targets") == with_baselines
 
 
 def test_changed_settings_are_not_mixed_in(tmp_path: Path):

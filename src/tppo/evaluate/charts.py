@@ -23,6 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+# Any other name (a simple baseline) is drawn in the quiet colour.
 SERIES = ("sft", "dpo", "ppo", "ppo_sum", "tppo", "targets", "other_user")
 _INK, _QUIET, _LINE = "#010101", "#020202", "#030303"
 _COLOURS = {name: f"#0a000{number}" for number, name in enumerate(SERIES)}
@@ -97,7 +98,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, *, dots: bool = 
         return None
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.7, 2.7)
-        _draw_lines(axes, drawn, title, x_label, _COLOURS, dots)
+        _draw_lines(axes, drawn, title, x_label, {**_COLOURS, "quiet": _QUIET}, dots)
         return _svg(figure, title)
 
 
@@ -123,7 +124,7 @@ def _draw_lines(
     axes: Axes, lines: Sequence[Line], title: str, x_label: str, colours: dict[str, str], dots: bool
 ) -> None:
     for line in lines:
-        colour = line.name if line.name.startswith("#") else colours[line.name]
+        colour = line.name if line.name.startswith("#") else colours.get(line.name, colours["quiet"])
         y = [math.nan if (number := _number(value)) is None else number for value in line.y]
         style = (0, (3, 2)) if line.dashed else "-"
         marker = "o" if sum(not math.isnan(value) for value in y) == 1 else None
@@ -152,7 +153,7 @@ def interval_chart(intervals: Sequence[Interval], title: str, zero: bool = False
     with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x"}):
         figure, axes = _figure(8.8, 0.65 + 0.36 * len(intervals))
         for row, interval in enumerate(intervals):
-            colour, value = _COLOURS[interval.name], 100 * interval.value
+            colour, value = _COLOURS.get(interval.name, _QUIET), 100 * interval.value
             if interval.low is not None and interval.high is not None:
                 axes.plot([100 * interval.low, 100 * interval.high], [row, row], color=colour, linewidth=2.4,
                           solid_capstyle="round")  # fmt: skip

@@ -31,9 +31,17 @@ DISPLAY = {
     "ppo": "PPO",
     "ppo_sum": "PPO (token sum)",
     "tppo": "TPPO",
+    "untuned": "Without SFT",
+    "best_of_n": "SFT, best of n",
+    "frequent_next": "Most frequent next",
+    "repeat_last": "Last query again",
+    "repeat_recent": "Last queries again",
+    "nearest": "Nearest neighbour",
     "targets": "True next queries",
     "other_user": "Another user's next queries",
 }
+BASELINES = ("untuned", "best_of_n", "frequent_next", "repeat_last", "repeat_recent", "nearest")
+"""What every policy is compared with, besides the other policies."""
 POOLED = "all"
 
 
@@ -41,6 +49,13 @@ def model_pairs(models: Collection[str]) -> list[tuple[str, str]]:
     """Which of the models are compared: each with those after it in `MODEL_ORDER`, the farthest first."""
     compared = [model for model in MODEL_ORDER if model in models]
     return [(a, b) for number, a in enumerate(compared) for b in reversed(compared[number + 1 :])]
+
+
+def baseline_pairs(models: Collection[str]) -> list[tuple[str, str]]:
+    """Every policy with every baseline among the models."""
+    return [
+        (model, baseline) for model in MODEL_ORDER if model in models for baseline in BASELINES if baseline in models
+    ]
 
 
 def build_metrics(
@@ -98,10 +113,11 @@ def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: Boo
         by_model[model] = [indexed.get(question, {}) for question in questions]
         assert len(indexed) == len(found), f"{model} answered an example twice"
         result["rows"] += _model_rows(scope, model, by_model[model], bootstrap)
-        for rubric in ("targets", "history"):
-            count = sum(row["status_" + rubric] == "abstained" for row in found)
-            result["abstained"].append({"scope": scope, "model": model, "rubric": rubric, "count": count})
-    for a, b in model_pairs(list(by_model)):
+        for judge in ("", "second_"):
+            for rubric in ("targets", "history"):
+                count = sum(row[f"{judge}status_{rubric}"] == "abstained" for row in found)
+                result["abstained"].append({"scope": scope, "model": model, "rubric": judge + rubric, "count": count})
+    for a, b in [*model_pairs(list(by_model)), *baseline_pairs(list(by_model))]:
         _add_pair(result, scope, a, b, by_model, bootstrap)
     return bootstrap
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
+
+import numpy as np
 
 from tppo.text import Event, normalise_query
 
@@ -62,6 +64,8 @@ RELEVANCE = (
 )
 TRUTH = (
     Metric("hit", "Hit", "rate", "higher", "at least one query equals a true next query exactly"),
+    Metric("hit_1", "Hit@1", "rate", "higher", "the first query equals a true next query exactly"),
+    Metric("hit_3", "Hit@3", "rate", "higher", "one of the first three queries equals a true next query exactly"),
     Metric("overlap", "Overlap", "rate", "higher", "share of the true next queries that were written exactly"),
     Metric(
         "token_f1",
@@ -71,11 +75,18 @@ TRUTH = (
         "mean over the true next queries of the best word F1 of any query",
     ),
     Metric(
-        "similarity",
-        "Similarity",
+        "similarity_written",
+        "Similarity, written to true",
         "number",
         "higher",
-        "judge's score of the response against the true next queries (mean of the best cosines)",
+        "mean over the written queries of the largest cosine to a true next query (evaluate.encoder)",
+    ),
+    Metric(
+        "similarity_true",
+        "Similarity, true to written",
+        "number",
+        "higher",
+        "mean over the true next queries of the largest cosine to a written query (evaluate.encoder)",
     ),
 )
 FORM = (
@@ -110,6 +121,13 @@ FORM = (
         "lower",
         "share of queries equal to an earlier one in the response",
     ),
+    Metric(
+        "repeated_words",
+        "Repeated words",
+        "rate",
+        "neither",
+        "share of words that the response already held",
+    ),
 )
 CORPUS = (
     Metric("distinct_1", "Distinct words", "rate", "higher", "different words / words, over all responses"),
@@ -122,7 +140,11 @@ CORPUS = (
     ),
     Metric("distinct_queries", "Distinct queries", "rate", "higher", "different queries / queries, over all"),
 )
-PER_RESPONSE = (*RELEVANCE, *TRUTH, *FORM)
+SECOND = tuple(
+    replace(metric, name=f"second_{metric.name}", label=f"{metric.label} (second judge)") for metric in RELEVANCE
+)
+"""The same by `evaluate.second_judge`."""
+PER_RESPONSE = (*RELEVANCE, *SECOND, *TRUTH, *FORM)
 BY_NAME = {metric.name: metric for metric in (*PER_RESPONSE, *CORPUS)}
 
 
@@ -134,20 +156,35 @@ def word_f1(query: str, target: str) -> float:
 
 
 def truth_metrics(queries: Sequence[str], targets: Sequence[str], usable: bool) -> dict[str, float]:
-    """hit, overlap and token_f1 of a response against the true next queries (both already normalised).
+    """hit (of all queries, the first, the first three), overlap and token_f1 against the true next queries.
 
-    `usable` False (unparseable) gives 0 for all three.
+    Both are already normalised (`tppo.text.normalise_query`). `usable` False (unparseable) gives 0 for all.
     """
     assert targets, "an example without targets is no example"
-    if not usable:
-        return {"hit": 0.0, "overlap": 0.0, "token_f1": 0.0}
-    written = set(queries)
-    found = [target in written for target in targets]
-    best = [max((word_f1(query, target) for query in queries), default=0.0) for target in targets]
+    shown = list(queries) if usable else []
+    found = [target in shown for target in targets]
+    best = [max((word_f1(query, target) for query in shown), default=0.0) for target in targets]
     return {
         "hit": float(any(found)),
+        "hit_1": float(not set(shown[:1]).isdisjoint(targets)),
+        "hit_3": float(not set(shown[:3]).isdisjoint(targets)),
         "overlap": sum(found) / len(found),
         "token_f1": sum(best) / len(best),
+    }
+
+
+def similarity_metrics(written_QD: np.ndarray, targets_TD: np.ndarray, usable: bool) -> dict[str, float]:
+    """similarity_written and similarity_true from unit embeddings of the queries and of the true next queries.
+
+    The two directions are BERTScore's precision and recall (Zhang et al., ICLR 2020) with whole queries for tokens. 0
+    when `usable` is False or nothing was written.
+    """
+    if not usable or not len(written_QD):
+        return {"similarity_written": 0.0, "similarity_true": 0.0}
+    cosine_QT = written_QD @ targets_TD.T
+    return {
+        "similarity_written": float(cosine_QT.max(axis=1).mean()),
+        "similarity_true": float(cosine_QT.max(axis=0).mean()),
     }
 
 
@@ -162,6 +199,7 @@ def form_metrics(queries: Sequence[str], history: Sequence[Event]) -> dict[str, 
         "copied_queries": _share(query in searches for query in queries),
         "copied_words": _share(word in known for word in words),
         "repeated_queries": _share(query in queries[:number] for number, query in enumerate(queries)),
+        "repeated_words": 1 - len(set(words)) / len(words) if words else None,
     }
 
 

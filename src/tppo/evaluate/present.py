@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tppo.evaluate.compare import DISPLAY, POOLED
-from tppo.evaluate.metrics import BY_NAME, FORM, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.compare import BASELINES, DISPLAY, POOLED
+from tppo.evaluate.metrics import BY_NAME, FORM, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.stats import FEW_USERS, Estimate, IntervalEstimate, verdict
 
 NOT_MEASURED = "not measured"
@@ -70,7 +70,12 @@ class Metrics:
 
     @property
     def policies(self) -> list[str]:
-        return [model for model in self.data["models"] if model not in ("targets", "other_user")]
+        """SFT and the tuned models: what is compared with each other."""
+        return [model for model in self.data["models"] if model not in (*BASELINES, "targets", "other_user")]
+
+    @property
+    def baselines(self) -> list[str]:
+        return [model for model in self.data["models"] if model in BASELINES]
 
     def cell(self, scope: str, model: str, metric: str) -> Estimate:
         return _find(self.data["rows"], scope=scope, model=model, metric=metric)
@@ -79,6 +84,14 @@ class Metrics:
         return _find(self.data["differences"], scope=scope, model=model, than=than, metric=metric)
 
     def pairs(self, scope: str) -> list[tuple[str, str]]:
+        """The policies that are compared with each other."""
+        return [pair for pair in self._compared(scope) if pair[1] not in BASELINES]
+
+    def baseline_pairs(self, scope: str) -> list[tuple[str, str]]:
+        """A policy and the baseline it is compared with."""
+        return [pair for pair in self._compared(scope) if pair[1] in BASELINES]
+
+    def _compared(self, scope: str) -> list[tuple[str, str]]:
         found = [(row["model"], row["than"]) for row in self.data["wins"] if row["scope"] == scope]
         return list(dict.fromkeys(found))
 
@@ -142,6 +155,9 @@ def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
         wins = metrics.wins(scope, model, than, rubric)
         other = metrics.difference(scope, model, than, check.name)
         others = [("Check, " + AGAINST[check.name], shift(other, check), verdict(other))]
+        second = metrics.difference(scope, model, than, f"second_{headline.name}")
+        if second.value is not None:
+            others.append((f"Second judge, {AGAINST[headline.name]}", shift(second, headline), verdict(second)))
         for name in ("hit", "token_f1"):
             found = metrics.difference(scope, model, than, name)
             others.append((f"{BY_NAME[name].label}, no judge", shift(found, BY_NAME[name]), verdict(found)))
@@ -179,7 +195,32 @@ def lead(metrics: Metrics, scope: str) -> list[str]:
             than = [e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome]
             if than:
                 sentences.append(f"{DISPLAY[model]} {words} {_listed([DISPLAY[name] for name in than])}.")
-    return [*sentences, f"Answers {against}: {', '.join(shares)}."]
+    return [*sentences, *baseline_verdicts(metrics, scope), f"Answers {against}: {', '.join(shares)}."]
+
+
+def baseline_verdicts(metrics: Metrics, scope: str) -> list[str]:
+    """Which policies lose to a simple baseline, by the headline or without a judge; each interval excludes 0.
+
+    SFT against its own best of n is left out: that is SFT with more samples.
+    """
+    sentences = []
+    names = (metrics.data["headline"], "hit", "token_f1")
+    for model in metrics.policies[::-1]:
+        lost: dict[str, list[str]] = {}
+        for policy, than in metrics.baseline_pairs(scope):
+            if policy != model or (model, than) == ("sft", "best_of_n"):
+                continue
+            for name in names:
+                if verdict(metrics.difference(scope, model, than, name)) == "worse":
+                    lost.setdefault(DISPLAY[than], []).append(BY_NAME[name].label)
+        if lost:
+            said = "; ".join(f"{baseline} ({', '.join(labels)})" for baseline, labels in lost.items())
+            sentences.append(f"{DISPLAY[model]} loses to a simple baseline: {said}.")
+    if not sentences and metrics.baseline_pairs(scope):
+        sentences = [
+            f"No model is shown to lose to a simple baseline ({_listed([DISPLAY[b] for b in metrics.baselines])})."
+        ]
+    return sentences
 
 
 def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) -> list[str]:
@@ -194,9 +235,13 @@ def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) ->
     users = metrics.cell(scope, "sft", headline).users
     if users < FEW_USERS:
         notes.append(f"Only {users} users were evaluated: intervals over so few users are too narrow.")
-    abstained = sum(row["count"] for row in metrics.data["abstained"] if row["scope"] == scope)
-    if abstained:
-        notes.append(f"The judge abstained {abstained} times; those answers are left out of the relevance numbers.")
+    for judge, prefix in (("The judge", ""), ("The second judge", "second_")):
+        counted = {prefix + rubric for rubric in ("targets", "history")}
+        counts = [
+            row["count"] for row in metrics.data["abstained"] if row["scope"] == scope and row["rubric"] in counted
+        ]
+        if sum(counts):
+            notes.append(f"{judge} abstained {sum(counts)} times; those answers are left out of its numbers.")
     notes.append(_trainings(metrics.data.get("seeds", 1)))
     if metrics.data["judge_labelled_training"]:
         notes.append(
@@ -253,11 +298,12 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
     lines = ["# Evaluation", "", *lead(metrics, scope), ""]
     lines += [f"- {name}: {value}" for name, value in facts]
     for part in metrics.scopes:
-        for title, group in (("Relevance", RELEVANCE), ("True next queries", TRUTH), ("Form", FORM)):
+        second = [("Relevance by the second judge", SECOND)] if metrics.data.get("second_judge") else []
+        for title, group in (("Relevance", RELEVANCE), *second, ("True next queries", TRUTH), ("Form", FORM)):
             lines += ["", f"## {title}, {SCOPES[part]}", "", *_markdown_table(metrics, part, group)]
         lines += ["", f"## Differences, {SCOPES[part]}", ""]
         lines += ["| | headline | check | hit | word F1 |", "|---|---|---|---|---|"]
-        for model, than in metrics.pairs(part):
+        for model, than in [*metrics.pairs(part), *metrics.baseline_pairs(part)]:
             cells = [
                 shift(metrics.difference(part, model, than, name), BY_NAME[name])
                 for name in (metrics.data["headline"], metrics.data["check"], "hit", "token_f1")
@@ -270,13 +316,22 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
             "| | against | by | win | tie | lose | orders disagree |",
             "|---|---|---|---|---|---|---|",
         ]
-        for row in metrics.data["wins"]:
-            if row["scope"] == part:
-                shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
-                flips = number(row["flip_rate"], "rate") if row["by"] == "vote" else ""
-                pair = f"{DISPLAY[row['model']]} vs {DISPLAY[row['than']]}"
-                lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {flips} |")
+        for row in shown_wins(metrics, part):
+            shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
+            flips = number(row["flip_rate"], "rate") if row["by"] == "vote" else ""
+            pair = f"{DISPLAY[row['model']]} vs {DISPLAY[row['than']]}"
+            lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {flips} |")
     return "\n".join([*lines, ""])
+
+
+def shown_wins(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
+    """The win-tie-lose rows of a scope; against baselines under the headline's rubric only."""
+    rubric = metrics.data["headline"].removeprefix("relevant_")
+    return [
+        row
+        for row in metrics.data["wins"]
+        if row["scope"] == scope and (row["than"] not in BASELINES or row["rubric"] == rubric)
+    ]
 
 
 def training_markdown(

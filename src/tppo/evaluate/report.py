@@ -24,6 +24,7 @@ from tppo.errors import UserError
 from tppo.evaluate import present
 from tppo.evaluate.charts import Interval, interval_chart
 from tppo.evaluate.compare import DISPLAY
+from tppo.evaluate.costs import cost_markdown, cost_rows, model_costs
 from tppo.evaluate.curves import (
     dpo_charts,
     read_jsonl,
@@ -33,7 +34,7 @@ from tppo.evaluate.curves import (
     rollout_policies,
     sft_chart,
 )
-from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.reward_check import reward_check_section
 from tppo.evaluate.stage import GENERATIONS
@@ -53,6 +54,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     metrics = load_metrics(run)
     scope = metrics.scopes[0]
     final_kl = {model: _last(rl_rows(run, model), "kl") for model in rollout_policies(metrics.policies)}
+    point_costs = model_costs(recipe, run, metrics, scope)
     context = {
         "lead": present.lead(metrics, scope),
         "scope_label": present.SCOPES[scope],
@@ -63,6 +65,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "scopes": [scope_tables(metrics, name) for name in metrics.scopes],
         "against": {name: present.AGAINST[metrics.data[name]] for name in ("headline", "check")},
         "judge": metrics.data["judge"],
+        "second_judge": metrics.data.get("second_judge"),
         "models": [(model, DISPLAY[model]) for model in metrics.policies],
         "rl_charts": rl_charts(run, metrics.policies),
         "dpo_charts": dpo_charts(run) if "dpo" in metrics.policies else [],
@@ -75,6 +78,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
         "costs": costs(recipe, run),
+        "point_costs": cost_rows(point_costs),
         "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
         "seed": recipe.seed,
         "run_name": run.root.name,
@@ -84,13 +88,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "counts": (run.manifest("evaluate") or {}).get("facts", {}),
         "bootstrap_samples": recipe.evaluate.bootstrap_samples,
         "temperature": recipe.evaluate.temperature,
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *TRUTH, *FORM, *CORPUS)},
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *TRUTH, *FORM, *CORPUS)},
     }
     (folder / "report.html").write_text(render(context), encoding="utf-8")
     facts = [
         ("examples", str(metrics.cell(scope, "sft", metrics.data["headline"]).examples)),
         ("users", str(metrics.cell(scope, "sft", metrics.data["headline"]).users)),
         ("judge", metrics.data["judge"]),
+        *([("second judge", metrics.data["second_judge"])] if metrics.data.get("second_judge") else []),
         ("seed", str(recipe.seed)),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
     ]
@@ -101,7 +106,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)},
         rl_rows(run, "dpo") if "dpo" in metrics.policies else [],
     )
-    summary = f"{present.summary_markdown(metrics, facts)}\n{training}"
+    summary = f"{present.summary_markdown(metrics, facts)}\n{training}\n{cost_markdown(point_costs)}"
     (folder / "summary.md").write_text(summary, encoding="utf-8")
     return {"verdict": context["lead"], "cautions": context["cautions"]}
 
@@ -184,6 +189,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "examples": count.examples,
         "users": count.users,
         "relevance": table(metrics, scope, _headline_first(metrics)),
+        "second": table(metrics, scope, SECOND) if metrics.data.get("second_judge") else None,
         "truth": table(metrics, scope, TRUTH),
         "form": table(metrics, scope, FORM[:4]),
         "variety": table(metrics, scope, (*FORM[4:], *CORPUS)),
@@ -194,8 +200,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
              "net_interval": present.interval(present.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
              "flips": present.number(row["flip_rate"], "rate") if row["by"] == "vote" else None}
-            for row in metrics.data["wins"]
-            if row["scope"] == scope
+            for row in present.shown_wins(metrics, scope)
         ],
     }  # fmt: skip
 
@@ -228,7 +233,7 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
         "queries_written",
     )
     rows = []
-    for model, than in metrics.pairs(scope):
+    for model, than in [*metrics.pairs(scope), *metrics.baseline_pairs(scope)]:
         cells = []
         for name in names:
             cell, metric = metrics.difference(scope, model, than, name), BY_NAME[name]

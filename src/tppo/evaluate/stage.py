@@ -1,7 +1,9 @@
 """The evaluate stage: every policy answers the same prompts with the same seed; one judge reads all answers.
 
-Two reference rows show the scale of the judge: `targets` judges the user's true next queries as if a model
-had written them, `other_user` judges those of another user of the same evaluation set.
+Simple baselines (`tppo.evaluate.baselines`) answer the same examples and go the same way. Two reference rows show
+the scale of the judge: `targets` judges the user's true next queries as if a model had written them, `other_user`
+judges those of another user of the same evaluation set. A second judge may read the same answers; its verdicts
+stand in columns `second_...`.
 
 Each (split, model) part is written to parts/ as soon as it is judged; a restarted stage keeps the parts it
 finds (the run folder guarantees the same settings and inputs).
@@ -12,43 +14,43 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
 
 from tppo.config import Recipe, Rubric
 from tppo.errors import UserError
+from tppo.evaluate.answers import REFERENCES, Answers, embed_texts, make_answerer
 from tppo.evaluate.compare import build_metrics
-from tppo.evaluate.metrics import form_metrics, truth_metrics
+from tppo.evaluate.metrics import form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
-from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict, other_user_items
-from tppo.models import load_policy
-from tppo.policy.generate import encode_examples, generate
-from tppo.progress import console
-from tppo.run import RunFolder, rl_stage, write_json
-from tppo.seeding import rng, stream_seed
+from tppo.judge.embedding import Encoder
+from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
+from tppo.run import RunFolder, evaluated_baselines, write_json
+from tppo.seeding import rng
 from tppo.tables import Example, field, load_examples, read_table, write_table
-from tppo.text import parse_response, render_response
+from tppo.text import parse_response
 
 RUBRICS: tuple[Rubric, ...] = ("targets", "history")
-REFERENCES = ("targets", "other_user")
+NOT_MEASURED = {"similarity_written": None, "similarity_true": None}
 
 
-def _rubric_fields(rubric: str, against: str) -> list[pa.Field]:
+def _rubric_fields(rubric: str, against: str, prefix: str = "") -> list[pa.Field]:
+    judge = "second judge's" if prefix else "judge's"
+    kinds = (
+        ("relevant", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0"),
+        ("words", pa.float64(), f"share of words relevant to {against}; unparseable 0"),
+        ("sentence_score", pa.float64(), f"{judge} score of the response as written"),
+        ("word_labels", pa.list_(pa.int8()), "1 irrelevant, 2 relevant, per word as written"),
+    )
+    status = "ok; abstained or not_asked (then the four columns before are null)"
     return [
-        field(f"relevant_{rubric}", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0", True),
-        field(f"words_{rubric}", pa.float64(), f"share of words relevant to {against}; unparseable 0", True),
-        field(f"sentence_score_{rubric}", pa.float64(), "judge's score of the response as written", True),
-        field(
-            f"word_labels_{rubric}",
-            pa.list_(pa.int8()),
-            "1 irrelevant, 2 relevant, per word as written",
-            True,
-        ),
-        field(f"status_{rubric}", pa.string(), "ok; abstained or not_asked (then the four columns before are null)"),
+        *(field(f"{prefix}{name}_{rubric}", kind, doc, True) for name, kind, doc in kinds),
+        field(f"{prefix}status_{rubric}", pa.string(), status),
     ]
 
 
@@ -57,7 +59,7 @@ GENERATIONS = pa.schema(
         field("example_id", pa.string(), "example answered"),
         field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
         field("split", pa.string(), "eval1 or eval2"),
-        field("model", pa.string(), "sft, tppo, ppo, ppo_sum, dpo; or the references targets and other_user"),
+        field("model", pa.string(), "sft, an algorithm, untuned, a baseline, or a reference (targets, other_user)"),
         field("response", pa.string(), "text without special tokens"),
         field("queries", pa.list_(pa.string()), "normalised queries, in order"),
         field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
@@ -65,21 +67,27 @@ GENERATIONS = pa.schema(
         field("finished", pa.bool_(), "the model ended the response itself"),
         field("problem", pa.string(), "why the response is unparseable, else null", True),
         field("unparseable", pa.float64(), "1 when there is a problem"),
-        field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for references", True),
+        field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for what no model wrote", True),
         *_rubric_fields("targets", "the true next queries"),
         *_rubric_fields("history", "the history"),
-        field("similarity", pa.float64(), "sentence_score_targets; unparseable 0", True),
+        *_rubric_fields("targets", "the true next queries", "second_"),
+        *_rubric_fields("history", "the history", "second_"),
         *[
             field(name, pa.float64(), "see tppo.evaluate.metrics", True)
             for name in (
                 "hit",
+                "hit_1",
+                "hit_3",
                 "overlap",
                 "token_f1",
+                "similarity_written",
+                "similarity_true",
                 "queries_written",
                 "words_per_query",
                 "copied_queries",
                 "copied_words",
                 "repeated_queries",
+                "repeated_words",
             )
         ],
     ]
@@ -92,28 +100,20 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: an evaluation set is empty, or a stage to the left is not finished.
     """
-    if not recipe.evaluate.splits:
-        raise UserError("evaluate.splits is empty: name eval1, eval2 or both")
-    if recipe.evaluate.bootstrap_samples < 100:
-        raise UserError(f"evaluate.bootstrap_samples={recipe.evaluate.bootstrap_samples}: give at least 100")
+    check_settings(recipe)
     judge = choose_judge(recipe, run)
+    second = choose_second_judge(recipe, run, judge)
+    encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
     examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
-    seconds: dict[str, float] = {}
-    dropped: dict[str, int] = {}
+    readers = {
+        split: Readers(judge, second, second_asked(recipe, split, chosen), encoder)
+        for split, chosen in examples.items()
+    }
+    facts = _write_parts(recipe, run, examples, readers, parts)
     models = evaluated_models(recipe)
-    for model in models:
-        missing = [split for split in examples if not _part(parts, split, model).exists()]
-        if missing:
-            start = time.monotonic()
-            dropped.update(_answer(recipe, run, judge, model, {s: examples[s] for s in missing}, parts))
-            seconds[model] = round(time.monotonic() - start, 1)
-    if not recipe.evaluate.tuned_only:
-        for split, chosen in examples.items():
-            _write_references(recipe, judge, split, chosen, parts)
-
-    order = [(split, model) for split in examples for model in (*models, *REFERENCES)]
+    order = [(split, model) for split in examples for model in models]
     tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
     generations = pa.concat_tables(tables)
     write_table(folder / "generations.parquet", generations, GENERATIONS)
@@ -124,28 +124,110 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     metrics = build_metrics(generations.to_pylist(), recipe, votes)
     metrics["judge"] = judge.name
     metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
+    metrics["second_judge"] = second.name if second else None
     write_json(folder / "metrics.json", metrics)
     shutil.rmtree(parts)
     return {
         "examples": {split: len(chosen) for split, chosen in examples.items()},
         "users": {split: len({e.user_id for e in chosen}) for split, chosen in examples.items()},
         "judge": judge.name,
-        "history_events_dropped_to_fit_the_prompt": dropped,
-        "seconds_by_model": seconds,
+        "second_judge": second.name if second else None,
+        **facts,
         "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
     }
 
 
+def _write_parts(
+    recipe: Recipe, run: RunFolder, examples: dict[str, list[Example]], readers: dict[str, Readers], parts: Path
+) -> dict[str, Any]:
+    """Write every (split, model) part that is missing; returns facts about that.
+
+    Seconds are given for models that were answered and judged as a whole in this attempt.
+    """
+    facts: dict[str, dict[str, Any]] = {
+        name: {} for name in ("history_events_dropped_to_fit_the_prompt", "seconds_answering", "seconds_judging")
+    }
+    for model in evaluated_models(recipe):
+        missing = {split: part for split, part in examples.items() if not _part(parts, split, model).exists()}
+        if not missing:
+            continue
+        seconds, dropped = _write_model(recipe, run, model, missing, readers, parts)
+        facts["history_events_dropped_to_fit_the_prompt"] |= dropped
+        if len(missing) == len(examples):
+            for name, value in seconds.items():
+                facts[name][model] = round(value, 1)
+    return facts
+
+
+def _write_model(
+    recipe: Recipe,
+    run: RunFolder,
+    model: str,
+    examples: dict[str, list[Example]],
+    readers: dict[str, Readers],
+    parts: Path,
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Answer, judge and measure; returns the seconds of each, and how many history events did not fit, per split."""
+    seconds = {"seconds_answering": 0.0, "seconds_judging": 0.0}
+    dropped = {}
+    start = time.monotonic()
+    answerer = make_answerer(model, recipe, run, next(iter(readers.values())).encoder)
+    for split, chosen in examples.items():
+        answers = answerer(split, chosen)
+        answered = time.monotonic()
+        seconds["seconds_answering"] += answered - start
+        if answers is not None:
+            rows = response_rows(readers[split], chosen, answers, model=model, num_queries=recipe.task.num_queries)
+            write_table(_part(parts, split, model), rows, GENERATIONS)
+            if answers.dropped_events is not None:
+                dropped[f"{split}.{model}"] = answers.dropped_events
+        start = time.monotonic()
+        seconds["seconds_judging"] += start - answered
+    return seconds, dropped
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Settings that cannot work.
+
+    Raises:
+        UserError: names the setting and what it has to be.
+    """
+    settings = recipe.evaluate
+    wrong = [
+        (not settings.splits, "splits is empty: name eval1, eval2 or both"),
+        (settings.bootstrap_samples < 100, f"bootstrap_samples={settings.bootstrap_samples}: give at least 100"),
+        (settings.batch_size < 1, f"batch_size={settings.batch_size}: give at least 1"),
+        (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
+        (
+            "best_of_n" in settings.baselines and settings.best_of < 2,
+            f"best_of={settings.best_of}: best_of_n chooses among at least 2",
+        ),
+        (
+            "best_of_n" in settings.baselines and settings.temperature == 0,
+            "temperature=0 draws one and the same response, so best_of_n has no choice: raise it or take best_of_n out",
+        ),
+        (
+            len(set(settings.baselines)) < len(settings.baselines),
+            f"baselines={settings.baselines} names one twice",
+        ),
+    ]
+    for is_wrong, words in wrong:
+        if is_wrong:
+            raise UserError(f"evaluate.{words}")
+
+
 def evaluated_models(recipe: Recipe) -> list[str]:
-    """The policies that answer: SFT and every tuned one, or the tuned ones only.
+    """Who answers, in the order of the tables: policies, baselines, references; or the tuned policies only.
 
     Raises:
         UserError: none is left.
     """
-    models = [*([] if recipe.evaluate.tuned_only else ["sft"]), *recipe.algorithms]
-    if not models:
-        raise UserError("evaluate.tuned_only leaves nothing to evaluate: `algorithms` is empty")
-    return models
+    if recipe.evaluate.tuned_only:
+        if not recipe.algorithms:
+            raise UserError("evaluate.tuned_only leaves nothing to evaluate: `algorithms` is empty")
+        return list(recipe.algorithms)
+    untuned = ["untuned"] if recipe.evaluate.untuned else []
+    return ["sft", *recipe.algorithms, *untuned, *evaluated_baselines(recipe), *REFERENCES]
 
 
 def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
@@ -167,6 +249,33 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     return judge
 
 
+def choose_second_judge(recipe: Recipe, run: RunFolder, first: Judge) -> Judge | None:
+    """The judge named by `evaluate.second_judge`, if any.
+
+    Raises:
+        UserError: it is the first judge again.
+    """
+    kind = recipe.evaluate.second_judge
+    if kind == "none":
+        return None
+    second, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+    if second.name == first.name:
+        raise UserError(
+            f"evaluate.second_judge={kind} is {first.name}, the first judge: it would only agree with itself; name "
+            "another, or none"
+        )
+    return second
+
+
+def second_asked(recipe: Recipe, split: str, examples: Sequence[Example]) -> list[bool]:
+    """Which examples the second judge reads: `evaluate.second_judge_examples`, drawn with the seed (0: all)."""
+    limit = recipe.evaluate.second_judge_examples
+    if not limit or limit >= len(examples):
+        return [True] * len(examples)
+    chosen = set(rng(recipe.data_seed, "second judge", split).choice(len(examples), size=limit, replace=False).tolist())
+    return [index in chosen for index in range(len(examples))]
+
+
 def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
     """`evaluate.max_examples` examples of a split, drawn with the seed, in file order (0: all)."""
     examples = load_examples(run.require("prepare"), split)
@@ -186,111 +295,81 @@ def _part(parts: Path, split: str, model: str) -> Path:
     return parts / f"{split}.{model}.parquet"
 
 
-def _answer(
-    recipe: Recipe,
-    run: RunFolder,
-    judge: Judge,
-    model_name: str,
-    examples: dict[str, list[Example]],
-    parts: Path,
-) -> dict[str, int]:
-    """Let one policy answer the given splits; returns how many history events did not fit, per split."""
-    stage = "sft" if model_name == "sft" else rl_stage(model_name)
-    dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
-    model, tokenizer = load_policy(run.require(stage) / "model", dtype=dtype)
-    dropped = {}
-    for split, chosen in examples.items():
-        prompts, dropped[f"{split}.{model_name}"] = encode_examples(tokenizer, chosen, recipe.task)
-        generations = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=recipe.task.max_response_tokens,
-            temperature=recipe.evaluate.temperature,
-            # The same stream for every model: equal distributions would give equal samples.
-            seed=stream_seed(recipe.seed, "evaluate", split),
-            batch_size=recipe.evaluate.batch_size,
-            description=f"evaluate: {model_name} answers {split}",
-        )
-        rows = response_rows(
-            judge,
-            chosen,
-            [g.response for g in generations],
-            [g.finished for g in generations],
-            [len(g.response_ids) for g in generations],
-            model=model_name,
-            num_queries=recipe.task.num_queries,
-        )
-        write_table(_part(parts, split, model_name), rows, GENERATIONS)
-    return dropped
+@dataclass(frozen=True)
+class Readers:
+    """What looks at the answers of a split."""
 
+    judge: Judge
+    second: Judge | None = None
+    second_asked: Sequence[bool] = ()
+    """Of each example; read only with a second judge."""
+    encoder: Encoder | None = None
+    """Of the embedding similarity, which is null without it."""
 
-def _write_references(recipe: Recipe, judge: Judge, split: str, examples: list[Example], parts: Path) -> None:
-    """Judge the true next queries of the users, and those of other users, as if a model had written them."""
-    answers = {"targets": [render_response(example.targets) for example in examples]}
-    if len({example.user_id for example in examples}) > 1:
-        seed = stream_seed(recipe.data_seed, "evaluate", split)
-        answers["other_user"] = [item.response for item in other_user_items(examples, seed)]
-    else:
-        console.print(f"evaluate: {split} holds one user only, so there is no other user to compare with")
-    count = len(examples)
-    for name, responses in answers.items():
-        path = _part(parts, split, name)
-        if not path.exists():
-            rows = response_rows(
-                judge,
-                examples,
-                responses,
-                [True] * count,
-                [None] * count,
-                model=name,
-                num_queries=recipe.task.num_queries,
-            )
-            write_table(path, rows, GENERATIONS)
+    def verdicts(self, items: Sequence[JudgeItem], model: str) -> list[dict[str, Verdict]]:
+        """Of each item the verdicts by rubric; the second judge's have the prefix `second_`."""
+        found: list[dict[str, Verdict]] = [{} for _ in items]
+        indices = list(range(len(items)))
+        second = [index for index in indices if self.second_asked[index]] if self.second else []
+        for judge, prefix, chosen in ((self.judge, "", indices), (self.second, "second_", second)):
+            for rubric in judge.rubrics if judge and chosen else ():
+                assert judge is not None
+                description = f"{prefix.replace('_', ' ')}judging {model}, rubric {rubric}"
+                verdicts = judge.judge([items[index] for index in chosen], rubric, description)
+                for index, verdict in zip(chosen, verdicts, strict=True):
+                    found[index][prefix + rubric] = verdict
+        return found
 
 
 def response_rows(
-    judge: Judge,
-    examples: Sequence[Example],
-    responses: Sequence[str],
-    finished: Sequence[bool],
-    tokens: Sequence[int | None],
-    *,
-    model: str,
-    num_queries: int,
+    readers: Readers, examples: Sequence[Example], answers: Answers, *, model: str, num_queries: int
 ) -> list[dict[str, Any]]:
     """Judge and measure one response per example: rows of generations.parquet."""
-    items = [JudgeItem(e.history, e.targets, r) for e, r in zip(examples, responses, strict=True)]
-    verdicts = {rubric: judge.judge(items, rubric, f"judging {model}, rubric {rubric}") for rubric in judge.rubrics}
+    items = [JudgeItem(e.history, e.targets, r) for e, r in zip(examples, answers.responses, strict=True)]
+    verdicts = readers.verdicts(items, model)
+    parsed_responses = [
+        parse_response(response, finished, num_queries)
+        for response, finished in zip(answers.responses, answers.finished, strict=True)
+    ]
+    vectors: dict[str, Any] = {}
+    if readers.encoder:
+        texts = {text for parsed in parsed_responses for text in parsed.queries} | {
+            t for e in examples for t in e.targets
+        }
+        distinct = sorted(texts)
+        vectors = dict(zip(distinct, embed_texts(readers.encoder, distinct), strict=True))
     rows = []
-    for i, (example, response) in enumerate(zip(examples, responses, strict=True)):
-        parsed = parse_response(response, finished[i], num_queries)
+    for i, (example, parsed) in enumerate(zip(examples, parsed_responses, strict=True)):
         usable = parsed.problem is None
         row: dict[str, Any] = {
             "example_id": example.example_id,
             "user_id": example.user_id,
             "split": example.split,
             "model": model,
-            "response": response,
+            "response": answers.responses[i],
             "queries": parsed.queries,
             "words": [word.text for word in parsed.words],
             "word_query": [word.query for word in parsed.words],
-            "finished": finished[i],
+            "finished": answers.finished[i],
             "problem": parsed.problem,
             "unparseable": float(not usable),
-            "response_tokens": tokens[i],
+            "response_tokens": answers.tokens[i],
         }
-        for rubric in RUBRICS:
-            row |= _verdict_columns(verdicts[rubric][i] if rubric in verdicts else None, rubric, usable)
-        score = row["sentence_score_targets"]
-        row["similarity"] = 0.0 if not usable and score is not None else score
+        for prefix in ("", "second_"):
+            for rubric in RUBRICS:
+                row |= _verdict_columns(verdicts[i].get(prefix + rubric), rubric, usable, prefix)
         row |= truth_metrics(parsed.queries, example.targets, usable)
+        if readers.encoder:
+            written, true = (np.array([vectors[text] for text in part]) for part in (parsed.queries, example.targets))
+            row |= similarity_metrics(written, true, usable)
+        else:
+            row |= NOT_MEASURED
         row |= form_metrics(parsed.queries, example.history)
         rows.append(row)
     return rows
 
 
-def _verdict_columns(verdict: Verdict | None, rubric: str, usable: bool) -> dict[str, Any]:
+def _verdict_columns(verdict: Verdict | None, rubric: str, usable: bool, prefix: str) -> dict[str, Any]:
     """The five columns of a rubric; an abstention, or what the judge was not asked, is null, never a 0."""
     relevant: float | None = None
     share: float | None = None
@@ -303,9 +382,9 @@ def _verdict_columns(verdict: Verdict | None, rubric: str, usable: bool) -> dict
             labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
             share = labels.count(RELEVANT) / len(labels) if usable and labels else 0.0
     return {
-        f"relevant_{rubric}": relevant,
-        f"words_{rubric}": share,
-        f"sentence_score_{rubric}": score,
-        f"word_labels_{rubric}": labels,
-        f"status_{rubric}": verdict.status if verdict else "not_asked",
+        f"{prefix}relevant_{rubric}": relevant,
+        f"{prefix}words_{rubric}": share,
+        f"{prefix}sentence_score_{rubric}": score,
+        f"{prefix}word_labels_{rubric}": labels,
+        f"{prefix}status_{rubric}": verdict.status if verdict else "not_asked",
     }

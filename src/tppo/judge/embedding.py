@@ -66,7 +66,8 @@ class TextEmbedding:
 class Encoder:
     """Embeds texts given as tuples of words; the text is the words joined by one space."""
 
-    def __init__(self, name_or_path: str, batch_size: int = 64) -> None:
+    def __init__(self, name_or_path: str, batch_size: int = 64, setting: str = "label.encoder") -> None:
+        """`setting` is what error messages call the encoder's name by."""
         self.folder = Path(load_encoder_path(name_or_path))
         self.batch_size = batch_size
         try:
@@ -75,9 +76,9 @@ class Encoder:
                 self.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             ).eval()
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"label.encoder '{name_or_path}' does not load as an encoder: {error}") from None
+            raise UserError(f"{setting} '{name_or_path}' does not load as an encoder: {error}") from None
         if not self.tokenizer.is_fast:
-            raise UserError(f"label.encoder '{name_or_path}' has no fast tokenizer, which word offsets need")
+            raise UserError(f"{setting} '{name_or_path}' has no fast tokenizer, which word offsets need")
         self.max_length = min(self.model.config.max_position_embeddings, 512)
 
     @torch.inference_mode()

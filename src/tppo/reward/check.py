@@ -66,8 +66,7 @@ class HeldOut:
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Measure both reward models; the stage finishes whether they pass or not."""
     settings = recipe.check_reward
-    if settings.bootstrap_samples < 100:
-        raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
+    check_settings(settings)
     reward_folder = run.require("reward")
     models = {kind.kind: kind.load(reward_folder / kind.kind) for kind in KINDS}
     rubric = _rubric(models, reward_folder)
@@ -89,6 +88,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "cautions": {name: found["cautions"] for name, found in report["models"].items()},
         "counts": counts,
     }
+
+
+def check_settings(settings: CheckReward) -> None:
+    """Raise UserError for a number out of range."""
+    if settings.bootstrap_samples < 100:
+        raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
 
 
 def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], settings: CheckReward) -> dict[str, Any]:

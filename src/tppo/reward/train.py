@@ -88,7 +88,7 @@ def load_labels(recipe: Recipe, run: RunFolder) -> Labels:
         UserError: settings that make no sense, a stage that is not finished, or labels that cannot be learnt from.
     """
     settings = recipe.reward
-    _check_settings(settings)
+    check_settings(settings)
     label, prepare = run.require("label"), run.require("prepare")
     train_rows, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
     eval_rows, eval_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
@@ -137,7 +137,12 @@ def _warn(kind: type[RewardModel], facts: dict[str, Any]) -> None:
         )
 
 
-def _check_settings(settings: Reward) -> None:
+def check_settings(settings: Reward) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        UserError: names the setting.
+    """
     for name, least in (
         ("epochs", 1),
         ("sentence_epochs", 1),

@@ -64,23 +64,7 @@ def build_trainer(
     sft_folder = run.require("sft") / "model"
     model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
     prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-    suggested_length = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
-    reward_folder = run.require("reward")
-    labelled = run.facts("reward")["train"]
-    scale = RewardScale(
-        suggested_length,
-        labelled["words_relevant"] / labelled["words"],
-        labelled["responses_relevant"] / labelled["responses"],
-    )
-    reward_fn = QueryReward(
-        score_with_models(
-            TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
-        ),
-        examples,
-        config,
-        recipe.task,
-        scale,
-    )
+    reward_fn = query_reward(recipe, run, config, examples, tokenizer)
     trainer = TokenPPOTrainer(
         model,
         reward_fn,
@@ -90,4 +74,25 @@ def build_trainer(
         max_response_tokens=recipe.task.max_response_tokens,
         seed=recipe.seed,
     )
-    return trainer, scale, dropped_events
+    return trainer, reward_fn.scale, dropped_events
+
+
+def query_reward(recipe: Recipe, run: RunFolder, config: RL, examples: list[Example], tokenizer: Any) -> QueryReward:
+    """The reward of responses to `examples` by the run's reward models; `prompt_index` counts these examples."""
+    suggested_length = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
+    reward_folder = run.require("reward")
+    labelled = run.facts("reward")["train"]
+    scale = RewardScale(
+        suggested_length,
+        labelled["words_relevant"] / labelled["words"],
+        labelled["responses_relevant"] / labelled["responses"],
+    )
+    return QueryReward(
+        score_with_models(
+            TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
+        ),
+        examples,
+        config,
+        recipe.task,
+        scale,
+    )

@@ -30,7 +30,12 @@ RESULTS = pa.schema(
         field("example_id", pa.string(), "example answered; the same examples under every seed and setting"),
         field("user_id", pa.string(), "keyed hash of the user"),
         field("judge", pa.string(), "judge and version"),
-        *[field(f"status_{r}", pa.string(), f"ok; abstained or not_asked, rubric {r}") for r in RUBRICS],
+        field("second_judge", pa.string(), "judge of the columns second_..., else null", True),
+        *[
+            field(f"{prefix}status_{r}", pa.string(), f"ok; abstained or not_asked, rubric {r}")
+            for prefix in ("", "second_")
+            for r in RUBRICS
+        ],
         field("word_count", pa.int32(), "words of the answer"),
         *[field(f"relevant_words_{r}", pa.int32(), f"words judged relevant, rubric {r}", True) for r in RUBRICS],
         *[field(metric.name, pa.float64(), metric.doc, True) for metric in PER_RESPONSE],
@@ -55,7 +60,7 @@ class Collected:
     """What the finished cells hold."""
 
     rows: dict[str, list[dict[str, Any]]]
-    """Rows of generations.parquet with `setting`, `seed` and `judge`, by the name of the cell."""
+    """Rows of generations.parquet with `setting`, `seed`, `judge` and `second_judge`, by the name of the cell."""
     curves: list[dict[str, Any]]
     """Rows of curves.parquet."""
     judge_labelled_training: dict[str, bool]
@@ -80,7 +85,7 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     for job in finished:
         folder = job.run.require("evaluate")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        own = {"setting": job.setting, "seed": job.seed, "judge": metrics["judge"]}
+        own = {"setting": job.setting, "seed": job.seed, **{name: metrics[name] for name in ("judge", "second_judge")}}
         found.rows[job.name] = [
             {**row, **own} for row in read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
         ]

@@ -14,7 +14,7 @@ import yaml
 
 from tppo.config import Recipe, Setting
 from tppo.evaluate import present
-from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, TRUTH
+from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, SECOND, TRUTH
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.report import difference_chart, headline_chart, render, scope_tables
 from tppo.progress import console
@@ -105,6 +105,7 @@ def page_context(
         "seeds": metrics.data["seeds"],
         "cells": {"finished": len(collected.rows), "all": len(plan.cells)},
         "judge": metrics.data["judge"],
+        "second_judge": metrics.data["second_judge"],
         "bootstrap_samples": recipe.study.bootstrap_samples,
         "seed": recipe.seed,
         "seed_list": ", ".join(map(str, recipe.study.seeds)),
@@ -112,7 +113,7 @@ def page_context(
         "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
         "python": manifest.get("python"),
         "versions": manifest.get("versions", {}),
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *TRUTH, *FORM, *CORPUS)},
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *TRUTH, *FORM, *CORPUS)},
     }
 
 
@@ -156,6 +157,7 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         ("examples", str(context["scopes"][0]["examples"])),
         ("users", str(context["scopes"][0]["users"])),
         ("judge", context["judge"]),
+        *([("second judge", context["second_judge"])] if context["second_judge"] else []),
         ("intervals", f"95%, bootstrap over users and seeds, {context['bootstrap_samples']} draws"),
     ]
     tables: list[PlainTable] = [*context["corrected"], *context["tables"]]

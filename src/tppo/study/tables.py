@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tppo.config import Recipe
-from tppo.evaluate.compare import MODEL_ORDER, Rows, build_metrics
+from tppo.evaluate.compare import BASELINES, MODEL_ORDER, Rows, build_metrics
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import UserBootstrap
 from tppo.seeding import stream_seed
@@ -24,13 +24,15 @@ MEASURES = {
 def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> Metrics:
     """metrics.json of all seeds together; differences also hold `p_value` and `p_holm`.
 
-    `p_holm` is corrected for the number of pairs compared in one measure and one scope.
+    `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
+    a policy and a simple baseline, each for itself.
 
     Args:
-        rows: of generations.parquet, with `seed` and `judge`; one judge.
+        rows: of generations.parquet, with `seed`, `judge` and `second_judge`; the same judges in all.
     """
-    judges = sorted({row["judge"] for row in rows})
+    judges = {(row["judge"], row["second_judge"]) for row in rows}
     assert len(judges) == 1, f"one table, one judge: {judges}"
+    judge, second_judge = next(iter(judges))
 
     def bootstrap_of(questions: Rows, scope: str) -> UserBootstrap:
         users, seeds = ([row[name] for row in questions] for name in ("user_id", "seed"))
@@ -39,9 +41,9 @@ def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> 
         )
 
     data = build_metrics(rows, recipe, bootstrap_of=bootstrap_of)
-    families: dict[tuple[str, str], Rows] = {}
+    families: dict[tuple[str, str, bool], Rows] = {}
     for row in data["differences"]:
-        families.setdefault((row["scope"], row["metric"]), []).append(row)
+        families.setdefault((row["scope"], row["metric"], row["than"] in BASELINES), []).append(row)
     for family in families.values():
         for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
             row["p_holm"] = corrected
@@ -51,7 +53,8 @@ def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> 
             scope: len({row["example_id"] for row in rows if scope in ("all", row["split"])})
             for scope in data["scopes"]
         },
-        "judge": judges[0],
+        "judge": judge,
+        "second_judge": second_judge,
         "judge_labelled_training": judge_labelled_training,
     }
     return Metrics(data)

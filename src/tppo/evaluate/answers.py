@@ -1,0 +1,180 @@
+"""Who answers the evaluation examples: policies, simple baselines, and the two reference rows.
+
+`make_answerer` does what is done once (load a model, count queries, embed them) and returns a function that answers
+the examples of a split. Everything after it (judging, metrics, comparisons, report) is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tppo.config import Recipe
+from tppo.errors import UserError
+from tppo.evaluate.baselines import FrequentNext, NearestNeighbour, best_sample, last_query, repeat_recent
+from tppo.judge.embedding import Encoder
+from tppo.judge.record import other_user_items
+from tppo.models import load_policy
+from tppo.policy.generate import Generation, encode_examples, generate
+from tppo.progress import console, track
+from tppo.run import RunFolder, rl_stage
+from tppo.seeding import stream_seed
+from tppo.tables import Example, load_examples
+from tppo.text import Event, render_response
+
+REFERENCES = ("targets", "other_user")
+_CHUNK = 1024  # texts embedded at a time: bounds the memory of the word vectors, which are not kept
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One response per example, in order. `tokens` (end-of-sequence included) is None for what no model wrote."""
+
+    responses: list[str]
+    finished: list[bool]
+    tokens: list[int | None]
+    dropped_events: int | None = None
+    """Oldest history events that did not fit the prompts; None where there is no prompt."""
+
+
+Answerer = Callable[[str, Sequence[Example]], Answers | None]
+"""Split and its examples -> answers; None: there is nothing to answer with (and it has been said)."""
+
+
+def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | None) -> Answerer:
+    """The answerer called `name`: sft, an algorithm, untuned, a baseline, or a reference.
+
+    Args:
+        encoder: needed by `nearest` only.
+
+    Raises:
+        UserError: a stage to the left is not finished, or a model does not load.
+    """
+    count = recipe.task.num_queries
+    if name == "targets":
+        return lambda split, examples: from_queries([example.targets for example in examples])
+    if name == "other_user":
+        return lambda split, examples: _other_user(recipe, split, examples)
+    if name == "repeat_last":
+        return lambda split, examples: from_queries([_listed(last_query(example.history)) for example in examples])
+    if name == "repeat_recent":
+        return lambda split, examples: from_queries([repeat_recent(example.history, count) for example in examples])
+    if name in ("frequent_next", "nearest"):
+        train = load_examples(run.require("prepare"), "train")
+        if not train:
+            raise UserError(
+                f"evaluate.baselines holds {name}, which learns from training examples, but "
+                f"{run.path('prepare')}/examples.parquet has none: prepare more, or take it out"
+            )
+        baseline: Callable[[Sequence[Event]], list[str]]
+        if name == "frequent_next":
+            baseline = FrequentNext(train, count)
+        else:
+            assert encoder is not None, "nearest compares embeddings"
+            embed = partial(embed_texts, encoder, description="evaluate: embedding queries")
+            baseline = NearestNeighbour(train, count, embed)
+        return lambda split, examples: from_queries([baseline(example.history) for example in examples])
+    return _policy(name, recipe, run)
+
+
+def from_queries(queries: Iterable[Sequence[str]]) -> Answers:
+    """Answers of something that ends by itself and counts no tokens."""
+    responses = [render_response(found) for found in queries]
+    return Answers(responses, [True] * len(responses), [None] * len(responses))
+
+
+def embed_texts(encoder: Encoder, texts: Sequence[str], description: str | None = None) -> np.ndarray:
+    """Unit sentence vectors of texts, (len(texts), D), in their order."""
+    chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+    vectors = []
+    for chunk in track(chunks, description) if description and len(chunks) > 1 else chunks:
+        embeddings = encoder.encode(tuple(text.split()) for text in chunk)
+        vectors += [embeddings[tuple(text.split())].sentence for text in chunk]
+    return np.stack(vectors) if vectors else np.zeros((0, 0))
+
+
+def _listed(query: str | None) -> list[str]:
+    return [] if query is None else [query]
+
+
+def _other_user(recipe: Recipe, split: str, examples: Sequence[Example]) -> Answers | None:
+    """The true next queries of another user of the same set."""
+    if len({example.user_id for example in examples}) < 2:
+        console.print(f"evaluate: {split} holds one user only, so there is no other user to compare with")
+        return None
+    items = other_user_items(examples, stream_seed(recipe.data_seed, "evaluate", split))
+    responses = [item.response for item in items]
+    return Answers(responses, [True] * len(responses), [None] * len(responses))
+
+
+def _policy(name: str, recipe: Recipe, run: RunFolder) -> Answerer:
+    """A language model: the SFT model (also for best_of_n), a tuned one, or the start model of SFT."""
+    source: str | Path = recipe.sft.model
+    if name != "untuned":
+        source = run.require("sft" if name in ("sft", "best_of_n") else rl_stage(name)) / "model"
+    dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
+    model, tokenizer = load_policy(source, dtype=dtype)
+
+    def draw(split: str, examples: Sequence[Example], stream: str) -> tuple[list[Generation], int]:
+        prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
+        generations = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=recipe.task.max_response_tokens,
+            temperature=recipe.evaluate.temperature,
+            seed=stream_seed(recipe.seed, stream, split),
+            batch_size=recipe.evaluate.batch_size,
+            description=f"evaluate: {name} answers {split}",
+        )
+        return generations, dropped_events
+
+    def answer(split: str, examples: Sequence[Example]) -> Answers:
+        # The same stream for every model: equal distributions would give equal samples.
+        return _from_generations(*draw(split, examples, "evaluate"))
+
+    def answer_best(split: str, examples: Sequence[Example]) -> Answers:
+        times = recipe.evaluate.best_of
+        repeated = [example for example in examples for _ in range(times)]
+        generations, dropped_events = draw(split, repeated, "best_of_n")
+        rewards = _token_reward_sums(recipe, run, repeated, generations, tokenizer)
+        best = [
+            generations[start + best_sample(rewards[start : start + times])]
+            for start in range(0, len(generations), times)
+        ]
+        return _from_generations(best, dropped_events // times)
+
+    return answer_best if name == "best_of_n" else answer
+
+
+def _from_generations(generations: Sequence[Generation], dropped_events: int) -> Answers:
+    return Answers(
+        [generation.response for generation in generations],
+        [generation.finished for generation in generations],
+        [len(generation.response_ids) for generation in generations],
+        dropped_events,
+    )
+
+
+def _token_reward_sums(
+    recipe: Recipe, run: RunFolder, examples: list[Example], generations: Sequence[Generation], tokenizer: Any
+) -> list[float]:
+    """TPPO's return of each response without KL: the sum of the rewards that RL pays, format terms included."""
+    from tppo.rl.reward_function import make_sample  # here: only best_of_n needs the RL stage
+    from tppo.rl.stage import query_reward
+
+    reward_fn = query_reward(recipe, run, replace(recipe.rl, algorithm="tppo"), examples, tokenizer)
+    samples = [make_sample(tokenizer, generation, index) for index, generation in enumerate(generations)]
+    size = recipe.evaluate.batch_size
+    chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
+    return [
+        float(np.sum(rewards))
+        for chunk in track(chunks, "evaluate: best_of_n scores its samples")
+        for rewards in reward_fn(chunk).rewards
+    ]
