@@ -24,6 +24,7 @@ RECIPE = {
     "sample": {"train_examples": 48, "reward_eval_examples": 16},
     "label": {"calibration_examples": 60, "null_quantile": 0.3},
     "reward": {"epochs": 1, "evals_per_epoch": 1},
+    "check_reward": {"allow_failed": True},  # trained on next to nothing
     "rl": {"updates": 3, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
     "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
     "study": {
