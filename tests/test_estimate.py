@@ -16,8 +16,8 @@ from transformers import (
 
 from tppo import estimate
 from tppo.estimate import Machine, ModelSize, model_size
+from tppo.model_sizes import known_configs
 from tppo.models import lora_config
-from tppo.plan import known_configs
 
 SIZE = ModelSize(
     parameters=1000,

@@ -11,7 +11,8 @@ from tppo.cli import main, parse_recipe
 from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.estimate import GIB
-from tppo.plan import Planner, StagePlan, config_of, plan_text
+from tppo.model_sizes import config_of
+from tppo.plan import Planner, StagePlan, plan_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
