@@ -48,7 +48,7 @@ def labelled(words: list[str]) -> LabelledResponse:
     response = " ".join(words)
     found = parse_response(response, True, 3).words
     classes = [2 if word in GOOD else 1 for word in words]
-    return LabelledResponse("e", [Event("search", "best town")], response, found, classes, int(words[0] in GOOD))
+    return LabelledResponse("e", "u", [Event("search", "best town")], response, found, classes, int(words[0] in GOOD))
 
 
 @pytest.mark.parametrize("kind", KINDS)
