@@ -106,7 +106,8 @@ def check_results(root: Path) -> None:
     cells: dict[tuple[str, int], list[dict]] = {}
     for row in rows:
         cells.setdefault((row["model"], row["seed"]), []).append(row)
-    assert set(cells) == {(m, s) for m in ("sft", "tppo", "ppo", "targets", "other_user") for s in (0, 1)}
+    models = ("sft", "tppo", "ppo", "targets", "other_user", *Recipe().evaluate.baselines)
+    assert set(cells) == {(model, seed) for model in models for seed in (0, 1)}
     examples = [row["example_id"] for row in cells["sft", 0]]
     assert len(examples) == 8
     assert all([row["example_id"] for row in found] == examples for found in cells.values())
