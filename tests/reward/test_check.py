@@ -145,6 +145,9 @@ def test_rl_needs_the_check_refuses_after_a_failure_and_obeys_the_override(
     assert run.manifest("rl_tppo") is None
     assert "the sentence-level reward model, which pays ppo" in refused("rl", "--config", path, "--rl.algorithm", "ppo")
 
+    by_token_mean = ("--rl.algorithm", "ppo", "--rl.sentence_reward", "token_mean")
+    assert "the token-level reward model, which pays ppo" in refused("rl", "--config", path, *by_token_mean)
+
     cli.main(["rl", "--config", path, "--check_reward.allow_failed", "true", *RL])
     assert "RL starts although" in capsys.readouterr().err
     verdict = run.facts("rl_tppo")["reward_check"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tppo.config import Algorithm, CheckReward, Recipe
+from tppo.config import RL, CheckReward, Recipe
 from tppo.errors import UserError
 from tppo.progress import console
 from tppo.run import RunFolder
@@ -18,8 +18,6 @@ from tppo.run import RunFolder
 Status = Literal["passed", "failed", "cannot be told", "not required"]
 
 TITLES = {"token": "token-level reward model", "sentence": "sentence-level reward model"}
-PAYS: dict[Algorithm, str] = {"tppo": "token", "ppo_sum": "token", "ppo": "sentence"}
-"""Which reward model pays an algorithm, so whose failure refuses it."""
 LABELS = {
     "token_auc": "token AUC",
     "sentence_auc": "sentence AUC",
@@ -122,20 +120,25 @@ def reasons(checks: Sequence[Check]) -> list[str]:
     return [check.reason for check in checks if check.reason]
 
 
-def require_passed(recipe: Recipe, run: RunFolder, algorithm: Algorithm) -> dict[str, Any]:
-    """The verdict on the reward model that pays `algorithm`: {model, passed, reasons}.
+def paying_model(config: RL) -> str:
+    """The reward model that pays `config.algorithm`, so whose failure refuses it."""
+    return "sentence" if config.algorithm == "ppo" and config.sentence_reward == "rival" else "token"
+
+
+def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]:
+    """The verdict on the reward model that pays `config.algorithm`: {model, passed, reasons}.
 
     Raises:
         UserError: the check has not been made, was made of another reward stage, or failed and
             `check_reward.allow_failed` does not let RL start all the same.
     """
     folder = run.require_current("check_reward")
-    model = PAYS[algorithm]
+    model = paying_model(config)
     why = run.facts("check_reward")["reasons"][model]
     verdict = {"model": model, "passed": not why, "reasons": why}
     if not why:
         return verdict
-    told = f"the {TITLES[model]}, which pays {algorithm}, did not pass its check:\n  - " + "\n  - ".join(why)
+    told = f"the {TITLES[model]}, which pays {config.algorithm}, did not pass its check:\n  - " + "\n  - ".join(why)
     if recipe.check_reward.allow_failed:
         console.print(f"check_reward.allow_failed: RL starts although {told}", markup=False)
         return verdict

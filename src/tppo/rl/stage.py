@@ -27,7 +27,7 @@ from tppo.tables import Example, load_examples
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train `folder.name` = rl_<algorithm>; resumes from the newest checkpoint in `folder`."""
     config = replace(recipe.rl, algorithm=cast(Algorithm, split_stage(folder.name)[1]))
-    reward_check = require_passed(recipe, run, config.algorithm)
+    reward_check = require_passed(recipe, run, config)
     examples = load_examples(run.require("prepare"), "train")
     trainer, scale, dropped_events = build_trainer(recipe, run, config, examples)
     halted = train(trainer, folder, [example.example_id for example in examples])
