@@ -29,13 +29,12 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from tppo.config import CheckReward, Recipe, Rubric
 from tppo.errors import UserError
 from tppo.evaluate.stats import UserBootstrap, win_tie_lose
-from tppo.reward import metrics
 from tppo.reward.align import RELEVANT
 from tppo.reward.check_text import print_check, to_markdown
-from tppo.reward.data import LabelledResponse, load_labelled, make_items
-from tppo.reward.evaluate import evaluate
+from tppo.reward.data import LabelledResponse, Pair, load_labelled, make_items
+from tppo.reward.evaluate import evaluate, mean_relevances, sentence_scores
 from tppo.reward.gate import Evidence, assess, reasons
-from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel, sentence_probabilities, softmax
+from tppo.reward.models import RewardModel, TokenRewardModel, softmax
 from tppo.reward.probes import PROBES, log_words, make_probes
 from tppo.reward.train import KINDS
 from tppo.rl.rewards import class_rewards, reward_values
@@ -153,7 +152,7 @@ def measure(model: RewardModel, held_out: HeldOut, bootstrap: UserBootstrap, rec
         }
     return {
         "metrics": {name: found[name] for name in MEASURES if name in found},
-        "length": length_correlations(model, held_out),
+        "length": length_correlations(model, held_out, [item.pair for item in items]),
         "probes": {probe: bootstrap.mean(values).as_dict() for probe, values in scores.items()},
         "beats": beats,
         "histories_truncated": sum(item.pair.dropped > 0 for item in items),
@@ -164,37 +163,20 @@ def _interval(estimate: dict[str, Any]) -> dict[str, float | None]:
     return {key: estimate[key] for key in ("value", "low", "high")}
 
 
-def score_responses(
-    model: RewardModel,
-    histories: Sequence[Sequence[Event]],
-    responses: Sequence[str],
-    description: str | None = None,
-) -> tuple[list[float], list[np.ndarray]]:
-    """What a reward model says of whole responses, in [0, 1] and 0 for nothing to read; and the token model's logits
-    (T_i, C), none of the rival."""
-    pairs = model.encode(histories, responses)
-    if isinstance(model, SentenceRewardModel):
-        return sentence_probabilities(pairs, model.sentence_logits(pairs, description=description)).tolist(), []
-    logits = model.response_logits(pairs, description=description)
-    return [metrics.response_relevance(softmax(logits_TC)) for logits_TC in logits], logits
-
-
 def _score_some(
     model: RewardModel, histories: Sequence[Sequence[Event]], responses: Sequence[str | None], description: str
 ) -> list[float | None]:
     """Scores of the responses that there are; None for the others."""
     present = [i for i, response in enumerate(responses) if response is not None]
-    found, _ = score_responses(
-        model, [histories[i] for i in present], [cast(str, responses[i]) for i in present], description
-    )
+    pairs = model.encode([histories[i] for i in present], [cast(str, responses[i]) for i in present])
     scores: list[float | None] = [None] * len(responses)
-    for i, score in zip(present, found, strict=True):
+    for i, score in zip(present, sentence_scores(model, pairs, description).tolist(), strict=True):
         scores[i] = score
     return scores
 
 
-def length_correlations(model: RewardModel, held_out: HeldOut) -> dict[str, float | None]:
-    """Spearman's correlations with the response's length in words, over the labelled responses.
+def length_correlations(model: RewardModel, held_out: HeldOut, pairs: Sequence[Pair]) -> dict[str, float | None]:
+    """Spearman's correlations with the response's length in words, over the labelled responses, encoded as `pairs`.
 
     reward: what the model says of the response. labels: the judge's share of relevant words (token model) or its
     sentence label (rival). distance: between these two. sum: of the token rewards as RL sums them by default
@@ -202,18 +184,21 @@ def length_correlations(model: RewardModel, held_out: HeldOut) -> dict[str, floa
     """
     rows = held_out.rows
     length = [len(row.words) for row in rows]
-    scores, logits = score_responses(model, [row.history for row in rows], [row.response for row in rows])
     labels: list[float] = [row.sentence_label for row in rows]
-    correlations = {"reward": _spearman(scores, length)}
+    correlations: dict[str, float | None] = {}
     if isinstance(model, TokenRewardModel):
+        logits = model.response_logits(pairs)
+        scores = mean_relevances(logits)
         values = reward_values("base_rate", held_out.relevant_word_share)
         probs = [torch.from_numpy(softmax(logits_TC))[None] for logits_TC in logits]
         sums = [class_rewards(probs_1TC, values, "expected").sum().item() for probs_1TC in probs]
         correlations["sum"] = _spearman(sums, length)
         labels = [row.classes.count(RELEVANT) / len(row.classes) if row.classes else 0.0 for row in rows]
-    reward, gold = correlations["reward"], _spearman(labels, length)
+    else:
+        scores = sentence_scores(model, pairs)
+    reward, gold = _spearman(scores.tolist(), length), _spearman(labels, length)
     distance = None if reward is None or gold is None else abs(reward - gold)
-    return {**correlations, "labels": gold, "distance": distance}
+    return {"reward": reward, **correlations, "labels": gold, "distance": distance}
 
 
 def _spearman(values: Sequence[float], lengths: Sequence[float]) -> float | None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tppo.config import Reward
 from tppo.reward import losses, metrics
 from tppo.reward.align import RELEVANT
-from tppo.reward.data import Item
+from tppo.reward.data import Item, Pair
 from tppo.reward.models import (
     RewardModel,
     SentenceRewardModel,
@@ -34,8 +34,7 @@ def evaluate(reward_model: RewardModel, items: Sequence[Item], settings: Reward)
     if isinstance(reward_model, TokenRewardModel):
         logits = reward_model.response_logits([item.pair for item in items])
         own = _evaluate_tokens(logits, [item.classes for item in items], labels_N, settings)
-        scores_N = np.array([_mean_relevance(logits_TC) for logits_TC in logits])
-        return {**own, **_evaluate_sentences(scores_N, labels_N)}
+        return {**own, **_evaluate_sentences(mean_relevances(logits), labels_N)}
     assert isinstance(reward_model, SentenceRewardModel)
     pairs = [item.pair for item in items]
     logits_N = reward_model.sentence_logits(pairs)
@@ -45,12 +44,11 @@ def evaluate(reward_model: RewardModel, items: Sequence[Item], settings: Reward)
     return {"loss": loss.item(), "auc": sentences["sentence_auc"], **sentences}
 
 
-def sentence_scores(reward_model: RewardModel, items: Sequence[Item]) -> np.ndarray:
+def sentence_scores(reward_model: RewardModel, pairs: Sequence[Pair], description: str | None = None) -> np.ndarray:
     """Either model's answer to the sentence-level question: (N,) in [0, 1]; of the token model its tokens' mean."""
-    pairs = [item.pair for item in items]
     if isinstance(reward_model, SentenceRewardModel):
-        return sentence_probabilities(pairs, reward_model.sentence_logits(pairs))
-    return np.array([_mean_relevance(logits_TC) for logits_TC in reward_model.response_logits(pairs)])
+        return sentence_probabilities(pairs, reward_model.sentence_logits(pairs, description=description))
+    return mean_relevances(reward_model.response_logits(pairs, description=description))
 
 
 def sentence_check(scores_N: np.ndarray, labels_N: np.ndarray, users: Sequence[str]) -> dict[str, Any]:
@@ -74,8 +72,9 @@ def sentence_check(scores_N: np.ndarray, labels_N: np.ndarray, users: Sequence[s
     return {"sentence_auc": auc.as_dict(), "score_std": std, "collapsed": collapsed, "why": "; ".join(why)}
 
 
-def _mean_relevance(logits_TC: np.ndarray) -> float:
-    return metrics.response_relevance(softmax(logits_TC)) if len(logits_TC) else 0.0
+def mean_relevances(logits: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) mean relevance of the tokens of N responses from the token model's logits (T_i, 3); 0 without tokens."""
+    return np.array([metrics.response_relevance(softmax(logits_TC)) if len(logits_TC) else 0.0 for logits_TC in logits])
 
 
 def _evaluate_sentences(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tppo.models import load_encoder_path
 from tppo.progress import console
 from tppo.reward.align import IRRELEVANT, RELEVANT
 from tppo.reward.card import label_facts, suggested_length
-from tppo.reward.data import LabelledResponse, load_labelled, make_items
+from tppo.reward.data import Item, LabelledResponse, load_labelled, make_items
 from tppo.reward.evaluate import sentence_check, sentence_scores
 from tppo.reward.fit import Log, fit, settings_for
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
@@ -45,6 +45,8 @@ class Trained(NamedTuple):
     """A reward model as its best checkpoint, and what is to be said of it."""
 
     model: RewardModel
+    train_items: list[Item]
+    """What it has learnt from, encoded."""
     facts: dict[str, Any]
     """best (held-out metrics), steps, planned_steps, sentence_auc, score_std, collapsed, why, histories_truncated,
     seconds."""
@@ -70,8 +72,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
                 file.flush()
 
             trained = train_model(kind, labels, settings, recipe.seed, log)
-            items = make_items(trained.model.tokenizer, labels.train, settings.max_length)
-            sl = suggested_length(labels.train, items, recipe.task.num_queries)
+            sl = suggested_length(labels.train, trained.train_items, recipe.task.num_queries)
             trained.model.save(
                 folder / kind.kind, rubric=settings.rubric, metrics=trained.facts["best"], sl=sl, **described
             )
@@ -115,13 +116,14 @@ def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed:
     result = fit(reward_model, train_items, eval_items, settings, seed, log)
     reward_model.info["encoder"] = settings.encoder
     check = sentence_check(
-        sentence_scores(reward_model, eval_items),
+        sentence_scores(reward_model, [item.pair for item in eval_items]),
         np.array([item.label for item in eval_items]),
         [row.user_id for row in labels.held_out],
     )
     cut = sum(item.pair.dropped > 0 for item in [*train_items, *eval_items])
     seconds = round(time.monotonic() - start, 1)
-    return Trained(reward_model, {**result._asdict(), **check, "histories_truncated": cut, "seconds": seconds})
+    facts = {**result._asdict(), **check, "histories_truncated": cut, "seconds": seconds}
+    return Trained(reward_model, train_items, facts)
 
 
 def _warn(kind: type[RewardModel], facts: dict[str, Any]) -> None:
