@@ -30,7 +30,6 @@ from tppo.policy.generate import encode_examples
 from tppo.reward.align import IRRELEVANT, RELEVANT, classes_from_words
 from tppo.rl.query_reward import QueryReward, Relevance, median_suggested_length
 from tppo.rl.reward_function import Sample as Response
-from tppo.rl.reward_function import Scores
 from tppo.rl.rewards import RewardScale
 from tppo.rl.trainer import TokenPPOTrainer
 from tppo.run import RunFolder, run_stage, write_json
@@ -82,11 +81,14 @@ class Truth:
         return Relevance(
             [np.eye(3, dtype=np.float32)[np.array(row, dtype=np.int64)] for row in classes],
             [float(self.is_relevant(marks)) for _, marks in found],
+            self._shares([marks for _, marks in found]),
         )
 
     def shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
         """Share of the words, and share of the responses, that are relevant; relevant words per response."""
-        marks = [self.words(*pair)[1] for pair in zip(examples, responses, strict=True)]
+        return self._shares([self.words(*pair)[1] for pair in zip(examples, responses, strict=True)])
+
+    def _shares(self, marks: Sequence[Sequence[bool]]) -> dict[str, float]:
         return {
             "words_relevant": sum(map(sum, marks)) / max(1, sum(map(len, marks))),
             "responses_relevant": sum(map(self.is_relevant, marks)) / len(marks),
@@ -193,17 +195,9 @@ def train(base: Base, config: RL, seed: int) -> list[Row]:
     """One RL run from the SFT policy; metrics of every update, true shares among them."""
     model, tokenizer = load_policy(base.sft_model, dtype=torch.float32)
     prompts, _ = encode_examples(tokenizer, base.examples, base.recipe.task)
-    reward = QueryReward(base.truth, base.examples, config, base.recipe.task, base.scale)
-
-    def reward_fn(samples: list[Response]) -> Scores:
-        scores = reward(samples)
-        examples = [base.examples[sample.prompt_index] for sample in samples]
-        shares = base.truth.shares(examples, [sample.response for sample in samples])
-        return replace(scores, metrics=scores.metrics | shares)
-
     trainer = TokenPPOTrainer(
         model,
-        reward_fn,
+        QueryReward(base.truth, base.examples, config, base.recipe.task, base.scale),
         prompts,
         config,
         tokenizer=tokenizer,

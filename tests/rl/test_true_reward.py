@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
+import true_reward
 
 from tppo.config import RL, Synthetic, Task
 from tppo.logs import synthetic
@@ -19,19 +18,8 @@ from tppo.tables import Example
 from tppo.text import Event
 
 
-@pytest.fixture(scope="module")
-def true_reward():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import true_reward
-
-        yield true_reward
-    finally:
-        sys.path.pop(0)
-
-
 @pytest.fixture
-def setting(true_reward):
+def setting():
     """The truth about user 0, an example of theirs, and two of their queries that are not in its history."""
     truth = true_reward.Truth(Synthetic(users=1, events_per_user=60), seed=0)
     (user_id,) = truth.interests
@@ -82,7 +70,7 @@ def test_every_token_of_a_word_is_paid_for_it(setting, tiny_tokenizer):
     assert scores["tppo"].metrics["sentence_reward_mean"] == 0.5
 
 
-def test_updates_to_reach_a_score_are_counted_from_one_on_means_of_five(true_reward):
+def test_updates_to_reach_a_score_are_counted_from_one_on_means_of_five():
     curve = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1.0])
     assert true_reward.updates_to_reach(curve, 0.2) == 5
     assert true_reward.updates_to_reach(curve, 1.0) == 9
