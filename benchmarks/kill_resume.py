@@ -32,6 +32,7 @@ from transformers import BertConfig, BertModel
 
 from tppo import cli
 from tppo.rl.loop import TIME_COLUMNS
+from tppo.run import read_jsonl
 
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
 BEFORE = {
@@ -151,7 +152,7 @@ def wait_for(path: Path, process: BaseProcess) -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """What must be the same: model files, samples, and metrics without the columns of time."""
     result: dict[str, Any] = {path.name: path.read_bytes() for path in sorted((folder / "model").iterdir())}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(folder / "metrics.jsonl")
     result["metrics"] = json.dumps([{k: v for k, v in row.items() if k not in TIME_COLUMNS} for row in rows])
     if (folder / "samples.jsonl").exists():
         result["samples"] = (folder / "samples.jsonl").read_bytes()

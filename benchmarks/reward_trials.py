@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tppo.config import Recipe, Reward
-from tppo.evaluate.curves import read_jsonl
 from tppo.progress import console
 from tppo.reward.fit import settings_for
 from tppo.reward.train import KINDS, Labels, check_labels, load_labels, train_model
-from tppo.run import MANIFEST, RunFolder, sha256_file
+from tppo.run import MANIFEST, RunFolder, read_jsonl, sha256_file
 from tppo.seeding import rng
 
 KIND = {kind.kind: kind for kind in KINDS}

@@ -32,7 +32,7 @@ from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.policy import PolicyWithValue
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rollout import pad_batch
-from tppo.run import RunFolder, rl_stage
+from tppo.run import RunFolder, read_jsonl, rl_stage
 from tppo.tables import RESPONSES, load_examples, read_table
 
 PARTS = ("seconds_rollout", "seconds_score", "seconds_reward", "seconds_token_reward", "seconds_update")
@@ -41,7 +41,7 @@ PARTS = ("seconds_rollout", "seconds_score", "seconds_reward", "seconds_token_re
 def update_shares(folder: Path) -> dict[str, Any]:
     """Seconds of the updates after the first, and each part's share of its update."""
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
+    rows = read_jsonl(path)[1:]
     if not rows or PARTS[3] not in rows[0]:
         raise SystemExit(f"{path} holds no second update with {PARTS[3]}: make the stage anew with this version")
     return {

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from tppo.errors import UserError
 from tppo.evaluate.charts import Line, line_chart
 from tppo.evaluate.compare import DISPLAY
-from tppo.run import RunFolder, rl_stage
+from tppo.run import RunFolder, read_jsonl, rl_stage
 
 RL_CHARTS = (
     ("sentence_reward_mean", "Relevance by the sentence reward model"),
@@ -133,21 +130,6 @@ def _training_and_held_out(model: str, rows: Sequence[dict[str, Any]], name: str
         for key, label in ((name, "training"), (f"eval_{name}", "held out"))
         if (found := [row for row in rows if row.get(key) is not None and "step" in row])
     ]
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a missing file has none."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not valid JSON ({error}): redo the stage that wrote it"
-            ) from None
-    return rows
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:

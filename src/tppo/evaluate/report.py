@@ -27,7 +27,6 @@ from tppo.evaluate.compare import DISPLAY
 from tppo.evaluate.costs import cost_markdown, cost_rows, model_costs
 from tppo.evaluate.curves import (
     dpo_charts,
-    read_jsonl,
     reward_charts,
     rl_charts,
     rl_rows,
@@ -41,7 +40,7 @@ from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
 from tppo.rl.show import shown_tokens
-from tppo.run import RunFolder, all_stages, rl_stage
+from tppo.run import RunFolder, all_stages, read_jsonl, rl_stage
 from tppo.seeding import rng
 from tppo.tables import load_examples, read_table
 

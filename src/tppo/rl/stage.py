@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from tppo.rl.loop import train
 from tppo.rl.query_reward import QueryReward, median_suggested_length, score_with_models
 from tppo.rl.rewards import RewardScale
 from tppo.rl.trainer import TokenPPOTrainer
-from tppo.run import RunFolder, split_stage
+from tppo.run import RunFolder, read_jsonl, split_stage
 from tppo.tables import Example, load_examples
 
 
@@ -39,7 +38,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     )
     save_model(model, trainer.tokenizer, folder / "model", card)
     remove_checkpoints(folder)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(folder / "metrics.jsonl")
     return {
         "algorithm": config.algorithm,
         "reward_check": reward_check,

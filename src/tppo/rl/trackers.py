@@ -28,7 +28,7 @@ from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_t
 from tppo.config import RL
 from tppo.errors import UserError
 from tppo.progress import console
-from tppo.run import write_json
+from tppo.run import read_jsonl, write_json
 
 NOTES = "trackers.json"
 INSTALLED: dict[str, Callable[[], bool]] = {
@@ -77,8 +77,7 @@ class Trackers:
         notes, metrics = self.folder / NOTES, self.folder / "metrics.jsonl"
         if notes.exists():
             self.notes = json.loads(notes.read_text(encoding="utf-8"))
-        if metrics.exists():
-            self.rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        self.rows = read_jsonl(metrics)
         for name in dict.fromkeys(self.config.trackers):
             self.started[name] = self._start(name)
         self._catch_up()

@@ -14,10 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.errors import UserError
-from tppo.evaluate.curves import read_jsonl
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.evaluate.stage import GENERATIONS, RUBRICS
-from tppo.run import rl_stage
+from tppo.run import read_jsonl, rl_stage
 from tppo.study.plan import SFT, Job, Plan
 from tppo.tables import field, read_table, write_table
 
