@@ -16,6 +16,7 @@ import pyarrow as pa
 from tppo.errors import UserError
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.evaluate.stage import GENERATIONS, RUBRICS
+from tppo.judge.record import RELEVANT
 from tppo.run import read_jsonl, rl_stage
 from tppo.study.plan import SFT, Job, Plan
 from tppo.tables import field, read_table, write_table
@@ -122,6 +123,6 @@ def write_tables(collected: Collected, folder: Path) -> None:
 def result_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of generations.parquet without its texts."""
     labels = {rubric: row[f"word_labels_{rubric}"] for rubric in RUBRICS}
-    counts = {f"relevant_words_{r}": None if found is None else found.count(2) for r, found in labels.items()}
+    counts = {f"relevant_words_{r}": None if found is None else found.count(RELEVANT) for r, found in labels.items()}
     kept = {name: row[name] for name in RESULTS.names if name in row}
     return {**kept, "word_count": len(row["words"]), **counts}
