@@ -306,7 +306,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--output", type=Path, required=True, help="folder for trials, tables and charts")
     parser.add_argument("--seeds", type=int, default=3, help="seeds from the recipe's on")
-    parser.add_argument("--max_rows", type=int, help="random labelled responses of each split, for a quick trial")
+    parser.add_argument("--max_rows", type=int, help="random labelled responses of each kind, for a quick trial")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="search")
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8], help="search")
     parser.add_argument("--finalists", type=int, default=4, help="search: settings with all seeds; 0: every one")

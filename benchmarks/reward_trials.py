@@ -79,11 +79,11 @@ def load_data(recipe: Recipe, max_rows: int | None) -> Data:
     labels = load_labels(recipe, run)
     if max_rows:
         draw = rng(recipe.seed, "max_rows")
-        train, held_out = (
+        train, held_out, constructed = (
             [rows[i] for i in sorted(draw.permutation(len(rows))[:max_rows])]
-            for rows in (labels.train, labels.held_out)
+            for rows in (labels.train, labels.held_out, labels.constructed)
         )
-        labels = labels._replace(train=train, held_out=held_out)
+        labels = labels._replace(train=train, held_out=held_out, constructed=constructed)
         check_labels(labels, run.path("label") / "labels.parquet", recipe.reward)
     made_by = [sha256_file(run.require(stage) / MANIFEST) for stage in ("prepare", "label")]
     return Data(labels, json.dumps([*made_by, max_rows]))

@@ -151,6 +151,10 @@ class Label:
     """Training examples used to calibrate the thresholds."""
     repeats_irrelevant: bool = True
     """A query already in the history, or earlier in the same response, is not new: its words are irrelevant."""
+    constructed: dict[str, int] = field(default_factory=dict)
+    """Constructed responses to label for the reward models to learn from, beside the sampled ones: for each kind (real,
+    shuffled, noise, repeated, copied: `tppo.judge.probes`) to how many training examples. The SFT model hardly ever
+    copies or repeats, so reward models that saw its responses only may prefer those who do."""
     batch_size: int = 64
     """Texts encoded together."""
     injection_probes: int = 0
@@ -245,6 +249,10 @@ class Reward:
     """Peak learning rate (paper: 1e-5 with a Longformer)."""
     batch_size: int = 32
     """Responses in an optimiser step."""
+    precision: Precision = "fp32"
+    """Of training; bf16: float32 weights under bf16 autocast. Rewards are always scored in float32."""
+    dropout: float | None = None
+    """Dropout everywhere in the encoder while it is trained; null: as the encoder's own config says."""
     local_weight: float = 0.4
     """Weight of the local (per-token) loss, Eq. 3."""
     global_weight: float = 0.6

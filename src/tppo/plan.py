@@ -17,12 +17,12 @@ from tppo.evaluate.answers import REFERENCES
 from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.evaluate.stage import evaluated_models
 from tppo.judge.llm import LLMJudge
+from tppo.judge.probes import PROBES
 from tppo.logs.prepare import check_settings as check_prepare
 from tppo.model_sizes import encoder_size, size_of
 from tppo.policy.training import check_batch_sizes
 from tppo.reward.check import check_settings as check_gate
 from tppo.reward.fit import settings_for
-from tppo.reward.probes import PROBES
 from tppo.reward.train import KINDS
 from tppo.reward.train import check_settings as check_reward
 from tppo.rl.pairs import check_samples
@@ -179,7 +179,7 @@ class Planner:
         )
 
     def label(self) -> StagePlan:
-        count, judge = self._responses(), self.recipe.judge
+        count, judge = self._responses() + self._constructed(), self.recipe.judge
         if self.recipe.label.judge == "llm":
             requests = count * len(judge.rubrics)
             does = f"{requests:,} requests to {judge.model} at {judge.base_url}"
@@ -188,7 +188,7 @@ class Planner:
 
     def reward(self) -> StagePlan:
         settings, sample = self.recipe.reward, self.recipe.sample
-        rows = (self.examples(sample.train_examples, "train") or 0) * sample.samples_per_example
+        rows = (self.examples(sample.train_examples, "train") or 0) * sample.samples_per_example + self._constructed()
         held_out = (self.examples(sample.reward_eval_examples, "reward_eval") or 0) * sample.samples_per_example
         length, size = settings.max_length, self.encoder
         global_tokens = {
@@ -198,8 +198,8 @@ class Planner:
             "none": 0,
         }[settings.global_attention]
         attended = min(length, size.window + 1 + global_tokens) if size.window else length
-        memory = estimate.training_state(size, "full", 0, "fp32")
-        memory["activations"] = estimate.activations(size, settings.batch_size * length, "fp32", attended)
+        memory = estimate.training_state(size, "full", 0, settings.precision)
+        memory["activations"] = estimate.activations(size, settings.batch_size * length, settings.precision, attended)
         epochs = [settings_for(kind, settings).epochs for kind in KINDS]
         evaluations = sum(passes * settings.evals_per_epoch + 1 for passes in epochs)
         tokens = rows * sum(epochs) * length
@@ -281,6 +281,9 @@ class Planner:
         sample = self.recipe.sample
         parts = ((sample.train_examples, "train"), (sample.reward_eval_examples, "reward_eval"))
         return sample.samples_per_example * sum(self.examples(limit, split) or 0 for limit, split in parts)
+
+    def _constructed(self) -> int:
+        return sum(self.examples(count, "train") or 0 for count in self.recipe.label.constructed.values() if count)
 
     def _generate(self, count: int, batch: int, precision: str) -> float:
         return self.machine.generate(self.policy, count, batch, self.prompt, self.response, precision)

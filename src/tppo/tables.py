@@ -78,6 +78,7 @@ LABELS = pa.schema(
         field("problem", pa.string(), "why the judge abstained, else null", nullable=True),
     ]
 )
+CONSTRUCTED = LABELS.append(field("kind", pa.string(), "how the response was constructed: a name in tppo.judge.probes"))
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: pa.Schema) -> None:

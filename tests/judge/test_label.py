@@ -8,9 +8,9 @@ from tppo.errors import UserError
 from tppo.judge import label
 from tppo.judge.choose import saved_judge
 from tppo.judge.embedding import EmbeddingJudge
-from tppo.judge.record import JudgeItem, split_response
+from tppo.judge.record import CONSTRUCTED_FILE, JudgeItem, split_response
 from tppo.run import RunFolder, run_stage
-from tppo.tables import LABELS, RESPONSES, load_examples, read_table, write_table
+from tppo.tables import CONSTRUCTED, LABELS, RESPONSES, load_examples, read_table, write_table
 from tppo.text import render_response
 
 
@@ -99,3 +99,35 @@ def test_no_held_out_users_is_said_not_hidden(prepared_recipe, recipe, example_f
     judge = EmbeddingJudge("minilm", {})
     judge.calibrate(examples, 0.95, 0)
     assert "fewer than two" in label._scale(judge, examples[:1], 0)["held_out_users"]
+
+
+def test_constructed_responses_are_labelled_apart_and_for_training_users_only(recipe):
+    recipe.label.constructed = {"copied": 3, "repeated": 2, "noise": 0}
+    run_stage(recipe, "label", label.run)
+    run = RunFolder(recipe)
+    rows = read_table(run.path("label") / CONSTRUCTED_FILE, CONSTRUCTED).to_pylist()
+    assert Counter((row["kind"], row["rubric"]) for row in rows) == {
+        (kind, rubric): count for kind, count in (("copied", 3), ("repeated", 2)) for rubric in ("targets", "history")
+    }
+    assert {row["split"] for row in rows} == {"train"}
+    copied = [word["label"] for row in rows if row["kind"] == "copied" for word in row["words"]]
+    assert set(copied) == {1}, "a copy is no new query"
+    for row in rows:
+        if row["kind"] == "repeated":
+            assert len(set(row["response"].split("\n"))) == 1
+    sampled = read_table(run.path("label") / "labels.parquet", LABELS).to_pylist()
+    assert len(sampled) == 64
+    facts = run.facts("label")
+    assert facts["labels"] == 64 + len(rows)
+    assert facts["constructed"]["copied"]["history"]["words"] == 0
+    label.run(recipe, run, run.path("label"))
+    assert read_table(run.path("label") / CONSTRUCTED_FILE, CONSTRUCTED).to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "message"), [("copies", 1, "no kind 'copies'"), ("copied", -1, "at least 0")]
+)
+def test_constructed_settings_are_checked(recipe, kind, count, message):
+    recipe.label.constructed = {kind: count}
+    with pytest.raises(UserError, match=message):
+        run_stage(recipe, "label", label.run)

@@ -8,10 +8,10 @@ import pytest
 
 from tppo.config import CheckReward
 from tppo.evaluate.present import NOT_MEASURED
+from tppo.judge.probes import PROBES, log_words, make_probes
 from tppo.reward.check import build_report, cautions
 from tppo.reward.check_text import caution_lines, check_rows, verdict_lines
 from tppo.reward.gate import Evidence, assess, reasons, required
-from tppo.reward.probes import PROBES, log_words, make_probes
 from tppo.tables import Example
 from tppo.text import Event
 

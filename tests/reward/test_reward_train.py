@@ -14,13 +14,14 @@ from labelled_run import make_run
 
 from tppo.config import Recipe
 from tppo.errors import UserError
-from tppo.reward.data import load_labelled
+from tppo.judge.record import CONSTRUCTED_FILE
+from tppo.reward.data import collate, load_labelled
 from tppo.reward.evaluate import sentence_check
 from tppo.reward.fit import settings_for
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
 from tppo.run import RunFolder
-from tppo.tables import EXAMPLES, LABELS, write_table
+from tppo.tables import CONSTRUCTED, EXAMPLES, LABELS, read_table, write_table
 from tppo.text import Event
 
 
@@ -240,3 +241,48 @@ def test_settings_are_checked(tiny_encoder, tmp_path, name, value):
     setattr(recipe.reward, name, value)
     with pytest.raises(UserError, match=f"reward.{name}"):
         train(recipe)
+
+
+def test_bf16_and_dropout_are_settings_of_training_only(tiny_encoder, tmp_path):
+    torch.set_num_threads(1)
+    recipe = make_run(tmp_path, tiny_encoder)
+    recipe.reward.precision, recipe.reward.dropout = "bf16", 0.0
+    folder, facts, rows = train(recipe)
+    assert min(facts[kind]["best"]["auc"] for kind in ("token", "sentence")) > 0.9
+    token = TokenRewardModel.load(folder / "token")
+    assert {parameter.dtype for parameter in token.model.parameters()} == {torch.float32}
+    assert token.model.config.hidden_dropout_prob == token.model.config.attention_probs_dropout_prob == 0
+    recipe.reward.precision = "fp32"
+    _, _, exact = train(recipe, "fp32")
+    first, same = rows[1], exact[1]
+    assert first["step"] == same["step"] == 1
+    assert first["loss"] != same["loss"]
+    assert first["loss"] == pytest.approx(same["loss"], rel=0.05)
+
+
+def test_without_dropout_training_and_evaluation_agree(tiny_encoder):
+    start = TokenRewardModel.start(str(tiny_encoder), 64, dropout=0.0)
+    pairs = start.encode([[Event("search", "thing 1")]], ["pizza\ncar"])
+    batch = collate(pairs, start.tokenizer.pad_token_id, torch.device("cpu"))
+    start.model.train()
+    trained = start.logits(batch)
+    start.model.eval()
+    assert torch.equal(trained, start.logits(batch))
+    own = TokenRewardModel.start(str(tiny_encoder), 64)
+    assert own.model.config.hidden_dropout_prob > 0
+
+
+def test_constructed_responses_are_learnt_from_but_held_out_rows_are_sampled(tiny_encoder, tmp_path):
+    torch.set_num_threads(1)
+    recipe = make_run(tmp_path, tiny_encoder)
+    path = Path(recipe.run_dir) / "label"
+    rows = read_table(path / "labels.parquet", LABELS).to_pylist()
+    made = [{**row, "kind": "copied"} for row in rows if row["split"] == "train" and row["rubric"] == "targets"][:32]
+    write_table(path / CONSTRUCTED_FILE, made, CONSTRUCTED)
+    recipe.reward.epochs = 1
+    folder, facts, _ = train(recipe)
+    assert facts["train"]["responses"] == 160
+    assert facts["constructed"]["responses"] == 32
+    assert facts["reward_eval"]["responses"] == 40
+    assert facts["token"]["steps"] == (160 + 32) // recipe.reward.batch_size
+    assert "| constructed responses beside them | 32 | 0 |" in (folder / "token" / "README.md").read_text()

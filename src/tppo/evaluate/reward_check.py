@@ -7,8 +7,8 @@ from typing import Any
 
 from tppo.errors import UserError
 from tppo.evaluate.charts import Interval, interval_chart
+from tppo.judge.probes import PROBES
 from tppo.reward import check_text
-from tppo.reward.probes import PROBES
 from tppo.run import RunFolder
 
 # Token level in TPPO's colour, its rival in PPO's, as in the curves of the reward models.

@@ -1,7 +1,7 @@
 """The label stage: every response judged, word by word where the judge does that, under each of its rubrics.
 
-Writes labels.parquet (one row per response and rubric) and judge.json (the judge, which the evaluate stage loads
-again).
+Writes labels.parquet (one row per sampled response and rubric), constructed.parquet (the same for constructed
+responses, with `label.constructed`) and judge.json (the judge, which the evaluate stage loads again).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from tppo.config import Recipe
+from tppo.config import Label, Recipe
 from tppo.errors import UserError
 from tppo.judge.choose import draw_examples, make_judge
 from tppo.judge.injection import probe_injection
-from tppo.judge.record import Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
+from tppo.judge.probes import CONSTRUCTIBLE, construct
+from tppo.judge.record import CONSTRUCTED_FILE, Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
 from tppo.run import RunFolder
-from tppo.tables import LABELS, RESPONSES, Example, load_examples, read_table, write_table
+from tppo.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.text import render_response
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Label the responses of the sample stage."""
+    """Label the responses of the sample stage, and constructed ones."""
+    check_settings(recipe.label)
     examples = load_examples(run.require("prepare"))
     by_id = {example.example_id: example for example in examples}
     responses = read_table(run.require("sample") / "responses.parquet", RESPONSES).to_pylist()
@@ -48,6 +50,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             for row, verdict in zip(responses, verdicts, strict=True)
         ]
     write_table(folder / "labels.parquet", rows, LABELS)
+    constructed = _label_constructed(judge, recipe, examples, folder)
     judge.save(folder)
     if recipe.label.judge == "embedding":  # the LLM judge would have to be paid for it
         held_out = [e for e in examples if e.split == "reward_eval"]
@@ -55,11 +58,43 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return {
         "judge": judge.name,
         "responses": len(responses),
-        "labels": len(rows),
+        "labels": len(rows) + constructed.pop("labels"),
+        "constructed": constructed,
         **facts,
         "relevant_share": shares,
         "injection": probe_injection(judge, items, recipe.label.injection_probes, recipe.seed),
     }
+
+
+def check_settings(settings: Label) -> None:
+    """Raise UserError for a kind of constructed response that does not exist, or a count below 0."""
+    for kind, count in settings.constructed.items():
+        if kind not in CONSTRUCTIBLE:
+            raise UserError(f"label.constructed: there is no kind '{kind}', only {', '.join(CONSTRUCTIBLE)}")
+        if count < 0:
+            raise UserError(f"label.constructed: {kind} is {count}, it must be at least 0")
+
+
+def _label_constructed(judge: Judge, recipe: Recipe, examples: list[Example], folder: Path) -> dict[str, Any]:
+    """Label constructed responses to training examples; returns {labels, and by kind: responses and shares}.
+
+    They are for learning only: the held-out users are answered by the policy alone.
+    """
+    train = [example for example in examples if example.split == "train"]
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for rubric in judge.rubrics:
+        found = construct(train, recipe.label.constructed, rubric, recipe.task.num_queries, recipe.data_seed)
+        for kind, pairs in found.items():
+            items = [JudgeItem(example.history, example.targets, response) for example, response in pairs]
+            verdicts = judge.judge(items, rubric, f"labelling constructed responses ({kind}), rubric {rubric}")
+            facts.setdefault(kind, {"responses": len(pairs)})[rubric] = relevance_shares(verdicts)
+            for (example, response), verdict in zip(pairs, verdicts, strict=True):
+                row = verdict_to_row(example, 0, rubric, judge.name, response, verdict)
+                rows.append({**row, "kind": kind})
+    if rows:
+        write_table(folder / CONSTRUCTED_FILE, rows, CONSTRUCTED)
+    return {"labels": len(rows), **facts}
 
 
 def relevance_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tppo.text import Event, ParsedResponse, parse_response, render_response
 Status = Literal["ok", "abstained"]
 
 JUDGE_FILE = "judge.json"
+CONSTRUCTED_FILE = "constructed.parquet"
 
 IRRELEVANT, RELEVANT = 1, 2
 """Classes of a word. Class 0 (separators, masked tokens) arises only when words are mapped to tokens."""

@@ -32,6 +32,7 @@ FIELDS = {
     "sl": "suggested length of Eq. 4 in tokens of *this* tokenizer: median length of a labelled query, separator "
     "included, times the number of queries. RL pays policy tokens and measures its own (`rl.suggested_length`)",
     "train": "training rows",
+    "constructed": "constructed responses among the training rows (`label.constructed`), not counted in `train`",
     "reward_eval": "held-out rows",
     "metrics": "of the kept checkpoint, on the held-out rows",
 }
@@ -155,7 +156,7 @@ def _tppo_snippet(token: bool) -> list[str]:
 
 def _described(info: dict[str, Any]) -> list[str]:
     """Fields of reward.json that are plain values, with their meaning."""
-    plain = [name for name in FIELDS if name in info and name not in ("train", "reward_eval", "metrics")]
+    plain = [name for name in FIELDS if name in info and name not in ("train", "constructed", "reward_eval", "metrics")]
     rows = [f"| `{name}` | {_plain(info[name])} | {FIELDS[name]} |" for name in plain]
     return ["## reward.json", "", "| field | here | meaning |", "|---|---|---|", *rows, ""]
 
@@ -174,6 +175,8 @@ def _numbers(info: dict[str, Any]) -> list[str]:
     if "train" in info and "reward_eval" in info:
         lines += ["## Data", "", "| | training | held-out users |", "|---|---|---|"]
         lines += [f"| {label} | {info['train'][name]} | {info['reward_eval'][name]} |" for name, label in _COUNTS]
+        if constructed := info.get("constructed", {}).get("responses"):
+            lines.append(f"| constructed responses beside them | {constructed} | 0 |")
         lines += ["", "Responses were sampled from the supervised policy and labelled word by word. Users are in one "
                   "split only.", ""]  # fmt: skip
     found = {label: info["metrics"].get(name) for name, label in _METRICS.items() if name in info.get("metrics", {})}
@@ -191,7 +194,8 @@ def _limits(info: dict[str, Any]) -> list[str]:
         "- It reads the response in both directions: score complete responses only, never a prefix.",
         "- It imitates one judge under one rubric, on responses of one policy. Far from those (after long RL, in "
         "another log) its scores are guesses, and a policy trained long enough against it finds its mistakes.",
-        "- Responses that repeat a query or copy the history are rare in the training rows.",
+        "- Sampled responses rarely repeat a query or copy the history. Without constructed rows that do "
+        "(`label.constructed`) it may prefer those that do.",
         "",
         "## Licence",
         "",

@@ -5,7 +5,7 @@ On users held out from training (split reward_eval), for the token-level reward 
 1. the labelled responses: AUC, F1 and calibration, by the functions that chose the checkpoint (`train.evaluate`).
    That choice was made on these very rows, so these numbers lean a little to the good side;
 2. rank correlation of the reward with the response's length, beside that of the judge's labels;
-3. probes (`tppo.reward.probes`): how often the user's real next queries score above responses that should not win.
+3. probes (`tppo.judge.probes`): how often the user's real next queries score above responses that should not win.
 
 A response's score is what the model says of the whole: the mean relevance of its tokens
 (`metrics.response_relevance`), or the rival's probability. Writes check.json (every number), README.md (the same to
@@ -29,13 +29,13 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from tppo.config import CheckReward, Recipe, Rubric
 from tppo.errors import UserError
 from tppo.evaluate.stats import UserBootstrap, win_tie_lose
+from tppo.judge.probes import PROBES, log_words, make_probes
 from tppo.reward.align import RELEVANT
 from tppo.reward.check_text import print_check, to_markdown
 from tppo.reward.data import LabelledResponse, Pair, load_labelled, make_items
 from tppo.reward.evaluate import evaluate, mean_relevances, sentence_scores
 from tppo.reward.gate import Evidence, assess, reasons
 from tppo.reward.models import RewardModel, TokenRewardModel, softmax
-from tppo.reward.probes import PROBES, log_words, make_probes
 from tppo.reward.train import KINDS
 from tppo.rl.rewards import class_rewards, reward_values
 from tppo.run import RunFolder, write_json, write_text

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from tppo.evaluate.present import NOT_MEASURED, interval, number
 from tppo.evaluate.stats import IntervalEstimate
+from tppo.judge.probes import PROBES
 from tppo.progress import console
 from tppo.reward.gate import LABELS, TITLES
-from tppo.reward.probes import PROBES
 
 MODELS = tuple(TITLES)
 TONES = {"passed": "good", "failed": "bad", "cannot be told": "bad", "not required": "none"}

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.config import Rubric
 from tppo.errors import UserError
-from tppo.judge.record import split_response
+from tppo.judge.record import CONSTRUCTED_FILE, split_response
 from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
-from tppo.tables import LABELS, Example, load_examples, read_table
+from tppo.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
 from tppo.text import QUERY_SEPARATOR, Event, Word, render_history
 
 VISIBLE_SEPARATOR = "|"
@@ -73,15 +74,26 @@ class Batch(NamedTuple):
 def load_labelled(
     label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str
 ) -> tuple[list[LabelledResponse], int]:
-    """Judged responses of one split and rubric, in file order, and how many the judge abstained on.
+    """Judged sampled responses of one split and rubric, in file order, and how many the judge abstained on.
 
     Raises:
         UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
     """
-    path = label_folder / "labels.parquet"
+    return _load(label_folder / "labels.parquet", LABELS, prepare_folder, rubric, split)
+
+
+def load_constructed(label_folder: Path, prepare_folder: Path, rubric: Rubric) -> tuple[list[LabelledResponse], int]:
+    """The same of constructed responses to training examples; none when the label stage was asked for none."""
+    path = label_folder / CONSTRUCTED_FILE
+    return _load(path, CONSTRUCTED, prepare_folder, rubric, "train") if path.exists() else ([], 0)
+
+
+def _load(
+    path: Path, schema: pa.Schema, prepare_folder: Path, rubric: Rubric, split: str
+) -> tuple[list[LabelledResponse], int]:
     examples = {example.example_id: example for example in load_examples(prepare_folder, split)}
     labelled, abstained = [], 0
-    for number, row in enumerate(read_table(path, LABELS).to_pylist()):
+    for number, row in enumerate(read_table(path, schema).to_pylist()):
         if row["split"] != split or row["rubric"] != rubric:
             continue
         if row["status"] != "ok":

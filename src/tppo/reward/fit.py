@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from tppo.config import Reward
+from tppo.precision import autocast
 from tppo.progress import console, track
 from tppo.reward import losses
 from tppo.reward.data import Batch, Item, collate, targets
@@ -55,7 +56,10 @@ def fit(
     seed: int,
     log: Log,
 ) -> Fit:
-    """Train in place; the model ends as its best checkpoint. `settings` are those of `settings_for`."""
+    """Train in place; the model ends as its best checkpoint. `settings` are those of `settings_for`.
+
+    Held-out rows are scored in the precision of training here; final numbers come from `check_reward`, in float32.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = reward_model.model.to(device)
     batches = [batch for epoch in range(settings.epochs) for batch in _batches(train, settings, seed, epoch)]
@@ -64,7 +68,8 @@ def fit(
     evals = {round(i * per_epoch / settings.evals_per_epoch) for i in range(1, settings.evals_per_epoch + 1)}
     optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
-    log({"step": 0, "epoch": 0.0, "split": "reward_eval", **evaluate(reward_model, held_out, settings)})
+    with autocast(settings.precision, device.type):
+        log({"step": 0, "epoch": 0.0, "split": "reward_eval", **evaluate(reward_model, held_out, settings)})
     best: dict[str, Any] = {}
     best_weights: dict[str, Tensor] = {}
     worse = step = 0
@@ -72,7 +77,8 @@ def fit(
     for step, items in enumerate(track(batches, f"{reward_model.kind} reward model"), start=1):
         batch = collate([item.pair for item in items], reward_model.tokenizer.pad_token_id, device)
         generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
-        loss, parts = _objective(reward_model, batch, items, settings, generator)
+        with autocast(settings.precision, device.type):
+            loss, parts = _objective(reward_model, batch, items, settings, generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         rate = schedule.get_last_lr()[0]
@@ -83,7 +89,8 @@ def fit(
         log({**where, "split": "train", **parts, "grad_norm": float(norm), "learning_rate": rate})
         if (step - 1) % per_epoch + 1 not in evals:
             continue
-        scores = evaluate(reward_model, held_out, settings)
+        with autocast(settings.precision, device.type):
+            scores = evaluate(reward_model, held_out, settings)
         log({**where, "split": "reward_eval", **scores})
         if not best or _rank(scores) > _rank(best):
             best, best_weights, worse = {**where, **scores}, copy.deepcopy(model.state_dict()), 0

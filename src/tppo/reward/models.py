@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging
 
 from tppo.config import GlobalAttention, Pooling
@@ -61,12 +61,14 @@ class RewardModel:
         *,
         longformer_window: int | None = None,
         global_attention: GlobalAttention = "history",
+        dropout: float | None = None,
     ) -> Self:
         """A model to be trained: the encoder at this path or name with a fresh head.
 
         Args:
             longformer_window: make a Longformer with this attention window and `max_length` positions of it.
             global_attention: which tokens of a Longformer have it; other encoders have no use for it.
+            dropout: every rate of dropout in the encoder's config; None leaves them as they are.
 
         Raises:
             UserError: no model of tokens or no fast tokenizer, `max_length` beyond what the encoder can read, or an
@@ -75,8 +77,10 @@ class RewardModel:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # the report on missing head weights: a fresh head is what we want
         try:
+            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
             model = AutoModelForTokenClassification.from_pretrained(
                 encoder,
+                **({} if dropout is None else _dropout_rates(config, dropout)),
                 num_labels=len(cls.classes),
                 id2label=dict(enumerate(cls.classes)),
                 label2id={name: i for i, name in enumerate(cls.classes)},
@@ -285,6 +289,12 @@ def sentence_probabilities(pairs: Sequence[Pair], logits_N: np.ndarray) -> np.nd
 def softmax(logits_TC: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits_TC - logits_TC.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def _dropout_rates(config: Any, rate: float) -> dict[str, float]:
+    """Every rate of dropout that the config has, whatever its model family calls it."""
+    rates = {name: value for name, value in config.to_dict().items() if "dropout" in name}
+    return {name: rate for name, value in rates.items() if isinstance(value, float | int)}
 
 
 def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:

@@ -23,7 +23,7 @@ from tppo.models import load_encoder_path
 from tppo.progress import console
 from tppo.reward.align import IRRELEVANT, RELEVANT
 from tppo.reward.card import label_facts, suggested_length
-from tppo.reward.data import Item, LabelledResponse, load_labelled, make_items
+from tppo.reward.data import Item, LabelledResponse, load_constructed, load_labelled, make_items
 from tppo.reward.evaluate import sentence_check, sentence_scores
 from tppo.reward.fit import Log, fit, settings_for
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
@@ -34,11 +34,16 @@ KINDS: tuple[type[RewardModel], ...] = (TokenRewardModel, SentenceRewardModel)
 
 
 class Labels(NamedTuple):
-    """Judged responses to learn from and of held-out users, and how many the judge abstained on, by split."""
+    """Judged responses."""
 
     train: list[LabelledResponse]
+    """Sampled ones to learn from."""
     held_out: list[LabelledResponse]
+    """Sampled ones of held-out users."""
     abstained: dict[str, int]
+    """How many the judge abstained on, by split, and of the constructed ones."""
+    constructed: list[LabelledResponse]
+    """Constructed ones to learn from (`label.constructed`)."""
 
 
 class Trained(NamedTuple):
@@ -46,7 +51,7 @@ class Trained(NamedTuple):
 
     model: RewardModel
     train_items: list[Item]
-    """What it has learnt from, encoded."""
+    """The sampled responses it has learnt from, encoded."""
     facts: dict[str, Any]
     """best (held-out metrics), steps, planned_steps, sentence_auc, score_std, collapsed, why, histories_truncated,
     seconds."""
@@ -61,9 +66,10 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "abstained": labels.abstained,
         "train": _describe(labels.train),
+        "constructed": _describe(labels.constructed),
         "reward_eval": _describe(labels.held_out),
     }
-    described = {**label_facts(run), "train": facts["train"], "reward_eval": facts["reward_eval"]}
+    described = {**label_facts(run), **{name: facts[name] for name in ("train", "constructed", "reward_eval")}}
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for kind in KINDS:
 
@@ -93,7 +99,9 @@ def load_labels(recipe: Recipe, run: RunFolder) -> Labels:
     label, prepare = run.require("label"), run.require("prepare")
     train_rows, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
     eval_rows, eval_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
-    labels = Labels(train_rows, eval_rows, {"train": train_abstained, "reward_eval": eval_abstained})
+    constructed, constructed_abstained = load_constructed(label, prepare, settings.rubric)
+    abstained = {"train": train_abstained, "reward_eval": eval_abstained, "constructed": constructed_abstained}
+    labels = Labels(train_rows, eval_rows, abstained, constructed)
     check_labels(labels, label / "labels.parquet", settings)
     return labels
 
@@ -108,19 +116,21 @@ def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed:
         settings.max_length,
         longformer_window=settings.attention_window if settings.to_longformer else None,
         global_attention=settings.global_attention,
+        dropout=settings.dropout,
     )
     if isinstance(reward_model, SentenceRewardModel):
         reward_model.use_pooling(settings.sentence_pooling)
     train_items = make_items(reward_model.tokenizer, labels.train, settings.max_length)
+    constructed_items = make_items(reward_model.tokenizer, labels.constructed, settings.max_length)
     eval_items = make_items(reward_model.tokenizer, labels.held_out, settings.max_length)
-    result = fit(reward_model, train_items, eval_items, settings, seed, log)
+    result = fit(reward_model, [*train_items, *constructed_items], eval_items, settings, seed, log)
     reward_model.info["encoder"] = settings.encoder
     check = sentence_check(
         sentence_scores(reward_model, [item.pair for item in eval_items]),
         np.array([item.label for item in eval_items]),
         [row.user_id for row in labels.held_out],
     )
-    cut = sum(item.pair.dropped > 0 for item in [*train_items, *eval_items])
+    cut = sum(item.pair.dropped > 0 for item in [*train_items, *constructed_items, *eval_items])
     seconds = round(time.monotonic() - start, 1)
     facts = {**result._asdict(), **check, "histories_truncated": cut, "seconds": seconds}
     return Trained(reward_model, train_items, facts)
@@ -159,6 +169,8 @@ def check_settings(settings: Reward) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1 and value != 0:
             raise UserError(f"reward.{name}={value} must be at least 1, or 0 (no balance)")
+    if settings.dropout is not None and not 0 <= settings.dropout < 1:
+        raise UserError(f"reward.dropout={settings.dropout} must be at least 0 and below 1, or null")
     for name in ("learning_rate", "sentence_learning_rate"):
         value = getattr(settings, name)
         if value is not None and value <= 0:

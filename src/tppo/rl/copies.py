@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tppo.config import RL
 from tppo.models import lora_config
-from tppo.rl.policy import TokenBatch, autocast, response_logprobs
+from tppo.precision import autocast
+from tppo.rl.policy import TokenBatch, response_logprobs
 from tppo.seeding import stream_seed
 
 _ADAPTER = "default"

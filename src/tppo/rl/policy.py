@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tppo.config import Precision
+from tppo.precision import autocast
 from tppo.rl.value import ValueHead, ValueProbe
 
 
@@ -65,11 +65,6 @@ class PolicyOutput(NamedTuple):
         logprobs, *others = (None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
         assert logprobs is not None
         return PolicyOutput(logprobs, *others)
-
-
-def autocast(precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 matrix products over float32 weights, or plain float32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class PolicyWithValue(nn.Module):

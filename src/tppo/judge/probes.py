@@ -14,7 +14,7 @@ and one that knows single words only cannot tell `real` from `repeated` and `cop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tppo.config import Rubric
 from tppo.judge.record import other_user_items
@@ -30,6 +30,8 @@ PROBES = {
     "copied": "the newest searches of the history, word for word",
     "empty": "an empty response",
 }
+CONSTRUCTIBLE = tuple(probe for probe in PROBES if probe != "empty")
+"""Probes with words to label."""
 
 
 def make_probes(
@@ -52,6 +54,26 @@ def make_probes(
         "copied": [_copied(example, num_queries) for example in examples],
         "empty": [""] * len(examples),
     }
+
+
+def construct(
+    examples: Sequence[Example], counts: Mapping[str, int], rubric: Rubric, num_queries: int, seed: int
+) -> dict[str, list[tuple[Example, str]]]:
+    """Probes as responses to learn from: for each kind that many (example, response), all where there are fewer.
+
+    Args:
+        counts: by a name in CONSTRUCTIBLE; the examples are drawn with the seed, for each kind on its own.
+    """
+    wanted = {kind: count for kind, count in counts.items() if count}
+    if not wanted:
+        return {}
+    probes = make_probes(examples, log_words(examples), rubric, num_queries, seed)
+    found = {}
+    for kind, count in wanted.items():
+        able = [i for i, response in enumerate(probes[kind]) if response is not None]
+        chosen = rng(seed, "construct", kind).permutation(len(able))[:count]
+        found[kind] = [(examples[i], probes[kind][i] or "") for i in sorted(able[j] for j in chosen)]
+    return found
 
 
 def log_words(examples: Sequence[Example]) -> list[str]:
