@@ -4,8 +4,8 @@
     python benchmarks/reward_study.py curves --output studies/aol --seeds 3 --run_dir runs/aol-cpu
     python benchmarks/reward_study.py ablation --output studies/aol --seeds 3 --run_dir runs/aol-cpu
 
-- search: the same number of settings for either model (learning rates x epochs x five variants). Every setting is
-  trained with the first seed, the best `--finalists` of either model with the others too.
+- search: the same number of settings for either model: learning rates x epochs, then at the best of those four
+  variants, one change each. All with the first seed; the best `--finalists` of either model with the others too.
 - curves: the recipe's two models, evaluated more often; is the token model's sentence AUC higher, faster, steadier?
 - ablation: the token model with local weight w and global weight 1 - w (the paper's Eq. 3). Losses at different w are
   on different scales, so AUC decides.
@@ -22,7 +22,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,19 @@ from tppo.run import write_json, write_text
 
 Rows = list[dict[str, Any]]
 
-# One change at a time from the paper's setting; as many variants for one model as for the other.
 PAPER = {
     "token": {"class_ratio": 3.0, "global_estimator": "expected", "local_weight": 0.4, "global_weight": 0.6},
     "sentence": {"class_ratio": 3.0, "sentence_pooling": "mean", "sentence_loss": "bce"},
 }
+# One change at a time from the paper's setting; as many variants for one model as for the other.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "token": [
-        {},
         {"class_ratio": 0.0},
         {"global_estimator": "straight_through"},
         {"local_weight": 0.2, "global_weight": 0.8},
         {"local_weight": 0.8, "global_weight": 0.2},
     ],
     "sentence": [
-        {},
         {"class_ratio": 0.0},
         {"sentence_pooling": "cls"},
         {"sentence_pooling": "max"},
@@ -65,33 +63,28 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 ABLATION_CHARTS = (("token_auc", "Held-out AUC of tokens"), ("sentence_auc", "Held-out AUC of the mean on responses"))
 
 
-def search_grid(kind: str, rates: Sequence[float], epochs: Sequence[int]) -> list[dict[str, Any]]:
-    """Settings to try for one kind of model."""
-    return [
-        {"learning_rate": rate, "epochs": count, **PAPER[kind], **variant}
-        for rate, count, variant in itertools.product(rates, epochs, VARIANTS[kind])
-    ]
-
-
 def search(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: Path) -> None:
-    """Both models' grids; writes search.md and search.json."""
+    """Both models' searches; writes search.md and search.json."""
     seeds = _seeds(recipe, arguments)
     trials = output / "trials.jsonl"
-    grids = {kind: search_grid(kind, arguments.learning_rates, arguments.epochs) for kind in KIND}
 
-    def train(kind: str, grid: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Rows]:
-        """Rows of the seeds, for each setting."""
+    def train(kind: str, grid: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[tuple[dict[str, Any], Rows]]:
+        """Each setting with the rows of its seeds, best first."""
         settings = [own_settings(kind, recipe.reward, **changes) for changes in grid]
         rows = run_trials([Trial(kind, own, seed) for own in settings for seed in seeds], data, trials)
-        return [rows[i : i + len(seeds)] for i in range(0, len(rows), len(seeds))]
+        by_setting = [rows[i : i + len(seeds)] for i in range(0, len(rows), len(seeds))]
+        return ranked(zip(grid, by_setting, strict=True))
 
     found: list[dict[str, Any]] = []
-    for kind, grid in grids.items():
-        results = list(zip(grid, train(kind, grid, seeds[:1]), strict=True))
-        results.sort(key=lambda result: own_auc(result[1]), reverse=True)
+    tried = {}
+    for kind in KIND:
+        schedules = itertools.product(arguments.learning_rates, arguments.epochs)
+        plain = [{"learning_rate": rate, "epochs": count, **PAPER[kind]} for rate, count in schedules]
+        results = train(kind, plain, seeds[:1])
+        results = ranked(results + train(kind, [{**results[0][0], **one} for one in VARIANTS[kind]], seeds[:1]))
+        tried[kind] = len(results)
         finalists = [changes for changes, _ in results[: arguments.finalists or len(results)]]
-        finals = list(zip(finalists, train(kind, finalists, seeds), strict=True))
-        finals.sort(key=lambda result: own_auc(result[1]), reverse=True)
+        finals = train(kind, finalists, seeds)
         rest = results[len(finalists) :]
         found += [{"kind": kind, "changes": changes, **summary(rows)} for changes, rows in [*finals, *rest]]
     heads = ["model", "settings", "seeds", "own AUC", "sentence AUC", "best step", "collapsed"]
@@ -99,8 +92,8 @@ def search(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: Pa
         [row["kind"], _described(row), str(row["seeds"]), *_aucs(row), f"{row['step']:.0f}", str(row["collapsed"])]
         for row in found
     ]
-    lines = [f"{len(grid)} settings for the {kind} model" for kind, grid in grids.items()]
-    for kind in grids:
+    lines = [f"{count} settings for the {kind} model" for kind, count in tried.items()]
+    for kind in KIND:
         best = next(row for row in found if row["kind"] == kind)
         lines.append(f"best for the {kind} model: `{as_flags(kind, best['changes'])}`")
     _publish(output, "search", heads, cells, lines, {"settings": found})
@@ -184,6 +177,11 @@ def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
 def own_auc(rows: Rows) -> float:
     """What a setting is chosen by: the mean AUC on the model's own task; last where there is none."""
     return _or_lowest(mean_std([row["facts"]["best"]["auc"] for row in rows])["mean"])
+
+
+def ranked(results: Iterable[tuple[dict[str, Any], Rows]]) -> list[tuple[dict[str, Any], Rows]]:
+    """Settings with their rows, best first."""
+    return sorted(results, key=lambda result: own_auc(result[1]), reverse=True)
 
 
 def compare_curves(rows: Rows) -> dict[str, Any]:

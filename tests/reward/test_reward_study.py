@@ -76,24 +76,26 @@ def test_a_killed_study_goes_on_where_it_was(small_run, tmp_path):
 
 def test_search_gives_both_models_the_same_budget(small_run, tmp_path, capsys):
     output = tmp_path / "study"
-    command = flags(small_run, output, "search", "--seeds", "2", "--learning_rates", "3e-3", "--epochs", "1",
+    command = flags(small_run, output, "search", "--seeds", "2", "--learning_rates", "3e-3", "1e-3", "--epochs", "1",
                     "--finalists", "1")  # fmt: skip
     reward_study.main(command)
     rows = rows_of(output)
     for kind in ("token", "sentence"):
         found = [row for row in rows if row["kind"] == kind]
-        assert len(found) == 5 + 1, "five settings with the first seed, one of them with the second"
+        assert len(found) == 2 + 4 + 1, "two rates, four variants of the better, one of the six with the second seed"
+        rates = [row["settings"]["learning_rate"] for row in found if row["seed"] == 0]
+        better = max(found[:2], key=lambda row: row["facts"]["best"]["auc"])
+        assert rates == [3e-3, 1e-3, *[better["settings"]["learning_rate"]] * 4]
         assert [row["seed"] for row in found].count(1) == 1
         finalist = next(row for row in found if row["seed"] == 1)
         best = max(row["facts"]["best"]["auc"] for row in found if row["seed"] == 0)
         (same,) = [row for row in found if row["seed"] == 0 and row["settings"] == finalist["settings"]]
         assert same["facts"]["best"]["auc"] == best
     settings = json.loads((output / "search.json").read_text())["settings"]
-    assert [row["seeds"] for row in settings] == [2, *[1] * 4] * 2
+    assert [row["seeds"] for row in settings] == [2, *[1] * 5] * 2
     for kind in ("token", "sentence"):
-        grid = reward_study.search_grid(kind, [1e-4, 3e-4], [4, 8, 12])
-        assert len({json.dumps(changes) for changes in grid}) == len(grid) == 2 * 3 * 5
-        assert all(own_settings(kind, small_run.reward, **changes).epochs in (4, 8, 12) for changes in grid)
+        found = [json.dumps(row["changes"]) for row in settings if row["kind"] == kind]
+        assert len(set(found)) == len(found) == 6
     printed = capsys.readouterr().out
     assert "best for the sentence model: `--reward.sentence_learning_rate" in printed
     assert "best for the sentence model" in (output / "search.md").read_text()
