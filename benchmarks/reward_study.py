@@ -71,7 +71,8 @@ def search(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: Pa
     def train(kind: str, grid: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[tuple[dict[str, Any], Rows]]:
         """Each setting with the rows of its seeds, best first."""
         settings = [own_settings(kind, recipe.reward, **changes) for changes in grid]
-        rows = run_trials([Trial(kind, own, seed) for own in settings for seed in seeds], data, trials)
+        todo = [Trial(kind, own, seed) for own in settings for seed in seeds]
+        rows = run_trials(todo, data, trials, arguments.workers)
         by_setting = [rows[i : i + len(seeds)] for i in range(0, len(rows), len(seeds))]
         return ranked(zip(grid, by_setting, strict=True))
 
@@ -104,7 +105,7 @@ def curves(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: Pa
     changes = {"evals_per_epoch": arguments.evals_per_epoch, "patience": 0}
     settings = {kind: own_settings(kind, recipe.reward, **changes) for kind in KIND}
     trials = [Trial(kind, own, seed) for kind, own in settings.items() for seed in _seeds(recipe, arguments)]
-    rows = run_trials(trials, data, output / "trials.jsonl")
+    rows = run_trials(trials, data, output / "trials.jsonl", arguments.workers)
     points = [{"model": row["kind"], "seed": row["seed"], **point} for row in rows for point in row["curve"]]
     for name, title in REWARD_CHARTS:
         save_line_chart(output / f"curves_{name}.png", reward_lines(points, name), title, "step")
@@ -126,7 +127,8 @@ def ablation(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: 
         own_settings("token", recipe.reward, local_weight=w, global_weight=round(1 - w, 9), **changes)
         for w in arguments.weights
     ]
-    rows = run_trials([Trial("token", own, seed) for own in settings for seed in seeds], data, output / "trials.jsonl")
+    trials = [Trial("token", own, seed) for own in settings for seed in seeds]
+    rows = run_trials(trials, data, output / "trials.jsonl", arguments.workers)
     by_weight = {w: [row for row in rows if row["settings"]["local_weight"] == w] for w in arguments.weights}
     colours = matplotlib.colormaps["viridis"].resampled(len(by_weight) + 1)  # the last one is too pale for a line
     for name, title in ABLATION_CHARTS:
@@ -304,7 +306,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--output", type=Path, required=True, help="folder for trials, tables and charts")
     parser.add_argument("--seeds", type=int, default=3, help="seeds from the recipe's on")
-    parser.add_argument("--max_rows", type=int, help="random labelled responses of each kind, for a quick trial")
+    parser.add_argument("--max_rows", type=int, help="random labelled responses of each split, for a quick trial")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="search")
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 8], help="search")
     parser.add_argument("--finalists", type=int, default=4, help="search: settings with all seeds; 0: every one")
@@ -312,9 +314,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0], help="ablation"
     )
+    parser.add_argument("--workers", type=int, default=1, help="trainings side by side, on CPUs")
     own, others = parser.parse_known_args(arguments)
-    if own.seeds < 1:
-        parser.error("--seeds must be at least 1")
+    if min(own.seeds, own.workers) < 1:
+        parser.error("--seeds and --workers must be at least 1")
     return own, parse_recipe("reward", others)[0]
 
 

@@ -1,5 +1,5 @@
-"""Train reward models for a list of settings and seeds, one process, one model at a time; a finished trial is a line of
-a JSONL file and is never trained again. What `reward_study.py` stands on.
+"""Train reward models for a list of settings and seeds; a finished trial is a line of a JSONL file and is never trained
+again. What `reward_study.py` stands on.
 
 A trial is finished when the file holds a line with the same kind of model, the same settings that matter to it, the
 same seed and the same labels, whichever study wrote it: the studies share trials. A line holds numbers only, no text.
@@ -10,11 +10,15 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tppo.config import Recipe, Reward
 from tppo.progress import console
@@ -70,7 +74,8 @@ def as_flags(kind: str, changes: dict[str, Any]) -> str:
 
 
 def load_data(recipe: Recipe, max_rows: int | None) -> Data:
-    """The labels of a run folder's finished label stage, at most `max_rows` random rows of each split.
+    """The labels of a run folder's finished label stage, at most `max_rows` random rows of each split and as large
+    a share of the constructed responses as of the sampled ones.
 
     Raises:
         UserError: the stage is not finished, or its labels cannot be learnt from.
@@ -79,9 +84,14 @@ def load_data(recipe: Recipe, max_rows: int | None) -> Data:
     labels = load_labels(recipe, run)
     if max_rows:
         draw = rng(recipe.seed, "max_rows")
+        share = min(1.0, max_rows / len(labels.train))
         train, held_out, constructed = (
-            [rows[i] for i in sorted(draw.permutation(len(rows))[:max_rows])]
-            for rows in (labels.train, labels.held_out, labels.constructed)
+            [rows[i] for i in sorted(draw.permutation(len(rows))[:limit])]
+            for rows, limit in (
+                (labels.train, max_rows),
+                (labels.held_out, max_rows),
+                (labels.constructed, round(share * len(labels.constructed))),
+            )
         )
         labels = labels._replace(train=train, held_out=held_out, constructed=constructed)
         check_labels(labels, run.path("label") / "labels.parquet", recipe.reward)
@@ -89,20 +99,39 @@ def load_data(recipe: Recipe, max_rows: int | None) -> Data:
     return Data(labels, json.dumps([*made_by, max_rows]))
 
 
-def run_trials(trials: Sequence[Trial], data: Data, path: Path) -> list[dict[str, Any]]:
-    """The lines of these trials, in their order; what `path` does not hold yet is trained and appended to it."""
+def run_trials(trials: Sequence[Trial], data: Data, path: Path, workers: int = 1) -> list[dict[str, Any]]:
+    """The lines of these trials, in their order; what `path` does not hold yet is trained and appended to it.
+
+    Args:
+        workers: trials trained side by side, each in a process with its share of the threads. Matrices of a small
+            encoder keep one core busier than they do two.
+    """
     done = finished_trials(path)
     keys = [trial.key(data) for trial in trials]
     todo = {key: trial for key, trial in zip(keys, trials, strict=True) if key not in done}
     console.print(f"{len(set(keys))} trials, {len(set(keys)) - len(todo)} of them finished in {path}")
-    for number, (key, trial) in enumerate(todo.items(), start=1):
-        console.print(f"trial {number} of {len(todo)}: {trial.kind}, seed {trial.seed}")
-        done[key] = {"key": key, **train_trial(trial, data.labels)}
+    for number, (key, row) in enumerate(_trained(todo, data.labels, workers), start=1):
+        console.print(f"trial {number} of {len(todo)} finished: {row['kind']}, seed {row['seed']}")
+        done[key] = {"key": key, **row}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[key]) + "\n")
             file.flush()
             os.fsync(file.fileno())
     return [done[key] for key in keys]
+
+
+def _trained(todo: dict[str, Trial], labels: Labels, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and line of each trial as it finishes."""
+    if workers == 1:
+        for key, trial in todo.items():
+            yield key, train_trial(trial, labels)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        running = {pool.submit(train_trial, trial, labels): key for key, trial in todo.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 def train_trial(trial: Trial, labels: Labels) -> dict[str, Any]:

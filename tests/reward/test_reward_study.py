@@ -125,6 +125,16 @@ def test_ablation_shares_its_trials_with_the_curves(small_run, tmp_path):
     assert [row["kind"] for row in rows_of(output)] == ["token"] * 3 + ["sentence"], "w = 0.4 is the recipe's model"
 
 
+def test_trials_side_by_side_are_the_same_trials(small_run, tmp_path):
+    torch.set_num_threads(1)  # as each of the workers has, so that sums round alike
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    for output, more in ((alone, ()), (beside, ("--workers", "2"))):
+        reward_study.main(flags(small_run, output, "curves", "--seeds", "1", "--evals_per_epoch", "1", *more))
+    rows = {row["key"]: row for row in without_seconds(rows_of(alone))}
+    assert {row["key"]: row for row in without_seconds(rows_of(beside))} == rows
+    assert len(rows) == 2
+
+
 def test_other_labels_and_settings_are_other_trials(small_run):
     data, fewer = load_data(small_run, None), load_data(small_run, 16)
     assert (len(data.labels.train), len(fewer.labels.train), len(fewer.labels.held_out)) == (48, 16, 16)
