@@ -66,7 +66,7 @@ def fit(
     per_epoch = len(batches) // settings.epochs
     # The end of each epoch, and evals_per_epoch - 1 points evenly between.
     evals = {round(i * per_epoch / settings.evals_per_epoch) for i in range(1, settings.evals_per_epoch + 1)}
-    optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
     with autocast(settings.precision, device.type):
         log({"step": 0, "epoch": 0.0, "split": "reward_eval", **evaluate(reward_model, held_out, settings)})
