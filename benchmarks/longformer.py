@@ -13,7 +13,8 @@ length or more:
 
 Each contestant does each kind of work in a process of its own: `score` (no gradients) and `train` (forward, the local
 loss, backward; no optimiser step). Its first batch is a warm-up: seconds are those of the others, median and range.
-Memory is the process's peak (VmHWM, so Linux only) and what of it the batches added to the loaded model.
+Memory is the process's peak (VmHWM, so Linux only) and what of it the batches added to the loaded model. A contestant
+that the kernel kills for want of memory is listed as such.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -164,25 +166,36 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name in ("encoder", "long", "batch_size", "repeats", "seed"):
                 command += [f"--{name}", str(getattr(arguments, name))]
             done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
             )
-            rows.append({**asdict(contestant), "work": work, **json.loads(done.stdout.splitlines()[-1])})
+            # The kernel kills a process that memory does not suffice for: a result, too.
+            if done.returncode not in (0, -signal.SIGKILL):
+                raise SystemExit(f"{contestant.name}, {work}: exit code {done.returncode}")
+            found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"seconds": None}
+            rows.append({**asdict(contestant), "work": work, **found})
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    title = f"{arguments.encoder}, batches of {arguments.batch_size}, {rows[0]['threads']} threads"
+    title = f"{arguments.encoder}, batches of {arguments.batch_size}, {torch_threads(rows)} threads"
     table = Table(title=title, title_justify="left")
     for head in ("", "work", "tokens", "input dropped %", "s / batch", "peak MiB", "added MiB"):
         table.add_column(head, justify="right" if head not in ("", "work") else "left")
     for row in rows:
         seconds = row["seconds"]
+        if seconds is None:
+            table.add_row(row["name"], row["work"], "", "", "out of memory", "", "")
+            continue
         table.add_row(
             *(row["name"], row["work"], f"{row['tokens']:.0f}", f"{100 * row['dropped_share']:.0f}"),
             f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
             *(f"{row[name]:.0f}" for name in ("peak_mib", "added_mib")),
         )
     Console(width=140).print(table)
+
+
+def torch_threads(rows: Sequence[dict[str, Any]]) -> int:
+    return next(row["threads"] for row in rows if row["seconds"] is not None)
 
 
 def parse_arguments() -> argparse.Namespace:
