@@ -14,7 +14,8 @@ import numpy as np
 from tppo.config import Evaluate, Prepare, Recipe, Rubric
 from tppo.evaluate.answers import Answers
 from tppo.evaluate.compare import BASELINES, build_metrics
-from tppo.evaluate.stage import GENERATIONS, Readers, response_rows
+from tppo.evaluate.generations import GENERATIONS
+from tppo.evaluate.stage import Readers, response_rows
 from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response
 from tppo.reward.check import build_report
 from tppo.run import RunFolder, write_json

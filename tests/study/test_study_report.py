@@ -12,8 +12,8 @@ import pytest
 
 from tppo.config import Recipe, Setting, Study
 from tppo.errors import UserError
+from tppo.evaluate.generations import GENERATIONS
 from tppo.evaluate.metrics import PER_RESPONSE
-from tppo.evaluate.stage import GENERATIONS
 from tppo.run import write_json
 from tppo.study.plan import Plan, make_plan
 from tppo.study.report import write_report

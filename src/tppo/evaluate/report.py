@@ -33,10 +33,10 @@ from tppo.evaluate.curves import (
     rollout_policies,
     sft_chart,
 )
+from tppo.evaluate.generations import GENERATIONS
 from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.reward_check import reward_check_section
-from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
 from tppo.rl.show import shown_tokens

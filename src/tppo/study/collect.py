@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.errors import UserError
+from tppo.evaluate.generations import GENERATIONS, RUBRICS
 from tppo.evaluate.metrics import PER_RESPONSE
-from tppo.evaluate.stage import GENERATIONS, RUBRICS
 from tppo.judge.record import RELEVANT
 from tppo.run import read_jsonl, rl_stage
 from tppo.study.plan import SFT, Job, Plan
