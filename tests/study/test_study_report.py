@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import fake_run
 import pyarrow.parquet as pq
@@ -18,24 +19,32 @@ from tppo.run import write_json
 from tppo.study.plan import Plan, make_plan
 from tppo.study.report import write_report
 from tppo.study.run import run_study
+from tppo.tables import EXAMPLES as TABLE
 from tppo.tables import write_table
 
 EXAMPLES = [*fake_run.make_examples(10), *fake_run.make_examples(10, split="eval2", seed=7)]
 
 
 def make_study(
-    root: Path, skip: str = "", baselines: tuple[str, ...] = (), second_judge: str | None = None
+    root: Path,
+    skip: str = "",
+    baselines: tuple[str, ...] = (),
+    second_judge: str | None = None,
+    **changes: Any,
 ) -> tuple[Recipe, Plan]:
     """Every cell but `skip`, finished, by the run folders themselves; the second judge says what the first does."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo", "dpo"]),
         study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
     )
+    recipe = replace(recipe, **changes)
     plan = make_plan(recipe)
-    for job in plan.jobs:
+    for job in (*plan.shared, *plan.cells):
         for stage in [] if job.name == skip else job.stages:
             with job.run.stage(stage) as (folder, _):
-                if stage == "rl_dpo":
+                if stage == "prepare":
+                    write_table(folder / "examples.parquet", [fake_run.example_row(e) for e in EXAMPLES], TABLE)
+                elif stage == "rl_dpo":
                     fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._dpo_rows())
                 elif stage.startswith("rl_"):
                     fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._rl_rows(job.model, job.seed))

@@ -198,7 +198,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
              "net_value": present.signed_number(row["net"]["value"], "rate"),
              "net_interval": present.interval(present.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
-             "flips": present.number(row["flip_rate"], "rate") if row["by"] == "vote" else None}
+             "votes": present.votes_note(row) if row["by"] == "vote" else None}
             for row in present.shown_wins(metrics, scope)
         ],
     }  # fmt: skip

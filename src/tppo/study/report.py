@@ -68,7 +68,7 @@ def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: s
         return None
     cells = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting]
     labelled = any(collected.judge_labelled_training.get(name, False) for name in cells)
-    return study_metrics(recipe, rows, labelled)
+    return study_metrics(recipe, rows, labelled, collected.votes_of_setting(plan, setting))
 
 
 def page_context(
@@ -122,24 +122,29 @@ def setting_view(recipe: Recipe, plan: Plan, collected: Collected, setting: Sett
     metrics = setting_metrics(recipe, plan, collected, setting.name)
     view = {"name": setting.name, "overrides": [(name, str(value)) for name, value in setting.overrides.items()]}
     if metrics is None:
-        return {**view, "relevance": None, "chart": None}
+        return {**view, "relevance": None, "chart": None, "wins": None}
     scope = metrics.scopes[0]
+    tables = scope_tables(metrics, scope)
+    voted = [row for row in tables["wins"] if row["votes"] is not None]
     return {
         **view,
-        "relevance": scope_tables(metrics, scope)["relevance"],
+        "relevance": tables["relevance"],
         "chart": difference_chart(metrics, scope),
+        "wins": tables["wins"] if voted else None,
     }
 
 
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
-    """What a reader has to know of cells that are not in the numbers; only whether they failed, not their logs."""
+    """What a reader has to know of cells and votes that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    lost = [name for name in collected.missing if name in failed]
-    open_cells = [name for name in collected.missing if name not in failed]
-    if lost:
-        notes.append(f"{len(lost)} of {len(plan.cells)} cells failed and are not in the numbers: {', '.join(lost)}.")
-    if open_cells:
-        notes.append(f"{len(open_cells)} of {len(plan.cells)} cells are not finished yet: {', '.join(open_cells)}.")
+    for what, jobs in (("cells", plan.cells), ("votes", plan.votes)):
+        missing = [job.name for job in jobs if job.name in collected.missing]
+        lost = [name for name in missing if name in failed]
+        still_open = [name for name in missing if name not in failed]
+        if lost:
+            notes.append(f"{len(lost)} of {len(jobs)} {what} failed and are not in the numbers: {', '.join(lost)}.")
+        if still_open:
+            notes.append(f"{len(still_open)} of {len(jobs)} {what} are not finished yet: {', '.join(still_open)}.")
     return notes
 
 
