@@ -8,7 +8,7 @@ script at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
         "sft_chart": sft_chart(run),
-        "samples": samples(recipe, run, metrics),
-        "token_samples": token_samples(run, metrics.policies),
+        "samples": samples(recipe, run, read_generations(run), metrics),
+        "token_samples": token_samples(dict.fromkeys(metrics.policies, run)),
         "facts": [
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
@@ -245,10 +245,18 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def samples(recipe: Recipe, run: RunFolder, metrics: Metrics) -> list[dict[str, Any]]:
-    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks."""
+def read_generations(run: RunFolder) -> list[dict[str, Any]]:
+    return read_table(run.require("evaluate") / "generations.parquet", GENERATIONS).to_pylist()
+
+
+def samples(recipe: Recipe, run: RunFolder, rows: Sequence[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks.
+
+    Args:
+        run: holds the prepare stage with the examples.
+        rows: of generations.parquet; each model answered an example once.
+    """
     rubric = metrics.data["headline"].removeprefix("relevant_")
-    rows = read_table(run.require("evaluate") / "generations.parquet", GENERATIONS).to_pylist()
     answers: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row["example_id"], {})[row["model"]] = row
@@ -288,10 +296,14 @@ def _marked(row: dict[str, Any], rubric: str) -> list[list[tuple[str, int]]]:
     return lines
 
 
-def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1)."""
+def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
+    """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1).
+
+    Args:
+        runs: where each model was trained.
+    """
     shown = []
-    for model in policies:
+    for model, run in runs.items():
         rows = read_jsonl(run.path(rl_stage(model)) / "samples.jsonl") if model != "sft" else []
         last = [row for row in rows if row["update"] == rows[-1]["update"]][:TOKEN_SAMPLES]
         responses = [
