@@ -177,7 +177,7 @@ def test_an_ablation_is_in_page_summary_and_metrics(tmp_path: Path):
     folder = tmp_path / "run/study"
     html, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
     metrics = json.loads((folder / "metrics.json").read_text())
-    section = re.search(r'<section id="ablations">.*<section id="settings">', html, re.DOTALL)
+    section = re.search(r'<div id="ablations">.*<section id="settings">', html, re.DOTALL)
     assert section
     assert section[0].count("<svg") == 4
     assert all(f'aria-label="{title}' in section[0] for title in ("Relevant to", "Queries", "Tokens"))

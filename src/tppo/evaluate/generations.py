@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 
 from tppo.config import Rubric
-from tppo.tables import field
+from tppo.tables import field, read_table
 
 RUBRICS: tuple[Rubric, ...] = ("targets", "history")
 
@@ -63,3 +66,12 @@ GENERATIONS = pa.schema(
         ],
     ]
 )
+
+
+def read_generations(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a finished evaluate stage.
+
+    Raises:
+        UserError: no such file, or no such table.
+    """
+    return read_table(folder / "generations.parquet", GENERATIONS).to_pylist()

@@ -33,7 +33,7 @@ from tppo.evaluate.curves import (
     rollout_policies,
     sft_chart,
 )
-from tppo.evaluate.generations import GENERATIONS
+from tppo.evaluate.generations import read_generations
 from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.reward_check import reward_check_section
@@ -42,7 +42,7 @@ from tppo.progress import console
 from tppo.rl.show import shown_tokens
 from tppo.run import RunFolder, all_stages, read_jsonl, rl_stage
 from tppo.seeding import rng
-from tppo.tables import load_examples, read_table
+from tppo.tables import load_examples
 
 SAMPLES = 12
 TOKEN_SAMPLES = 4
@@ -71,7 +71,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
         "sft_chart": sft_chart(run),
-        "samples": samples(recipe, run, read_generations(run), metrics),
+        "samples": samples(recipe, run, read_generations(run.require("evaluate")), metrics),
         "token_samples": token_samples(dict.fromkeys(metrics.policies, run)),
         "facts": [
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
@@ -243,10 +243,6 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
         rows.append({"model": model, "label": f"{DISPLAY[model]} minus {DISPLAY[than]}", "cells": cells})
     heads = [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else "") for name in names]
     return {"heads": heads, "rows": rows}
-
-
-def read_generations(run: RunFolder) -> list[dict[str, Any]]:
-    return read_table(run.require("evaluate") / "generations.parquet", GENERATIONS).to_pylist()
 
 
 def samples(recipe: Recipe, run: RunFolder, rows: Sequence[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:

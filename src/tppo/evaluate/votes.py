@@ -16,11 +16,11 @@ import pyarrow as pa
 from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.evaluate.compare import DISPLAY, MODEL_ORDER, model_pairs
-from tppo.evaluate.generations import GENERATIONS
+from tppo.evaluate.generations import read_generations
 from tppo.judge.llm import LLMJudge
 from tppo.judge.vote import Contest, vote
 from tppo.run import EVALUATION, RunFolder, voted_models
-from tppo.tables import Example, field, load_examples, read_table, write_table
+from tppo.tables import Example, field, load_examples, write_table
 
 VOTES = pa.schema(
     [
@@ -49,7 +49,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"vote compares two of {list(MODEL_ORDER)}, but stage_dirs names the evaluations of {models}: give "
             f"`{EVALUATION}<model>: folder` for each, and `prepare`"
         )
-    answers = {model: _answers(run.require(EVALUATION + model) / "generations.parquet", model) for model in models}
+    answers = {model: _answers(run.require(EVALUATION + model), model) for model in models}
     examples = _examples(run, answers)
     votes = vote_rows(recipe, examples, [row for rows in answers.values() for row in rows])
     write_table(folder / "votes.parquet", votes, VOTES)
@@ -60,11 +60,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
-def _answers(path: Path, model: str) -> list[dict[str, Any]]:
+def _answers(folder: Path, model: str) -> list[dict[str, Any]]:
     """The rows of one model."""
-    rows = [row for row in read_table(path, GENERATIONS).to_pylist() if row["model"] == model]
+    rows = [row for row in read_generations(folder) if row["model"] == model]
     if not rows:
-        raise UserError(f"{path} holds no answer of {model}: stage_dirs has to name an evaluation of it")
+        raise UserError(f"{folder} holds no answer of {model}: stage_dirs has to name an evaluation of it")
     return rows
 
 

@@ -130,7 +130,7 @@ def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None],
             ]
             rows.append([f"{value:g}{' (the recipe)' if setting == BASE else ''}", DISPLAY[model], str(seeds), *texts])
     note = (
-        f"Settings that change nothing but {ablation.name}. Choosing the best of them by this table is a choice made "
-        "on the evaluation sets."
+        f"Settings that change nothing but {ablation.name}; only models that it concerns. Line: mean over the seeds. "
+        "Band: one standard deviation between them. Choosing a value here is a choice made on the evaluation sets."
     )
     return PlainTable(f"ablation-{ablation.name}", f"Ablation of {ablation.name}", note, heads, rows)

@@ -14,9 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.errors import UserError
-from tppo.evaluate.generations import RUBRICS
+from tppo.evaluate.generations import RUBRICS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
-from tppo.evaluate.report import read_generations
 from tppo.evaluate.votes import VOTES
 from tppo.judge.record import RELEVANT
 from tppo.run import read_jsonl, rl_stage
@@ -106,7 +105,7 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
         folder = job.run.require("evaluate")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         own = {"setting": job.setting, "seed": job.seed, **{name: metrics[name] for name in ("judge", "second_judge")}}
-        found.rows[job.name] = [{**row, **own} for row in read_generations(job.run)]
+        found.rows[job.name] = [{**row, **own} for row in read_generations(folder)]
         found.judge_labelled_training[job.name] = metrics["judge_labelled_training"]
         found.curves.extend(curve_rows(job))
     for job in votes:
