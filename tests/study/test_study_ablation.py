@@ -26,7 +26,7 @@ def ablation_recipe(root: Path | str = "r") -> Recipe:
     return make_recipe(
         root,
         Setting("w0.9", {"reward.local_weight": 0.9}, ["tppo"]),
-        Setting("w0", {"reward.local_weight": 0}, ["tppo"]),
+        Setting("w0", {"reward.local_weight": 0, "evaluate.vote": True}, ["tppo"]),
         Setting("both", {"rl.kl_coef": 0.05, "rl.gamma": 0.9}),
         Setting("words", {"rl.reward_values": "paper"}),
         Setting("switch", {"rl.format_weight": False}),

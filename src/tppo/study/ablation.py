@@ -47,9 +47,10 @@ def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: l
     """
     values: dict[str, dict[str, float]] = {}
     for setting in recipe.study.settings:
-        if len(setting.overrides) != 1:
+        names = [name for name in setting.overrides if name != "evaluate.vote"]  # it changes no answer
+        if len(names) != 1:
             continue
-        (name,) = setting.overrides
+        (name,) = names
         own, base = (_number(one, name) for one in (varied(recipe, setting), recipe))
         if own is not None and base is not None:
             values.setdefault(name, {BASE: base})[setting.name] = own

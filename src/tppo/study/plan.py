@@ -4,7 +4,8 @@ A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run fold
 when their settings and those of all stages to their left are: such a stage is made once, in the run folder
 that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
-not concern an algorithm adds no cell of it.
+not concern an algorithm adds no cell of it. Votes of the LLM judge stand to the right of the cells whose answers they
+read, each in a run folder of its own.
 """
 
 from __future__ import annotations
