@@ -39,6 +39,7 @@ COMMANDS = {
     "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
     "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
     "evaluate": "judge SFT and every tuned policy on users never trained on",
+    "vote": "the LLM judge votes between the answers of two evaluations, in both orders (`tppo study` does it for you)",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
     "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
@@ -54,6 +55,7 @@ MODULES = {
     "rl": "tppo.rl.stage",
     "dpo": "tppo.rl.dpo",
     "evaluate": "tppo.evaluate.stage",
+    "vote": "tppo.evaluate.votes",
     "report": "tppo.evaluate.report",
 }
 ACTIONS = {
@@ -65,7 +67,7 @@ ACTIONS = {
 """Commands that are no stage: nothing of theirs to make anew with --redo."""
 WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
-ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "ledger": ("judge",)}
+ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "vote": ("judge",), "ledger": ("judge",)}
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
@@ -77,6 +79,8 @@ EXAMPLES = {
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",
     "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
+    "vote": "tppo vote --run_dir runs/vote --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1\\\n"
+    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
     "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
     "agreement": "tppo agreement --config recipes/demo.yaml\n"

@@ -508,7 +508,8 @@ class Evaluate:
     second_judge_examples: int = 0
     """Examples of each set that the second judge reads, the same for every model; 0 means all."""
     vote: bool = False
-    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote)."""
+    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote). A study
+    does so between its cells."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 

@@ -25,6 +25,8 @@ from tppo.config import Baseline, Recipe, judge_identity, rl_identity
 from tppo.errors import UserError
 
 MANIFEST = "manifest.json"
+EVALUATION = "evaluate_"
+"""With a model behind it: the name under which `vote` takes that model's evaluation over."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
@@ -48,6 +50,11 @@ def stage_command(stage: str) -> tuple[str, list[str]]:
     return section.replace("_", "-"), ["--rl.algorithm", algorithm] if section == "rl" else []
 
 
+def voted_models(recipe: Recipe) -> list[str]:
+    """Models whose answers `vote` compares: it takes `evaluate_<model>` from elsewhere, one evaluation for each."""
+    return [name.removeprefix(EVALUATION) for name in recipe.stage_dirs if name.startswith(EVALUATION)]
+
+
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
@@ -63,6 +70,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "check_reward": ["prepare", "label", "reward"],
         "evaluate": ["prepare", "sft", "label", *best_of_n_inputs, *rl_stages],
         "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
+        "vote": ["prepare", *(EVALUATION + model for model in voted_models(recipe))],
     }
     if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
@@ -97,6 +105,8 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config[section] = asdict(getattr(recipe, section))
     if uses_llm_judge(stage, recipe):
         config["judge"] = judge_identity(recipe.judge)
+    if stage == "vote":
+        config["rubric"] = recipe.reward.rubric
     if section == "rl":
         config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
     if section == "check_reward":
@@ -114,6 +124,8 @@ def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
     by_labels = recipe.label.judge == "llm"
     if stage == "label":
         return by_labels
+    if stage == "vote":
+        return True
     evaluate = recipe.evaluate
     return stage == "evaluate" and (
         evaluate.vote or "llm" in (evaluate.judge, evaluate.second_judge) or (evaluate.judge == "label" and by_labels)

@@ -14,7 +14,8 @@ import numpy as np
 from tppo.config import Evaluate, Prepare, Recipe, Rubric
 from tppo.evaluate.answers import Answers
 from tppo.evaluate.compare import BASELINES, build_metrics
-from tppo.evaluate.stage import GENERATIONS, Readers, response_rows
+from tppo.evaluate.generations import GENERATIONS
+from tppo.evaluate.stage import Readers, response_rows
 from tppo.judge.record import JudgeItem, Verdict, WordVerdict, split_response
 from tppo.reward.check import build_report
 from tppo.run import RunFolder, write_json
@@ -139,7 +140,7 @@ def make_run(
     run = RunFolder(recipe)
     examples = [*extra, *make_examples(users), *make_examples(users, split="eval2", seed=7)]
     with run.stage("prepare") as (folder, facts):
-        write_table(folder / "examples.parquet", [_example_row(e) for e in examples], EXAMPLES)
+        write_table(folder / "examples.parquet", [example_row(e) for e in examples], EXAMPLES)
         facts.update({"rows": 12000, "rejects": {"empty text": 12, "bad time": 3}, "users": 4 * users})
     with run.stage("sft") as (folder, facts):
         rows = [{"step": i, "loss": 2.4 + 4 * math.exp(-i / 40), "learning_rate": 1e-4} for i in range(0, 250, 5)]
@@ -177,7 +178,7 @@ def make_run(
     return recipe, run
 
 
-def _example_row(example: Example) -> dict[str, Any]:
+def example_row(example: Example) -> dict[str, Any]:
     return {**vars(example), "history": [vars(event) for event in example.history]}
 
 

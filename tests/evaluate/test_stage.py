@@ -12,7 +12,7 @@ import torch
 from tppo.config import RL, Evaluate, Recipe, Task
 from tppo.errors import UserError
 from tppo.evaluate import answers, stage
-from tppo.evaluate.stage import GENERATIONS
+from tppo.evaluate.generations import GENERATIONS
 from tppo.judge.embedding import EmbeddingJudge, Thresholds
 from tppo.models import load_policy
 from tppo.run import RunFolder, run_stage, stage_config

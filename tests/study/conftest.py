@@ -1,6 +1,7 @@
-"""The made-up runs of the report's tests serve here, too."""
+"""The made-up runs of the report's tests and the LLM judge's server serve here, too."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "evaluate"))
+for name in ("evaluate", "judge"):
+    sys.path.append(str(Path(__file__).parents[1] / name))

@@ -80,6 +80,38 @@ def test_baselines_are_answered_in_the_cells_of_sft():
     assert stage_inputs("evaluate", shown) == ["prepare", "sft", "label", "sample", "reward"]
 
 
+def test_votes_are_between_cells_of_one_setting_and_seed():
+    settings = [
+        Setting("kl", {"rl.kl_coef": 0.05}),
+        Setting("other_voter", {"judge.model": "other"}),
+        Setting("no_votes", {"evaluate.vote": False, "rl.kl_coef": 0.01}),
+    ]
+    plan = make_plan(make_recipe("r", *settings, evaluate=Evaluate(vote=True)))
+    pairs = ("tppo-sft", "tppo-dpo", "dpo-sft")
+    assert [job.name for job in plan.votes if job.seed == 0] == [
+        *(f"votes/base-{pair}-s0" for pair in pairs),
+        *(f"votes/kl-{pair}-s0" for pair in pairs[:2]),  # DPO and SFT read no setting of rl: the vote is base's
+        *(f"votes/other_voter-{pair}-s0" for pair in pairs),
+    ]
+    assert plan.vote_of["kl", "dpo", "sft", 1].name == "votes/base-dpo-sft-s1"
+    assert not any(setting == "no_votes" for setting, *_ in plan.vote_of)
+    vote = plan.vote_of["kl", "tppo", "sft", 1]
+    assert vote.recipe.stage_dirs == {
+        "prepare": "r/shared/base/prepare",
+        "evaluate_tppo": "r/cells/kl-tppo-s1/evaluate",
+        "evaluate_sft": "r/cells/base-sft-s1/evaluate",
+    }
+    assert stage_inputs("vote", vote.recipe) == list(vote.recipe.stage_dirs)
+    assert [job.name for job in plan.jobs if vote.needs(job)] == [
+        "shared/base", "cells/base-sft-s1", "cells/kl-tppo-s1",
+    ]  # fmt: skip
+    # Votes change no cell: a finished study can be voted on afterwards.
+    without = make_plan(make_recipe("r", settings[0]))
+    assert [job for job in plan.cells if job.setting in ("base", "kl")] == [
+        replace(job, recipe=replace(job.recipe)) for job in without.cells
+    ]
+
+
 def test_every_folder_is_made_once():
     settings = [Setting("a", {"sft.epochs": 2.0}), Setting("b", {"sft.epochs": 2.0, "reward.epochs": 9})]
     plan = make_plan(make_recipe("r", *settings))
@@ -142,7 +174,6 @@ def test_a_stage_taken_from_elsewhere_is_neither_made_nor_deleted(tmp_path: Path
         ({"study": Study(settings=[Setting("a", {"rl.kl_coef": 0.1}, ["ppo"])])}, r"\['ppo'\] are none of"),
         ({"study": Study(workers=0)}, "workers=0"),
         ({"study": Study(bootstrap_samples=10)}, "at least 1000"),
-        ({"evaluate": Evaluate(vote=True)}, r"evaluate\.vote"),
         ({"evaluate": Evaluate(tuned_only=True)}, "leave it false"),
     ],
 )

@@ -5,40 +5,55 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import agreement_run
 import fake_run
 import pyarrow.parquet as pq
 import pytest
 
-from tppo.config import Recipe, Setting, Study
+from tppo.config import Agreement, Prepare, Recipe, Setting, Study
 from tppo.errors import UserError
+from tppo.evaluate.generations import GENERATIONS
 from tppo.evaluate.metrics import PER_RESPONSE
-from tppo.evaluate.stage import GENERATIONS
+from tppo.judge.agreement import run_action
 from tppo.run import write_json
 from tppo.study.plan import Plan, make_plan
+from tppo.study.present import agreement_table
 from tppo.study.report import write_report
 from tppo.study.run import run_study
+from tppo.tables import EXAMPLES as TABLE
 from tppo.tables import write_table
 
 EXAMPLES = [*fake_run.make_examples(10), *fake_run.make_examples(10, split="eval2", seed=7)]
 
 
 def make_study(
-    root: Path, skip: str = "", baselines: tuple[str, ...] = (), second_judge: str | None = None
+    root: Path,
+    skip: str = "",
+    baselines: tuple[str, ...] = (),
+    second_judge: str | None = None,
+    **changes: Any,
 ) -> tuple[Recipe, Plan]:
     """Every cell but `skip`, finished, by the run folders themselves; the second judge says what the first does."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo", "dpo"]),
         study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
     )
+    recipe = replace(recipe, **changes)
     plan = make_plan(recipe)
-    for job in plan.jobs:
+    for job in (*plan.shared, *plan.cells):
         for stage in [] if job.name == skip else job.stages:
             with job.run.stage(stage) as (folder, _):
-                if stage == "rl_dpo":
+                if stage == "prepare":
+                    write_table(folder / "examples.parquet", [fake_run.example_row(e) for e in EXAMPLES], TABLE)
+                elif stage == "reward":
+                    fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._reward_rows())
+                elif stage == "rl_dpo":
                     fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._dpo_rows())
                 elif stage.startswith("rl_"):
                     fake_run._write_jsonl(folder / "metrics.jsonl", fake_run._rl_rows(job.model, job.seed))
+                    fake_run._write_jsonl(folder / "samples.jsonl", fake_run._token_rows(EXAMPLES, job.model))
                 elif stage == "evaluate":
                     models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
                     rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
@@ -116,14 +131,95 @@ def test_page_and_summary(study: Path):
     assert re.match(
         r"TPPO minus PPO: [+−][\d.]+ points \[.*\], corrected p [=<] [\d.]+; 3 seeds, 40 examples\.", claim[1]
     )
-    for text in ("3 seeds", "15 of 15 cells finished", "corrected-eval1", "tuned 3 times", "kl_coef", "DPO loss"):
+    for text in ("3 seeds", "15 of 15 cells finished", "corrected-eval1", "tuned 3 times", "kl_coef", "DPO loss",
+                 "Held-out AUC on its own task"):  # fmt: skip
         assert text in html
     for text in ("## At equal KL", "## Steadiness", "## Search budget", "## Machine time", "PPO's best", "TPPO minus"):
         assert text in summary
     assert "| TPPO | 2 | base, kl |" in summary
+    assert "Where the reward sits" not in html
+    assert not words_of_the_log(html) | words_of_the_log(summary)
+
+
+def words_of_the_log(text: str) -> set[str]:
     words = {word for topic in fake_run.TOPICS.values() for word in topic} - {"list", "recipe", "amp"}
-    for text in (re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html, flags=re.DOTALL), summary):
-        assert not words & set(re.findall(r"[a-z]+", text))
+    return words & set(re.findall(r"[a-z]+", re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", text, flags=re.DOTALL)))
+
+
+def test_answers_are_shown_when_the_log_is_synthetic_only(tmp_path: Path):
+    recipe, plan = make_study(tmp_path / "run", skip="cells/base-sft-s0", prepare=Prepare(source=["synthetic"]))
+    assert write_report(recipe, plan, {})
+    folder = tmp_path / "run/study"
+    html = (folder / "report.html").read_text()
+    samples, tokens = (
+        re.search(f'<section id="{name}">.*?</section>', html, re.DOTALL) for name in ("samples", "tokens")
+    )
+    assert samples
+    assert tokens
+    assert samples[0].count('<article class="sample"') == 12
+    # The first seed lacks SFT, so all answers are of the second.
+    assert samples[0].count("</i>SFT</h4>") == samples[0].count("</i>TPPO</h4>") == 12
+    assert words_of_the_log(samples[0])
+    assert words_of_the_log(tokens[0])
+    assert "nobody's searches" in html
+    assert "rows of the log" not in html
+    page = Page()
+    page.feed(html)
+    assert page.links <= page.ids
+    assert not words_of_the_log((folder / "summary.md").read_text() + (folder / "metrics.json").read_text())
+
+
+def test_an_ablation_is_in_page_summary_and_metrics(tmp_path: Path):
+    settings = [Setting(f"alpha{value}", {"rl.length_penalty_alpha": value}, ["tppo"]) for value in (0.5, 1.0)]
+    study = Study(seeds=[0, 1], settings=settings, bootstrap_samples=1000)
+    recipe, plan = make_study(tmp_path / "run", study=study)
+    assert write_report(recipe, plan, {})
+    folder = tmp_path / "run/study"
+    html, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    section = re.search(r'<div id="ablations">.*<section id="settings">', html, re.DOTALL)
+    assert section
+    assert section[0].count("<svg") == 4
+    assert all(f'aria-label="{title}' in section[0] for title in ("Relevant to", "Queries", "Tokens"))
+    rows = metrics["ablations"]["rl.length_penalty_alpha"]
+    assert {(row["value"], row["model"], row["seed"]) for row in rows} == {
+        (value, "tppo", seed) for value in (0.5, 1.0, 2.0) for seed in (0, 1)
+    }
+    table = summary[summary.index("## Ablation of rl.length_penalty_alpha") :]
+    assert re.findall(r"^\| ([\d.]+(?: \(the recipe\))?) \| TPPO \| 2 \|", table, re.MULTILINE) == [
+        "0.5", "1", "2 (the recipe)",
+    ]  # fmt: skip
+    cell = next(
+        r for r in metrics["rows"] if (r["scope"], r["model"], r["metric"]) == ("all", "tppo", "response_tokens")
+    )
+    at_base = [row["response_tokens"] for row in rows if row["setting"] == "base"]
+    assert sum(at_base) / 2 == pytest.approx(cell["value"])
+
+
+def test_label_agreement_is_shown_for_the_studys_own_labels_only(tmp_path: Path):
+    recipe, plan = make_study(tmp_path / "run")
+    shared = plan.shared[0].recipe
+    labels = tmp_path / "run/shared/base/label/labels.parquet"
+    run = plan.cell_of["base", "sft", 0].run
+    assert agreement_table(run).rows == []
+    rows = agreement_run.label_rows(shared)
+    agreement_run.write_labels(labels, rows)
+    other = agreement_run.write_labels(
+        tmp_path / "other.parquet", agreement_run.label_rows(shared, lambda word, i: False, "never-v1")
+    )
+    settings = Agreement(action="compare", other=str(other), bootstrap_samples=200)
+    run_action(replace(shared, agreement=settings))
+    asked = [word["label"] for row in rows if row["rubric"] == "targets" for word in row["words"]]
+    words, sentences = agreement_table(run).rows
+    assert words[:3] == ["rule-v1, never-v1", "words", f"{len(asked)} of {len(asked)}"]
+    assert words[3].startswith(f"{100 * asked.count(1) / len(asked):.1f} [")
+    assert sentences[1] == "sentences"
+    assert write_report(recipe, plan, {})
+    html = (tmp_path / "run/study/report.html").read_text()
+    assert words[3] in html[html.index('<section id="agreement">') :].split("</section>")[0]
+    agreement_run.write_labels(labels, rows[:-1])
+    other_labels = agreement_table(run)
+    assert (other_labels.rows, "about other labels" in other_labels.note) == ([], True)
 
 
 def test_a_missing_cell_is_named_and_the_rest_is_reported(tmp_path: Path):

@@ -78,6 +78,8 @@ class Line:
     y: Sequence[float | None]
     band: Sequence[float | None] | None = None
     dashed: bool = False
+    marked: bool = False
+    """A dot at every point: few values, and nothing is known between them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _draw_lines(
         colour = line.name if line.name.startswith("#") else colours.get(line.name, colours["quiet"])
         y = [math.nan if (number := _number(value)) is None else number for value in line.y]
         style = (0, (3, 2)) if line.dashed else "-"
-        marker = "o" if sum(not math.isnan(value) for value in y) == 1 else None
+        marker = "o" if line.marked or sum(not math.isnan(value) for value in y) == 1 else None
         axes.plot(line.x, y, color=colour, label=line.label, linestyle=style, marker=marker, markersize=4)
         if dots:
             axes.plot(line.x[-1:], y[-1:], color=colour, marker="o", markersize=4.5)

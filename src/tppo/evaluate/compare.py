@@ -65,7 +65,7 @@ def build_metrics(
 
     Args:
         rows: of generations.parquet; with a column `seed` when several runs answered the same examples.
-        votes: rows of votes.parquet, when the judge was asked for votes.
+        votes: rows of votes.parquet, when the judge was asked for votes; with a column `seed` as in `rows`.
         bootstrap_of: where intervals come from, when not from a bootstrap over users.
     """
     splits = list(dict.fromkeys(row["split"] for row in rows))
@@ -124,16 +124,18 @@ def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: Boo
 
 def _add_votes(result: dict[str, Any], scope: str, votes: Rows, rows: Rows, bootstrap: UserBootstrap) -> None:
     """Win-tie-lose by vote: a winner in both orders wins, anything else ties; abstentions are left out."""
-    examples = list(dict.fromkeys(row["example_id"] for row in rows))
+    questions = list(dict.fromkeys(_question(row) for row in rows))
     for a, b in dict.fromkeys((row["model"], row["than"]) for row in votes):
-        found = {row["example_id"]: row for row in votes if (row["model"], row["than"]) == (a, b)}
+        found = {_question(row): row for row in votes if (row["model"], row["than"]) == (a, b)}
         side = {"a": 1.0, "tie": 0.0, "b": -1.0, None: None}
-        sign_N = [side[found[example]["winner"]] if example in found else None for example in examples]
+        sign_N = [side[found[question]["winner"]] if question in found else None for question in questions]
+        first = next(iter(found.values()))
         flips = [row["flipped"] for row in found.values() if row["flipped"] is not None]
         wins = win_tie_lose(bootstrap, sign_N, [0.0] * len(sign_N))
         result["wins"].append(
             {
-                **_wins_row(scope, a, b, next(iter(found.values()))["rubric"], wins, "vote"),
+                **_wins_row(scope, a, b, first["rubric"], wins, "vote"),
+                "judge": first["judge"],
                 "flip_rate": sum(flips) / len(flips) if flips else None,
                 "asked": len(flips),
                 "abstained": sum(row["winner"] is None for row in found.values()),

@@ -313,14 +313,16 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
             "",
             f"## Win, tie, lose, {SCOPES[part]}",
             "",
-            "| | against | by | win | tie | lose | orders disagree |",
-            "|---|---|---|---|---|---|---|",
+            "| | against | by | win | tie | lose | win minus lose, points | votes |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in shown_wins(metrics, part):
             shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
-            flips = number(row["flip_rate"], "rate") if row["by"] == "vote" else ""
+            votes = votes_note(row) if row["by"] == "vote" else ""
+            net = estimate(row["net"])
+            shown = f"{signed_number(net.value, 'rate')} {interval(net, 'rate', signed=True)}".strip()
             pair = f"{DISPLAY[row['model']]} vs {DISPLAY[row['than']]}"
-            lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {flips} |")
+            lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {shown} | {votes} |")
     return "\n".join([*lines, ""])
 
 
@@ -332,6 +334,13 @@ def shown_wins(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
         for row in metrics.data["wins"]
         if row["scope"] == scope and (row["than"] not in BASELINES or row["rubric"] == rubric)
     ]
+
+
+def votes_note(row: dict[str, Any]) -> str:
+    """Beside a win-tie-lose row by vote: who voted, how often the two orders disagreed, and how often nobody knew."""
+    flips = number(row["flip_rate"], "rate") + ("" if row["flip_rate"] is None else "%")
+    abstained = f"; {row['abstained']} abstentions left out" if row["abstained"] else ""
+    return f"{row['judge']}; orders disagree: {flips} of {row['asked']} asked{abstained}"
 
 
 def training_markdown(

@@ -8,7 +8,7 @@ script at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,16 @@ from tppo.evaluate.curves import (
     rollout_policies,
     sft_chart,
 )
+from tppo.evaluate.generations import read_generations
 from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.reward_check import reward_check_section
-from tppo.evaluate.stage import GENERATIONS
 from tppo.evaluate.stats import verdict
 from tppo.progress import console
 from tppo.rl.show import shown_tokens
 from tppo.run import RunFolder, all_stages, read_jsonl, rl_stage
 from tppo.seeding import rng
-from tppo.tables import load_examples, read_table
+from tppo.tables import load_examples
 
 SAMPLES = 12
 TOKEN_SAMPLES = 4
@@ -71,8 +71,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
         "sft_chart": sft_chart(run),
-        "samples": samples(recipe, run, metrics),
-        "token_samples": token_samples(run, metrics.policies),
+        "samples": samples(recipe, run, read_generations(run.require("evaluate")), metrics),
+        "token_samples": token_samples(dict.fromkeys(metrics.policies, run)),
         "facts": [
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
@@ -198,7 +198,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
              "net_value": present.signed_number(row["net"]["value"], "rate"),
              "net_interval": present.interval(present.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
-             "flips": present.number(row["flip_rate"], "rate") if row["by"] == "vote" else None}
+             "votes": present.votes_note(row) if row["by"] == "vote" else None}
             for row in present.shown_wins(metrics, scope)
         ],
     }  # fmt: skip
@@ -245,10 +245,14 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def samples(recipe: Recipe, run: RunFolder, metrics: Metrics) -> list[dict[str, Any]]:
-    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks."""
+def samples(recipe: Recipe, run: RunFolder, rows: Sequence[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks.
+
+    Args:
+        run: holds the prepare stage with the examples.
+        rows: of generations.parquet; each model answered an example once.
+    """
     rubric = metrics.data["headline"].removeprefix("relevant_")
-    rows = read_table(run.require("evaluate") / "generations.parquet", GENERATIONS).to_pylist()
     answers: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row["example_id"], {})[row["model"]] = row
@@ -288,10 +292,14 @@ def _marked(row: dict[str, Any], rubric: str) -> list[list[tuple[str, int]]]:
     return lines
 
 
-def token_samples(run: RunFolder, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1)."""
+def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
+    """Responses of the last rollout of each algorithm, tokens with their rewards (shade: size, 0 to 1).
+
+    Args:
+        runs: where each model was trained.
+    """
     shown = []
-    for model in policies:
+    for model, run in runs.items():
         rows = read_jsonl(run.path(rl_stage(model)) / "samples.jsonl") if model != "sft" else []
         last = [row for row in rows if row["update"] == rows[-1]["update"]][:TOKEN_SAMPLES]
         responses = [

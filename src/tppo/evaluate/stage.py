@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tppo.config import Recipe, Rubric
+from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.evaluate.answers import REFERENCES, Answers, embed_texts, make_answerer
 from tppo.evaluate.compare import build_metrics
+from tppo.evaluate.generations import GENERATIONS, RUBRICS
 from tppo.evaluate.metrics import form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
@@ -32,66 +33,10 @@ from tppo.judge.embedding import Encoder
 from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
 from tppo.run import RunFolder, evaluated_baselines, write_json
 from tppo.seeding import rng
-from tppo.tables import Example, field, load_examples, read_table, write_table
+from tppo.tables import Example, load_examples, read_table, write_table
 from tppo.text import parse_response
 
-RUBRICS: tuple[Rubric, ...] = ("targets", "history")
 NOT_MEASURED = {"similarity_written": None, "similarity_true": None}
-
-
-def _rubric_fields(rubric: str, against: str, prefix: str = "") -> list[pa.Field]:
-    judge = "second judge's" if prefix else "judge's"
-    kinds = (
-        ("relevant", pa.float64(), f"1 relevant to {against}, 0 not; unparseable 0"),
-        ("words", pa.float64(), f"share of words relevant to {against}; unparseable 0"),
-        ("sentence_score", pa.float64(), f"{judge} score of the response as written"),
-        ("word_labels", pa.list_(pa.int8()), "1 irrelevant, 2 relevant, per word as written"),
-    )
-    status = "ok; abstained or not_asked (then the four columns before are null)"
-    return [
-        *(field(f"{prefix}{name}_{rubric}", kind, doc, True) for name, kind, doc in kinds),
-        field(f"{prefix}status_{rubric}", pa.string(), status),
-    ]
-
-
-GENERATIONS = pa.schema(
-    [
-        field("example_id", pa.string(), "example answered"),
-        field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
-        field("split", pa.string(), "eval1 or eval2"),
-        field("model", pa.string(), "sft, an algorithm, untuned, a baseline, or a reference (targets, other_user)"),
-        field("response", pa.string(), "text without special tokens"),
-        field("queries", pa.list_(pa.string()), "normalised queries, in order"),
-        field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
-        field("word_query", pa.list_(pa.int32()), "number of the query each word belongs to"),
-        field("finished", pa.bool_(), "the model ended the response itself"),
-        field("problem", pa.string(), "why the response is unparseable, else null", True),
-        field("unparseable", pa.float64(), "1 when there is a problem"),
-        field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for what no model wrote", True),
-        *_rubric_fields("targets", "the true next queries"),
-        *_rubric_fields("history", "the history"),
-        *_rubric_fields("targets", "the true next queries", "second_"),
-        *_rubric_fields("history", "the history", "second_"),
-        *[
-            field(name, pa.float64(), "see tppo.evaluate.metrics", True)
-            for name in (
-                "hit",
-                "hit_1",
-                "hit_3",
-                "overlap",
-                "token_f1",
-                "similarity_written",
-                "similarity_true",
-                "queries_written",
-                "words_per_query",
-                "copied_queries",
-                "copied_words",
-                "repeated_queries",
-                "repeated_words",
-            )
-        ],
-    ]
-)
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:

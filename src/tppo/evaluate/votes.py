@@ -1,18 +1,26 @@
-"""Votes of the LLM judge between the models' answers: votes.parquet."""
+"""Votes of the LLM judge between the models' answers: votes.parquet.
+
+`evaluate` votes on the models of one run folder (`evaluate.vote`). The stage `vote` does the same between evaluations
+of different run folders, such as the cells of a study: it takes each over under the name `evaluate_<model>`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from tppo.config import Recipe
-from tppo.evaluate.compare import DISPLAY, model_pairs
+from tppo.errors import UserError
+from tppo.evaluate.compare import DISPLAY, MODEL_ORDER, model_pairs
+from tppo.evaluate.generations import read_generations
 from tppo.judge.llm import LLMJudge
 from tppo.judge.vote import Contest, vote
-from tppo.tables import Example, field
+from tppo.run import EVALUATION, RunFolder, voted_models
+from tppo.tables import Example, field, load_examples, write_table
 
 VOTES = pa.schema(
     [
@@ -20,11 +28,60 @@ VOTES = pa.schema(
         field("split", pa.string(), "eval1 or eval2"),
         field("model", pa.string(), "the model that is a"),
         field("than", pa.string(), "the model that is b"),
+        field("judge", pa.string(), "judge and version"),
         field("rubric", pa.string(), "targets or history: what relevance is judged against"),
         field("winner", pa.string(), "a, b or tie; null when the judge abstained", True),
         field("flipped", pa.bool_(), "the two orders disagreed; null when not asked or abstained", True),
     ]
 )
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """The stage `vote`: writes votes.parquet.
+
+    Raises:
+        UserError: not two models to compare, an evaluation that is not finished or lacks its model, or evaluations of
+            different examples.
+    """
+    models = voted_models(recipe)
+    if not model_pairs(models):
+        raise UserError(
+            f"vote compares two of {list(MODEL_ORDER)}, but stage_dirs names the evaluations of {models}: give "
+            f"`{EVALUATION}<model>: folder` for each, and `prepare`"
+        )
+    answers = {model: _answers(run.require(EVALUATION + model), model) for model in models}
+    examples = _examples(run, answers)
+    votes = vote_rows(recipe, examples, [row for rows in answers.values() for row in rows])
+    write_table(folder / "votes.parquet", votes, VOTES)
+    return {
+        "votes": len(votes),
+        "abstained": sum(row["winner"] is None for row in votes),
+        "flipped": sum(row["flipped"] is True for row in votes),
+    }
+
+
+def _answers(folder: Path, model: str) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    rows = [row for row in read_generations(folder) if row["model"] == model]
+    if not rows:
+        raise UserError(f"{folder} holds no answer of {model}: stage_dirs has to name an evaluation of it")
+    return rows
+
+
+def _examples(run: RunFolder, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Example]]:
+    """The examples that every model answered, by split."""
+    ids = [row["example_id"] for row in next(iter(answers.values()))]
+    for model, rows in answers.items():
+        if {row["example_id"] for row in rows} != set(ids):
+            folders = ", ".join(str(run.path(EVALUATION + name)) for name in answers)
+            raise UserError(f"{folders}: {model} answered other examples than the first; vote on equal evaluations")
+    known = {example.example_id: example for example in load_examples(run.require("prepare"))}
+    if missing := [name for name in ids if name not in known]:
+        raise UserError(f"{run.path('prepare')} has no example {missing[0]}, which was answered: name its own prepare")
+    by_split: dict[str, list[Example]] = {}
+    for name in ids:
+        by_split.setdefault(known[name].split, []).append(known[name])
+    return by_split
 
 
 def vote_rows(
@@ -42,9 +99,9 @@ def vote_rows(
                 for e in chosen
             ]
             votes = vote(judge, contests, rubric, f"votes on {split}: {DISPLAY[a]} against {DISPLAY[b]}")
+            own = {"split": split, "model": a, "than": b, "judge": judge.name, "rubric": rubric}
             rows += [
-                {"example_id": e.example_id, "split": split, "model": a, "than": b, "rubric": rubric, **asdict(found)}
-                for e, found in zip(chosen, votes, strict=True)
+                {"example_id": e.example_id, **own, **asdict(found)} for e, found in zip(chosen, votes, strict=True)
             ]
     return rows
 

@@ -1,6 +1,6 @@
-"""Everything the finished cells measured, in two documented tables: results.parquet and curves.parquet.
+"""Everything the finished cells measured, in documented tables: results.parquet, curves.parquet, votes.parquet.
 
-Neither holds text of the log; example and user ids are those of the prepare stage (keyed hashes).
+None of them holds text of the log; example and user ids are those of the prepare stage (keyed hashes).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.errors import UserError
+from tppo.evaluate.generations import RUBRICS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
-from tppo.evaluate.stage import GENERATIONS, RUBRICS
+from tppo.evaluate.votes import VOTES
 from tppo.judge.record import RELEVANT
 from tppo.run import read_jsonl, rl_stage
 from tppo.study.plan import SFT, Job, Plan
@@ -52,6 +53,14 @@ CURVES = pa.schema(
         field("value", pa.float64(), "its value"),
     ]
 )
+STUDY_VOTES = pa.schema(
+    [
+        field("setting", pa.string(), "setting of the study the vote was made for"),
+        field("seed", pa.int64(), "seed of both answers"),
+        *VOTES,
+    ]
+)
+"""One row for each pair of answers that was voted on."""
 _COUNTERS = ("update", "step")
 
 
@@ -66,12 +75,19 @@ class Collected:
     judge_labelled_training: dict[str, bool]
     """Whether the cell's judge is the one whose labels trained the reward models, by the name of the cell."""
     missing: list[str]
-    """Cells that are not finished."""
+    """Cells and votes that are not finished."""
+    votes: dict[str, list[dict[str, Any]]]
+    """Rows of votes.parquet with `setting` and `seed`, by the name of the vote."""
 
     def of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
         """Rows of every cell that stands for this setting, also when it was made for another one."""
         names = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting and job.name in self.rows]
         return [row for name in names for row in self.rows[name]]
+
+    def votes_of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
+        """Rows of every vote that stands for this setting."""
+        names = [job.name for (name, *_), job in plan.vote_of.items() if name == setting and job.name in self.votes]
+        return [row for name in names for row in self.votes[name]]
 
 
 def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
@@ -80,17 +96,22 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     Args:
         left_out: names of cells not to read: what they hold is not of this study's settings.
     """
-    finished = [job for job in plan.cells if job.name not in left_out and job.finished()]
-    found = Collected({}, [], {}, [job.name for job in plan.cells if job not in finished])
-    for job in finished:
+    cells, votes = (
+        [job for job in jobs if job.name not in left_out and job.finished()] for jobs in (plan.cells, plan.votes)
+    )
+    missing = [job.name for job in (*plan.cells, *plan.votes) if job not in cells and job not in votes]
+    found = Collected({}, [], {}, missing, {})
+    for job in cells:
         folder = job.run.require("evaluate")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         own = {"setting": job.setting, "seed": job.seed, **{name: metrics[name] for name in ("judge", "second_judge")}}
-        found.rows[job.name] = [
-            {**row, **own} for row in read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
-        ]
+        found.rows[job.name] = [{**row, **own} for row in read_generations(folder)]
         found.judge_labelled_training[job.name] = metrics["judge_labelled_training"]
         found.curves.extend(curve_rows(job))
+    for job in votes:
+        own = {"setting": job.setting, "seed": job.seed}
+        rows = read_table(job.run.require("vote") / "votes.parquet", VOTES).to_pylist()
+        found.votes[job.name] = [{**row, **own} for row in rows]
     return found
 
 
@@ -114,10 +135,13 @@ def curve_rows(job: Job) -> list[dict[str, Any]]:
 
 
 def write_tables(collected: Collected, folder: Path) -> None:
-    """Write results.parquet and curves.parquet."""
+    """Write results.parquet, curves.parquet and, where there are votes, votes.parquet."""
     results = [result_row(row) for rows in collected.rows.values() for row in rows]
     write_table(folder / "results.parquet", results, RESULTS)
     write_table(folder / "curves.parquet", collected.curves, CURVES)
+    if collected.votes:
+        votes = [row for rows in collected.votes.values() for row in rows]
+        write_table(folder / "votes.parquet", votes, STUDY_VOTES)
 
 
 def result_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run fold
 when their settings and those of all stages to their left are: such a stage is made once, in the run folder
 that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
-not concern an algorithm adds no cell of it.
+not concern an algorithm adds no cell of it. Votes of the LLM judge stand to the right of the cells whose answers they
+read, each in a run folder of its own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tppo.config import Recipe, Setting, Study, TuningAlgorithm
 from tppo.errors import UserError
+from tppo.evaluate.compare import model_pairs
 from tppo.rl.pairs import check_samples
-from tppo.run import RunFolder, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
+from tppo.run import EVALUATION, RunFolder, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
 BASE = "base"
 SFT = "sft"
@@ -64,19 +66,23 @@ class Plan:
 
     shared: list[Job] = field(default_factory=list)
     cells: list[Job] = field(default_factory=list)
+    votes: list[Job] = field(default_factory=list)
+    """Votes of the LLM judge between the answers of two cells."""
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
+    vote_of: dict[tuple[str, str, str, int], Job] = field(default_factory=dict)
+    """The vote on a (setting, model, other model, seed)."""
 
     @property
     def jobs(self) -> list[Job]:
-        return [*self.shared, *self.cells]
+        return [*self.shared, *self.cells, *self.votes]
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """The shared run folders and the cells of a study; touches no file.
+    """The shared run folders, the cells and the votes of a study; touches no file.
 
     Raises:
         UserError: a seed, a setting or an override that cannot be.
@@ -95,6 +101,7 @@ def make_plan(recipe: Recipe) -> Plan:
             for model in (SFT, *recipe.algorithms):
                 asked = model == SFT or model in algorithms
                 _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
+    _plan_votes(plan, Path(recipe.run_dir), {name: variant for name, (variant, _) in variants.items()})
     return plan
 
 
@@ -140,6 +147,40 @@ def _plan_cell(
         plan.cell_of[key] = cells[evaluation]
 
 
+def _plan_votes(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
+    """Add a vote for each pair of models with the same setting and seed, where the setting's recipe asks for votes.
+
+    A vote stands to the right of the two cells whose answers it reads. Settings with the same two cells, the same judge
+    and the same rubric share it.
+    """
+    made: dict[tuple[str, ...], Job] = {}
+    for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
+        for setting, variant in variants.items():
+            if not variant.evaluate.vote:
+                continue
+            cells = {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+            for a, b in model_pairs(cells):
+                name = f"votes/{setting}-{a}-{b}-s{seed}"
+                recipe = vote_recipe(variant, {a: cells[a], b: cells[b]}, root / name)
+                key = (cells[a].name, cells[b].name, json.dumps(stage_config("vote", recipe), default=str))
+                if key not in made:
+                    made[key] = Job(name, setting, recipe, ["vote"])
+                    plan.votes.append(made[key])
+                plan.vote_of[setting, a, b, seed] = made[key]
+
+
+def vote_recipe(variant: Recipe, cells: Mapping[str, Job], folder: Path) -> Recipe:
+    """The recipe of a vote between the answers that these cells wrote, by model."""
+    first = next(iter(cells.values()))
+    taken = {"prepare": first.run.path("prepare")}
+    taken |= {EVALUATION + model: job.run.path("evaluate") for model, job in cells.items()}
+    return replace(
+        cell_recipe(variant, SFT, first.seed),
+        run_dir=str(folder),
+        stage_dirs={name: str(path) for name, path in taken.items()},
+    )
+
+
 def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
     """The recipe of one cell, before its folders are known: its seed, its one algorithm, the study's examples."""
     algorithms: list[TuningAlgorithm] = [name for name in variant.algorithms if name == model]
@@ -148,7 +189,8 @@ def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
         seed=seed,
         shared_seed=variant.data_seed,
         algorithms=algorithms,
-        evaluate=replace(variant.evaluate, tuned_only=model != SFT),
+        # A cell has one model, so nothing to vote on: votes are jobs of their own (`_plan_votes`).
+        evaluate=replace(variant.evaluate, tuned_only=model != SFT, vote=False),
         study=Study(),
     )
 
@@ -210,8 +252,6 @@ def check_study(recipe: Recipe) -> None:
         raise UserError(f"study.workers={study.workers}: give at least 1")
     if study.bootstrap_samples < 1000:
         raise UserError(f"study.bootstrap_samples={study.bootstrap_samples}: give at least 1000")
-    if recipe.evaluate.vote:
-        raise UserError("evaluate.vote needs all models in one run folder; a study has one in each: leave it false")
     if recipe.evaluate.tuned_only:
         raise UserError("evaluate.tuned_only is set by the study: leave it false")
     check_samples(recipe)
@@ -225,7 +265,8 @@ def describe(plan: Plan) -> list[str]:
         left.update(missing)
         lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
     counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
-    return [*lines, f"{len(plan.cells)} cells; stages: {counts}"]
+    votes = f", {len(plan.votes)} votes" if plan.votes else ""
+    return [*lines, f"{len(plan.cells)} cells{votes}; stages: {counts}"]
 
 
 def settings_tried(plan: Plan) -> dict[str, list[str]]:

@@ -1,9 +1,10 @@
-"""The study in words, tables and charts. No text of the log comes in."""
+"""The study in words, tables and charts of numbers. No text of the log comes in."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -14,6 +15,9 @@ from tppo.evaluate.compare import DISPLAY
 from tppo.evaluate.curves import DPO_CHARTS, RL_CHARTS, rollout_policies
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.present import Metrics
+from tppo.evaluate.stats import IntervalEstimate
+from tppo.judge.agreement import RESULT
+from tppo.run import RunFolder, sha256_file
 from tppo.study.plan import Plan, settings_tried
 from tppo.study.stats import SeedMean
 from tppo.study.tables import MEASURES, Curves, at_equal_kl, reaching, steadiness_of
@@ -44,6 +48,11 @@ def p_text(p: float | None) -> str:
     if p is None:
         return present.NOT_MEASURED
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def with_interval(found: IntervalEstimate, unit: str) -> str:
+    """ "62.1 [55.0, 68.2]"."""
+    return f"{present.number(found.value, unit)} {present.interval(found, unit)}".strip()
 
 
 def display(pair: tuple[str, str]) -> str:
@@ -177,6 +186,37 @@ def steadiness_table(curves: Curves) -> PlainTable:
         "seeds."
     )
     return PlainTable("steady", "Steadiness", note, ["Measure", "Model", "Std, seeds", "Std, updates"], rows)
+
+
+def agreement_table(run: RunFolder) -> PlainTable:
+    """What `tppo agreement` measured of the labels (the paper's Table 9); without rows when it did not.
+
+    Args:
+        run: whose labels they are. The report stands beside the label stage, in the run folder that made it.
+    """
+    labels = run.path("label")
+    report = labels.parent / "agreement" / RESULT
+    shares = ["Relevant by the first, %", "By the second, %"]
+    heads = ["Raters", "Questions", "Both answered", "Agree, %", "Kappa", *shares]
+    table = PlainTable("agreement", "Label agreement", "", heads, [])
+    if not report.exists():
+        return replace(table, note="Whether people, or another judge, agree with the labels (tppo agreement).")
+    found = json.loads(report.read_text(encoding="utf-8"))
+    if sha256_file(labels / "labels.parquet") not in [rater["sha256"] for rater in found["raters"]]:
+        return replace(table, note="The agreement report in the run folder is about other labels than this study's.")
+    note = (
+        f"How far raters agree on the words and on whole responses, rubric {found['rubric']}. Kappa is the agreement "
+        "beyond what the two shares of relevant answers give by chance. Intervals by a bootstrap over responses."
+    )
+    rows = []
+    for pair in found["pairs"]:
+        for name in ("words", "sentences"):
+            asked = pair[name]
+            numbers = [(asked["agreement"], "rate"), (asked["kappa"], "number")]
+            numbers += [(asked["prevalence"][rater], "rate") for rater in ("a", "b")]
+            cells = [with_interval(IntervalEstimate(**row), unit) for row, unit in numbers]
+            rows.append([f"{pair['a']}, {pair['b']}", name, f"{asked['compared']} of {asked['questions']}", *cells])
+    return replace(table, note=note, rows=rows)
 
 
 def budget_table(plan: Plan) -> PlainTable:

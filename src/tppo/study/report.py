@@ -1,11 +1,12 @@
 """The study's report: results.parquet, curves.parquet, one self-contained page, and its tables as Markdown.
 
-All of them hold numbers only, no text of the log.
+All of them hold numbers only, no text of the log. The one exception is the page of a study on the synthetic log, which
+is nobody's: it shows answers and token rewards as `tppo report` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,25 @@ import yaml
 
 from tppo.config import Recipe, Setting
 from tppo.evaluate import present
+from tppo.evaluate.curves import reward_charts
 from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, SECOND, TRUTH
 from tppo.evaluate.present import Metrics
-from tppo.evaluate.report import difference_chart, headline_chart, render, scope_tables
+from tppo.evaluate.report import (
+    difference_chart,
+    headline_chart,
+    render,
+    samples,
+    scope_tables,
+    token_samples,
+)
 from tppo.progress import console
-from tppo.run import write_json, write_text
+from tppo.run import stage_inputs, write_json, write_text
+from tppo.study.ablation import Ablation, ablation_charts, ablation_measures, ablation_table, find_ablations
 from tppo.study.collect import Collected, collect, write_tables
 from tppo.study.plan import BASE, SFT, Plan
 from tppo.study.present import (
     PlainTable,
+    agreement_table,
     budget_table,
     charts,
     claims,
@@ -45,15 +56,19 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
         failed: why run folders failed, by name.
     """
     collected = collect(plan, failed)
-    base = setting_metrics(recipe, plan, collected, BASE)
+    names = [BASE, *(setting.name for setting in recipe.study.settings)]
+    by_setting = {name: setting_metrics(recipe, plan, collected, name) for name in names}
+    base = by_setting[BASE]
     if base is None:
         console.print("no cell with the recipe's own settings is finished: there is nothing to report")
         return None
     folder = Path(recipe.run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(collected, folder)
-    write_json(folder / "metrics.json", base.data)
+    ablations = find_ablations(recipe, plan, collected, ablation_measures(base))
+    write_json(folder / "metrics.json", base.data | {"ablations": {found.name: found.rows for found in ablations}})
     context = page_context(recipe, plan, collected, base, failed)
+    context |= setting_context(recipe, by_setting, ablations, ablation_measures(base))
     write_text(folder / "summary.md", summary(base, context))
     write_text(folder / "report.html", render(context, TEMPLATE))
     for sentence in context["lead"]:
@@ -68,7 +83,7 @@ def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: s
         return None
     cells = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting]
     labelled = any(collected.judge_labelled_training.get(name, False) for name in cells)
-    return study_metrics(recipe, rows, labelled)
+    return study_metrics(recipe, rows, labelled, collected.votes_of_setting(plan, setting))
 
 
 def page_context(
@@ -77,7 +92,7 @@ def page_context(
     """Everything the template shows."""
     scope = metrics.scopes[0]
     curves = Curves(collected.curves, BASE)
-    evaluated = next(job for job in plan.cells if job.name in collected.rows)
+    evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.rows)
     manifest = evaluated.run.manifest("evaluate") or {}
     return {
         "run_name": Path(recipe.run_dir).name,
@@ -94,14 +109,16 @@ def page_context(
         ],
         "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
         "charts": charts(curves),
+        "reward_charts": reward_charts(evaluated.run),
+        **answers_shown(recipe, plan, collected, metrics),
         "tables": [
+            agreement_table(evaluated.run),
             equal_kl_table(curves),
             reach_table(curves),
             steadiness_table(curves),
             budget_table(plan),
             cost_table(plan),
         ],
-        "settings": [setting_view(recipe, plan, collected, setting) for setting in recipe.study.settings],
         "seeds": metrics.data["seeds"],
         "cells": {"finished": len(collected.rows), "all": len(plan.cells)},
         "judge": metrics.data["judge"],
@@ -117,29 +134,60 @@ def page_context(
     }
 
 
-def setting_view(recipe: Recipe, plan: Plan, collected: Collected, setting: Setting) -> dict[str, Any]:
+def answers_shown(recipe: Recipe, plan: Plan, collected: Collected, metrics: Metrics) -> dict[str, Any]:
+    """Answers beside each other and tokens by reward, of the first seed that has SFT; none unless the log is synthetic.
+
+    The page of a study is meant to be shared, and texts of a real log are not.
+    """
+    none: dict[str, Any] = {"samples": [], "token_samples": []}
+    if "synthetic" not in stage_inputs("prepare", recipe):
+        return none
+    seed = next(seed for seed in recipe.study.seeds if plan.cell_of[BASE, SFT, seed].name in collected.rows)
+    cells = {model: plan.cell_of.get((BASE, model, seed)) for model in metrics.policies}
+    runs = {model: job.run for model, job in cells.items() if job and job.name in collected.rows}
+    rows = [row for row in collected.of_setting(plan, BASE) if row["seed"] == seed]
+    return {"samples": samples(recipe, runs[SFT], rows, metrics), "token_samples": token_samples(runs)}
+
+
+def setting_context(
+    recipe: Recipe, by_setting: Mapping[str, Metrics | None], ablations: Sequence[Ablation], measures: list[str]
+) -> dict[str, Any]:
+    """What the template shows of the settings other than the recipe's own."""
+    return {
+        "settings": [setting_view(setting, by_setting[setting.name]) for setting in recipe.study.settings],
+        "ablations": [
+            (ablation_table(found, by_setting, measures), ablation_charts(found, measures)) for found in ablations
+        ],
+    }
+
+
+def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
     """A setting other than the recipe's own: what it changes, its relevance and its differences."""
-    metrics = setting_metrics(recipe, plan, collected, setting.name)
     view = {"name": setting.name, "overrides": [(name, str(value)) for name, value in setting.overrides.items()]}
     if metrics is None:
-        return {**view, "relevance": None, "chart": None}
+        return {**view, "relevance": None, "chart": None, "wins": None}
     scope = metrics.scopes[0]
+    tables = scope_tables(metrics, scope)
+    voted = [row for row in tables["wins"] if row["votes"] is not None]
     return {
         **view,
-        "relevance": scope_tables(metrics, scope)["relevance"],
+        "relevance": tables["relevance"],
         "chart": difference_chart(metrics, scope),
+        "wins": tables["wins"] if voted else None,
     }
 
 
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
-    """What a reader has to know of cells that are not in the numbers; only whether they failed, not their logs."""
+    """What a reader has to know of cells and votes that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    lost = [name for name in collected.missing if name in failed]
-    open_cells = [name for name in collected.missing if name not in failed]
-    if lost:
-        notes.append(f"{len(lost)} of {len(plan.cells)} cells failed and are not in the numbers: {', '.join(lost)}.")
-    if open_cells:
-        notes.append(f"{len(open_cells)} of {len(plan.cells)} cells are not finished yet: {', '.join(open_cells)}.")
+    for what, jobs in (("cells", plan.cells), ("votes", plan.votes)):
+        missing = [job.name for job in jobs if job.name in collected.missing]
+        lost = [name for name in missing if name in failed]
+        still_open = [name for name in missing if name not in failed]
+        if lost:
+            notes.append(f"{len(lost)} of {len(jobs)} {what} failed and are not in the numbers: {', '.join(lost)}.")
+        if still_open:
+            notes.append(f"{len(still_open)} of {len(jobs)} {what} are not finished yet: {', '.join(still_open)}.")
     return notes
 
 
@@ -160,7 +208,8 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         *([("second judge", context["second_judge"])] if context["second_judge"] else []),
         ("intervals", f"95%, bootstrap over users and seeds, {context['bootstrap_samples']} draws"),
     ]
-    tables: list[PlainTable] = [*context["corrected"], *context["tables"]]
+    ablations = [table for table, _ in context["ablations"]]
+    tables: list[PlainTable] = [*context["corrected"], *context["tables"], *ablations]
     said = claims(metrics, metrics.scopes[0])
     head = "\n".join(f"{sentence}\n" for sentence in said)
     return "\n".join([head, present.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tppo.config import Recipe
 from tppo.errors import UserError
+from tppo.judge.llm import LLMJudge
 from tppo.progress import console
 from tppo.road import run_stages, write_recipe
 from tppo.run import RunFolder
@@ -42,13 +43,12 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         print("\n".join(describe(plan)))
         return
     if recipe.study.action == "run":
+        check_voters(plan)
         devices = worker_devices(recipe.study.workers)
         with locked(Path(recipe.run_dir)) as lock:
             write_recipe(RunFolder(recipe))
             check_taken(recipe)
-            for job in plan.jobs:
-                for stage in redo:
-                    job.run.discard_from(stage)
+            discard(plan, redo)
             failed = run_plan(plan, devices, lock)
     else:
         failed = stale_jobs(plan)
@@ -60,6 +60,30 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     if failed:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(plan.jobs)} run folders failed; what is finished stays valid:{listed}")
+
+
+def check_voters(plan: Plan) -> None:
+    """Refuse, before anything runs, votes that no judge could give.
+
+    Raises:
+        UserError: names the setting of section `judge`.
+    """
+    for job in plan.votes:
+        try:
+            LLMJudge(job.recipe.judge)
+        except UserError as error:
+            setting = "" if job.setting == BASE else f"study.settings '{job.setting}': "
+            raise UserError(f"{setting}evaluate.vote asks the LLM judge: {error}") from None
+
+
+def discard(plan: Plan, redo: Sequence[str]) -> None:
+    """Delete these stages in every run folder of the study, and all that follows from them."""
+    for job in plan.jobs:
+        for stage in redo:
+            job.run.discard_from(stage)
+    for job in plan.votes if redo else ():
+        if any(job.run.manifest(name) is None for name in job.recipe.stage_dirs):
+            job.run.discard_from("vote")
 
 
 def stale_jobs(plan: Plan) -> dict[str, str]:

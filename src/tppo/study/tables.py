@@ -21,7 +21,7 @@ MEASURES = {
 """Measures of a rollout that are the same for every RL algorithm, unlike the reward it is paid."""
 
 
-def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> Metrics:
+def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool, votes: Rows | None = None) -> Metrics:
     """metrics.json of all seeds together; differences also hold `p_value` and `p_holm`.
 
     `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
@@ -29,6 +29,7 @@ def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> 
 
     Args:
         rows: of generations.parquet, with `seed`, `judge` and `second_judge`; the same judges in all.
+        votes: of votes.parquet, with `seed`; one judge and one rubric in all.
     """
     judges = {(row["judge"], row["second_judge"]) for row in rows}
     assert len(judges) == 1, f"one table, one judge: {judges}"
@@ -40,7 +41,7 @@ def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool) -> 
             users, seeds, recipe.study.bootstrap_samples, stream_seed(recipe.seed, "study bootstrap", scope)
         )
 
-    data = build_metrics(rows, recipe, bootstrap_of=bootstrap_of)
+    data = build_metrics(rows, recipe, votes, bootstrap_of)
     families: dict[tuple[str, str, bool], Rows] = {}
     for row in data["differences"]:
         families.setdefault((row["scope"], row["metric"], row["than"] in BASELINES), []).append(row)

@@ -1,0 +1,114 @@
+"""Votes across the cells of a study: the stage `vote`, and `tppo study` with a judge behind a server."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import fake_run
+import pyarrow.parquet as pq
+import pytest
+from fault_server import Settings, running
+from test_study_report import EXAMPLES, make_study
+
+from tppo.cli import run_one
+from tppo.config import Evaluate, LLMJudge, Recipe, Setting, Study
+from tppo.errors import UserError
+from tppo.evaluate.generations import GENERATIONS
+from tppo.run import RunFolder
+from tppo.study.plan import Plan
+from tppo.study.run import discard, run_study
+from tppo.tables import write_table
+
+KL = Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])
+
+
+def make_voted(root: Path, port: int, model: str = "m") -> tuple[Recipe, Plan]:
+    """Two algorithms' cells (SFT, TPPO) of two seeds and two settings, finished; only the votes are missing."""
+    return make_study(
+        root,
+        algorithms=["tppo"],
+        evaluate=Evaluate(vote=True, bootstrap_samples=500),
+        judge=LLMJudge(f"http://127.0.0.1:{port}/v1", model, ledger=str(root.parent / "judge.sqlite")),
+        study=Study(seeds=[0, 1], settings=[KL], bootstrap_samples=1000),
+    )
+
+
+def test_a_study_votes_once_and_pools_the_seeds(tmp_path: Path):
+    with running(Settings()) as server:
+        recipe, plan = make_voted(tmp_path / "run", server.port)
+        names = [f"votes/{setting}-tppo-sft-s{seed}" for seed in (0, 1) for setting in ("base", "kl")]
+        assert [job.name for job in plan.votes] == names
+        run_study(recipe)
+        asked = server.stats()["requests"]
+        # Both orders of every pair of answers that differ and can be read; equal pairs are one question.
+        assert 0 < asked <= 2 * len(names) * len(EXAMPLES)
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/votes").glob("*/vote/*")}
+        assert len(written) == 3 * len(names)  # votes.parquet, started.json, manifest.json
+        run_study(recipe)
+        assert {path: path.stat().st_mtime_ns for path in written} == written, "a finished vote was made again"
+        # Deleted votes come back out of the judge's ledger.
+        discard(plan, ["vote"])
+        assert not any(path.exists() for path in written)
+        run_study(recipe)
+        assert server.stats()["requests"] == asked
+    check_report(tmp_path / "run/study")
+
+
+def check_report(folder: Path) -> None:
+    votes = [row for row in pq.read_table(folder / "votes.parquet").to_pylist() if row["setting"] == "base"]
+    assert len(votes) == 2 * len(EXAMPLES)
+    assert {row["judge"] for row in votes} == {"llm/m/token-v1"}
+    wins = [row for row in json.loads((folder / "metrics.json").read_text())["wins"] if row["by"] == "vote"]
+    assert [(row["scope"], row["model"], row["than"]) for row in wins] == [
+        (scope, "tppo", "sft") for scope in ("all", "eval1", "eval2")
+    ]
+    won, lost, undecided = (sum(row["winner"] == side for row in votes) for side in ("a", "b", "tie"))
+    pooled = wins[0]
+    assert min(won, lost, undecided) > 0
+    for name, count in (("win", won), ("lose", lost), ("tie", undecided)):
+        assert pooled[name] == pytest.approx(count / len(votes))
+    assert (pooled["net"]["examples"], pooled["net"]["seeds"]) == (len(votes), 2)
+    assert pooled["net"]["low"] < pooled["net"]["value"] < pooled["net"]["high"]
+    by_seed = [[row for row in votes if row["seed"] == seed] for seed in (0, 1)]
+    assert [row["winner"] for row in by_seed[0]] != [row["winner"] for row in by_seed[1]]
+    page, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
+    for text in (page, summary):
+        assert "llm/m/token-v1; orders disagree: " in text
+    assert page.count("by vote<small>") == 4  # three evaluation sets of the recipe itself, one of the setting
+
+
+def test_votes_follow_answers_made_anew_and_a_judge_is_needed_before_anything_runs(tmp_path: Path):
+    recipe, plan = make_voted(tmp_path / "run", port=1, model="")
+    with pytest.raises(UserError, match=r"evaluate\.vote asks the LLM judge: judge\.model is empty"):
+        run_study(recipe)
+    for job in plan.votes:
+        with job.run.stage("vote"):
+            pass
+    discard(plan, [])
+    assert all(job.finished() for job in plan.votes)
+    of_sft = next(job for job in plan.cells if job.name == "cells/base-tppo-s0")
+    discard(Plan(cells=[of_sft], votes=plan.votes), ["evaluate"])
+    assert [job.name for job in plan.votes if job.run.manifest("vote") is None] == ["votes/base-tppo-sft-s0"]
+
+
+def test_a_vote_that_cannot_be_is_refused(tmp_path: Path):
+    recipe, plan = make_voted(tmp_path / "run", port=1)
+    vote = plan.votes[0].recipe
+
+    def refused(words: str, **stage_dirs: str) -> None:
+        other = replace(vote, run_dir=str(tmp_path / "vote"), stage_dirs={**vote.stage_dirs, **stage_dirs})
+        with pytest.raises(UserError, match=words):
+            run_one(other, "vote")
+
+    refused("no answer of tppo", evaluate_tppo=vote.stage_dirs["evaluate_sft"])
+    short = replace(recipe, run_dir=str(tmp_path / "short"), stage_dirs=plan.cells[0].recipe.stage_dirs, algorithms=[])
+    with RunFolder(short).stage("evaluate") as (folder, _):
+        write_table(folder / "generations.parquet", fake_run.generation_rows(EXAMPLES[:3], "tppo"), GENERATIONS)
+    refused("other examples", evaluate_tppo=str(folder))
+    with RunFolder(replace(recipe, run_dir=str(tmp_path / "other"), stage_dirs={})).stage("prepare") as (folder, _):
+        few = [fake_run.example_row(example) for example in EXAMPLES[3:]]
+        write_table(folder / "examples.parquet", few, fake_run.EXAMPLES)
+    refused(f"has no example {EXAMPLES[0].example_id}", prepare=str(folder))
+    alone = replace(vote, stage_dirs={"prepare": vote.stage_dirs["prepare"]}, run_dir=str(tmp_path / "alone"))
+    with pytest.raises(UserError, match="vote compares two of"):
+        run_one(alone, "vote")
