@@ -36,7 +36,7 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
     run = RunFolder(recipe)
     examples = [*examples, *fake_run.make_examples(4, split="train", seed=5)]
     with run.stage("prepare") as (folder, _):
-        write_table(folder / "examples.parquet", [fake_run._example_row(e) for e in examples], EXAMPLES)
+        write_table(folder / "examples.parquet", [fake_run.example_row(e) for e in examples], EXAMPLES)
     for name in ("sft", "sample", "label", "reward", "rl_ppo", "rl_tppo"):
         with run.stage(name) as (folder, facts):
             if name in ("sft", "rl_ppo"):
@@ -178,7 +178,7 @@ def test_baselines_that_learn_need_training_examples(tmp_path: Path):
     recipe = fake_run.make_recipe(tmp_path / "run", [])
     run = RunFolder(recipe)
     with run.stage("prepare") as (folder, _):
-        rows = [fake_run._example_row(e) for e in fake_run.make_examples(2)]
+        rows = [fake_run.example_row(e) for e in fake_run.make_examples(2)]
         write_table(folder / "examples.parquet", rows, EXAMPLES)
     with pytest.raises(UserError, match=r"frequent_next.*training examples"):
         answers.make_answerer("frequent_next", recipe, run, None)
