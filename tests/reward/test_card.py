@@ -24,6 +24,7 @@ FACTS: dict[str, Any] = {
     "repeats_irrelevant": True,
     "sl": 12.0,
     "train": {"responses": 1000, "responses_relevant": 247, "words": 9305, "words_relevant": 1585},
+    "constructed": {"responses": 40, "responses_relevant": 9, "words": 320, "words_relevant": 60},
     "reward_eval": {"responses": 200, "responses_relevant": 39, "words": 1821, "words_relevant": 273},
     "metrics": {"step": 12, "token_auc": 0.91424, "sentence_auc": None},
 }
@@ -67,6 +68,7 @@ def test_the_card_shows_reward_json_and_nothing_else(tiny_encoder: Path, tmp_pat
     assert set(info) == set(FIELDS), "every field is documented"
     for text in (
         "| responses | 1000 | 200 |",
+        "| constructed responses beside them | 40 | 0 |",
         "| token AUC, relevant against irrelevant | 0.914 |",
         "| AUC of whole responses | not measured |",
         "| `values` | separator: null, irrelevant: 0.0, relevant: 1.0 |",
