@@ -112,7 +112,7 @@ def test_real_weights_with_one_command_and_resume(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    second = tppo("run", str(path))
+    second = tppo("run", str(path), timeout=1800)
     assert second.returncode == 0, second.stderr[-3000:]
     assert second.stderr.count("done before, skipped") == STAGES.index("rl_tppo")
     assert "resuming rl_tppo after update 1" in second.stderr
