@@ -173,6 +173,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 raise SystemExit(f"{contestant.name}, {work}: exit code {done.returncode}")
             found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"seconds": None}
             rows.append({**asdict(contestant), "work": work, **found})
+            print(f"{contestant.name}, {work}: {found}", file=sys.stderr, flush=True)
     return rows
 
 
