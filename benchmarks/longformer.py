@@ -178,7 +178,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    title = f"{arguments.encoder}, batches of {arguments.batch_size}, {torch_threads(rows)} threads"
+    threads = next((row["threads"] for row in rows if row["seconds"]), None)
+    title = f"{arguments.encoder}, batches of {arguments.batch_size}, {threads or '?'} threads"
     table = Table(title=title, title_justify="left")
     for head in ("", "work", "tokens", "input dropped %", "s / batch", "peak MiB", "added MiB"):
         table.add_column(head, justify="right" if head not in ("", "work") else "left")
@@ -193,10 +194,6 @@ def show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
             *(f"{row[name]:.0f}" for name in ("peak_mib", "added_mib")),
         )
     Console(width=140).print(table)
-
-
-def torch_threads(rows: Sequence[dict[str, Any]]) -> int:
-    return next(row["threads"] for row in rows if row["seconds"] is not None)
 
 
 def parse_arguments() -> argparse.Namespace:

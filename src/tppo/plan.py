@@ -16,6 +16,7 @@ from tppo.estimate import GIB, Machine, ModelSize
 from tppo.evaluate.answers import REFERENCES
 from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.evaluate.stage import evaluated_models
+from tppo.judge.label import check_settings as check_label
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import PROBES
 from tppo.logs.prepare import check_settings as check_prepare
@@ -55,6 +56,7 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     """
     check_prepare(recipe.prepare)
     check_batch_sizes(recipe.sft, "sft")
+    check_label(recipe.label)
     check_reward(recipe.reward)
     check_gate(recipe.check_reward)
     check_config(recipe.rl, recipe.task.max_response_tokens)

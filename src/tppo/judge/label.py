@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tppo.config import Label, Recipe
+from tppo.config import Label, Recipe, Rubric
 from tppo.errors import UserError
 from tppo.judge.choose import draw_examples, make_judge
 from tppo.judge.injection import probe_injection
@@ -21,6 +21,9 @@ from tppo.judge.record import CONSTRUCTED_FILE, Judge, JudgeItem, Verdict, other
 from tppo.run import RunFolder
 from tppo.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.text import render_response
+
+Asked = tuple[Example, int, str]
+"""An example, the number of a response among those to it, and the response."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -36,19 +39,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
     judge, facts = make_judge(recipe.label.judge, recipe, examples)
-    items = [
-        JudgeItem(by_id[row["example_id"]].history, by_id[row["example_id"]].targets, row["response"])
-        for row in responses
-    ]
+    asked = [(by_id[row["example_id"]], row["sample"], row["response"]) for row in responses]
     rows = []
     shares: dict[str, Any] = {"sft_responses": {}}
     for rubric in judge.rubrics:
-        verdicts = judge.judge(items, rubric, f"labelling, rubric {rubric}")
-        shares["sft_responses"][rubric] = relevance_shares(verdicts)
-        rows += [
-            verdict_to_row(by_id[row["example_id"]], row["sample"], rubric, judge.name, row["response"], verdict)
-            for row, verdict in zip(responses, verdicts, strict=True)
-        ]
+        found, shares["sft_responses"][rubric] = _label(judge, rubric, asked, f"labelling, rubric {rubric}")
+        rows += found
     write_table(folder / "labels.parquet", rows, LABELS)
     constructed = _label_constructed(judge, recipe, examples, folder)
     judge.save(folder)
@@ -62,7 +58,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "constructed": constructed,
         **facts,
         "relevant_share": shares,
-        "injection": probe_injection(judge, items, recipe.label.injection_probes, recipe.seed),
+        "injection": probe_injection(judge, _items(asked), recipe.label.injection_probes, recipe.seed),
     }
 
 
@@ -86,15 +82,30 @@ def _label_constructed(judge: Judge, recipe: Recipe, examples: list[Example], fo
     for rubric in judge.rubrics:
         found = construct(train, recipe.label.constructed, rubric, recipe.task.num_queries, recipe.data_seed)
         for kind, pairs in found.items():
-            items = [JudgeItem(example.history, example.targets, response) for example, response in pairs]
-            verdicts = judge.judge(items, rubric, f"labelling constructed responses ({kind}), rubric {rubric}")
-            facts.setdefault(kind, {"responses": len(pairs)})[rubric] = relevance_shares(verdicts)
-            for (example, response), verdict in zip(pairs, verdicts, strict=True):
-                row = verdict_to_row(example, 0, rubric, judge.name, response, verdict)
-                rows.append({**row, "kind": kind})
+            asked = [(example, 0, response) for example, response in pairs]
+            description = f"labelling constructed responses ({kind}), rubric {rubric}"
+            labelled, shares = _label(judge, rubric, asked, description)
+            facts.setdefault(kind, {"responses": len(pairs)})[rubric] = shares
+            rows += [{**row, "kind": kind} for row in labelled]
     if rows:
         write_table(folder / CONSTRUCTED_FILE, rows, CONSTRUCTED)
     return {"labels": len(rows), **facts}
+
+
+def _label(
+    judge: Judge, rubric: Rubric, asked: Sequence[Asked], description: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of labels.parquet for these responses, in order, and the shares relevant among them."""
+    verdicts = judge.judge(_items(asked), rubric, description)
+    rows = [
+        verdict_to_row(example, sample, rubric, judge.name, response, verdict)
+        for (example, sample, response), verdict in zip(asked, verdicts, strict=True)
+    ]
+    return rows, relevance_shares(verdicts)
+
+
+def _items(asked: Sequence[Asked]) -> list[JudgeItem]:
+    return [JudgeItem(example.history, example.targets, response) for example, _, response in asked]
 
 
 def relevance_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:

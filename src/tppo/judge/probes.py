@@ -6,7 +6,8 @@ and one that knows single words only cannot tell `real` from `repeated` and `cop
 | probe | rubric `targets` | rubric `history` |
 |---|---|---|
 | real | relevant | relevant where the user stays on a topic of the history |
-| shuffled, noise | as often relevant as the judge's false alarms | the same |
+| shuffled | as often relevant as the judge's false alarms | the same |
+| noise | the same | far more often by the offline judge (docs/results/reward.md) |
 | repeated | the first query at best: with `label.repeats_irrelevant` the others are not new | the same |
 | copied | irrelevant with `label.repeats_irrelevant`, whatever they say | the same |
 | empty | irrelevant; a reward model gives it 0 by definition | the same |
@@ -70,9 +71,10 @@ def construct(
     probes = make_probes(examples, log_words(examples), rubric, num_queries, seed)
     found = {}
     for kind, count in wanted.items():
-        able = [i for i, response in enumerate(probes[kind]) if response is not None]
+        pairs = zip(examples, probes[kind], strict=True)
+        able = [(example, response) for example, response in pairs if response is not None]
         chosen = rng(seed, "construct", kind).permutation(len(able))[:count]
-        found[kind] = [(examples[i], probes[kind][i] or "") for i in sorted(able[j] for j in chosen)]
+        found[kind] = [able[i] for i in sorted(chosen)]
     return found
 
 

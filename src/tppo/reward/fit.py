@@ -68,8 +68,12 @@ def fit(
     evals = {round(i * per_epoch / settings.evals_per_epoch) for i in range(1, settings.evals_per_epoch + 1)}
     optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
-    with autocast(settings.precision, device.type):
-        log({"step": 0, "epoch": 0.0, "split": "reward_eval", **evaluate(reward_model, held_out, settings)})
+
+    def held_out_scores() -> dict[str, Any]:
+        with autocast(settings.precision, device.type):
+            return evaluate(reward_model, held_out, settings)
+
+    log({"step": 0, "epoch": 0.0, "split": "reward_eval", **held_out_scores()})
     best: dict[str, Any] = {}
     best_weights: dict[str, Tensor] = {}
     worse = step = 0
@@ -89,8 +93,7 @@ def fit(
         log({**where, "split": "train", **parts, "grad_norm": float(norm), "learning_rate": rate})
         if (step - 1) % per_epoch + 1 not in evals:
             continue
-        with autocast(settings.precision, device.type):
-            scores = evaluate(reward_model, held_out, settings)
+        scores = held_out_scores()
         log({**where, "split": "reward_eval", **scores})
         if not best or _rank(scores) > _rank(best):
             best, best_weights, worse = {**where, **scores}, copy.deepcopy(model.state_dict()), 0
