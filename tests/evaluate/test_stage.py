@@ -43,7 +43,7 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
                 shutil.copytree(policy, folder / "model")
             if name == "label":
                 shutil.copy(judge_file, folder)
-                facts["judge"] = "embedding-v1/minilm"
+                facts["judge"] = "embedding-v2/minilm"
             if name == "rl_tppo":
                 model, tokenizer = load_policy(policy)
                 torch.manual_seed(3)
@@ -187,7 +187,7 @@ def test_baselines_that_learn_need_training_examples(tmp_path: Path):
 def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
     recipe.evaluate.second_judge = "embedding"
-    with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v1/minilm, the first judge"):
+    with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v2/minilm, the first judge"):
         stage.choose_second_judge(recipe, run, stage.choose_judge(recipe, run))
 
 

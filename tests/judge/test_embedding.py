@@ -9,6 +9,7 @@ from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.judge.choose import saved_judge
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
+from tppo.judge.probes import log_words, noise_items
 from tppo.judge.record import JudgeItem, other_user_items, split_response
 from tppo.text import Event
 
@@ -115,21 +116,37 @@ def test_repeats_can_be_let_pass(judge):
     assert copied.sentence_score == pytest.approx(1, abs=1e-5)
 
 
-def test_thresholds_are_the_quantile_of_another_users_queries(example_factory):
+def test_thresholds_are_the_higher_quantile_of_two_kinds_of_unrelated_text(example_factory):
     examples = example_factory(24)
     judge = EmbeddingJudge("minilm", {})
     facts = judge.calibrate(examples, 0.95, seed=0)
-    assert facts["targets"]["null_responses"] == 24
-    items = other_user_items(examples, 0)
-    users_targets = {tuple(e.targets): e.user_id for e in examples}
+    nulls = {"other_users": other_user_items(examples, 0), "random_words": noise_items(examples, 0, "calibrate")}
     for rubric in ("targets", "history"):
-        scores = judge.scores(items, rubric)
-        words = np.concatenate([s.words for s in scores])
-        assert judge.thresholds[rubric].word == pytest.approx(np.quantile(words, 0.95))
-        false_alarms = np.mean([w.relevant for v in judge.judge(items, rubric) for w in v.words])
-        assert false_alarms <= 0.05 + 1 / len(words)
-    assert len(items) == 24
-    assert all(tuple(i.targets) in users_targets for i in items)
+        quantiles = []
+        for null, items in nulls.items():
+            scores = judge.scores(items, rubric)
+            words = np.concatenate([s.words for s in scores])
+            quantiles.append((np.quantile(words, 0.95), np.quantile([s.sentence for s in scores], 0.95)))
+            assert facts[rubric]["nulls"][null]["responses"] == 24
+            assert facts[rubric]["nulls"][null]["word"] == pytest.approx(quantiles[-1][0])
+            verdicts = judge.judge(items, rubric)
+            assert np.mean([w.relevant for v in verdicts for w in v.words]) <= 0.05 + 1 / len(words)
+            assert np.mean([v.sentence_relevant for v in verdicts]) <= 0.05 + 1 / len(items)
+        word, sentence = map(max, zip(*quantiles, strict=True))
+        assert judge.thresholds[rubric] == Thresholds(pytest.approx(word), pytest.approx(sentence))
+
+
+def test_noise_has_the_form_of_the_true_queries_and_a_stream_of_its_own(example_factory):
+    examples = example_factory(9)
+    items = noise_items(examples, 0, "a")
+    vocabulary = set(log_words(examples))
+    for example, item in zip(examples, items, strict=True):
+        assert item.history == example.history
+        queries = split_response(item.response).query_words
+        assert [len(words) for words in queries] == [len(target.split()) for target in example.targets]
+        assert {word for words in queries for word in words} <= vocabulary
+    assert items == noise_items(examples, 0, "a")
+    assert items != noise_items(examples, 0, "b")
 
 
 def test_other_users_are_other(example_factory):

@@ -65,7 +65,7 @@ def test_facts_show_the_scale_of_the_judge(recipe):
     assert shares["sft_responses"]["targets"]["responses"] == 0.5
     assert shares["sft_responses"]["targets"]["empty_count"] == 10
     assert shares["true_targets"]["history"]["word_count"] > 0
-    assert set(shares["other_users_targets"]) == {"targets", "history"}
+    assert set(shares["other_users_targets"]) == set(shares["random_words"]) == {"targets", "history"}
     assert 0 < facts["thresholds"]["history"]["word"] < 1
 
 

@@ -19,7 +19,7 @@ from tppo.text import Event, parse_response
 
 FACTS: dict[str, Any] = {
     "rubric": "history",
-    "judge": "embedding-v1/minilm",
+    "judge": "embedding-v2/minilm",
     "template": None,
     "repeats_irrelevant": True,
     "sl": 12.0,

@@ -144,7 +144,7 @@ def test_two_workers_and_a_job_that_needs_another(tmp_path: Path):
         job("orphan", "prepare", -1, synthetic=str(tmp_path / "bad/synthetic")),
     ]
     with locked(tmp_path) as lock:
-        failed = run_jobs(jobs, ["0", "1"], lock)
+        failed = run_jobs(jobs, [{"OMP_NUM_THREADS": "1"}] * 2, lock)
     assert list(failed) == ["bad", "orphan"]
     assert "synthetic stopped" in failed["bad"]
     assert "is taken from" in failed["orphan"]

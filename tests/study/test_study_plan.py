@@ -10,7 +10,7 @@ from tppo.errors import UserError
 from tppo.evaluate.stage import evaluated_models
 from tppo.run import RunFolder, stage_config, stage_inputs
 from tppo.study.plan import Plan, describe, make_plan, settings_tried
-from tppo.study.run import check_taken, worker_devices
+from tppo.study.run import check_taken, worker_environments
 
 SHARED = ["prepare", "sft", "sample", "label", "reward"]
 
@@ -191,9 +191,14 @@ def test_the_plan_says_what_is_left(tmp_path: Path):
     assert lines[-1].endswith("2 rl_tppo (2 to make), 2 rl_dpo (2 to make)")
 
 
-def test_a_worker_needs_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    assert worker_devices(1) == [None]
+def test_workers_have_a_gpu_each_or_share_the_threads(monkeypatch: pytest.MonkeyPatch):
+    assert worker_environments(1) == [{}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert worker_devices(2) == ["3", "5"]
+    assert worker_environments(2) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
     with pytest.raises(UserError, match=r"workers=3, but 2 GPUs"):
-        worker_devices(3)
+        worker_environments(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert worker_environments(3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    with pytest.raises(UserError, match=r"workers=8, but without a GPU there are 7 CPU threads"):
+        worker_environments(8)

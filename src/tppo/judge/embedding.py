@@ -1,6 +1,6 @@
 """The offline judge: relevance by cosine similarity of sentence-encoder embeddings (all-MiniLM-L6-v2).
 
-The rule, version 1. The reference texts of an item are its targets (rubric `targets`) or the texts of its
+The rule, version 2. The reference texts of an item are its targets (rubric `targets`) or the texts of its
 history's events (rubric `history`).
 
 - Word: the largest cosine between the embedding of the word *in its query* (mean of the last hidden states of
@@ -11,10 +11,13 @@ history's events (rubric `history`).
 - A query that repeats a search of the history or an earlier query of the response is not new: its words and
   its part of the mean are 0 and irrelevant (`repeats_irrelevant`).
 - Relevant means: the score is above a threshold. It is calibrated for each rubric, for words and for
-  responses, as a quantile (`null_quantile`) of the scores that *another user's* true next queries get. With
-  0.95, five in a hundred unrelated words are called relevant: the false-alarm rate is fixed, and nothing is
-  tuned on the models under comparison. Popular queries shared by two users stay in the null: they are part
-  of what an unrelated user looks like.
+  responses, as a quantile (`null_quantile`) of the scores of two kinds of unrelated text: *another user's*
+  true next queries, and *random words* of the log in the form of queries; the higher of the two counts. With
+  0.95, five in a hundred unrelated words are called relevant, at most: the false-alarm rate is fixed, and
+  nothing is tuned on the models under comparison. Popular queries shared by two users stay in the first null:
+  they are part of what an unrelated user looks like. Version 1 had that null only and called 64% of
+  random-word responses relevant to the history: odd words in odd company look a little like every topic, and
+  a policy paid by such a judge learns to write gibberish (docs/results/reward.md).
 - An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a
   zero-width character) scores 0. The judge never abstains.
 
@@ -36,6 +39,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tppo.config import Rubric
 from tppo.errors import UserError
+from tppo.judge.probes import noise_items
 from tppo.judge.record import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 from tppo.models import load_encoder_path
 from tppo.progress import track
@@ -43,7 +47,7 @@ from tppo.run import sha256_file, write_json
 from tppo.tables import Example
 from tppo.text import normalise_query
 
-RULE_VERSION = 1
+RULE_VERSION = 2
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
 
 
@@ -210,27 +214,33 @@ class EmbeddingJudge:
     def calibrate(
         self, examples: Sequence[Example], null_quantile: float, seed: int, description: str | None = None
     ) -> dict[str, Any]:
-        """Set the thresholds from another user's true next queries; returns what they were computed from.
+        """Set the thresholds from two kinds of unrelated text; returns them and the quantiles of both kinds.
 
         Raises:
             UserError: fewer than two users, or a quantile outside (0, 1).
         """
         if not 0 < null_quantile < 1:
             raise UserError(f"label.null_quantile={null_quantile} has to lie between 0 and 1")
-        items = other_user_items(examples, seed)
+        nulls = {
+            "other_users": other_user_items(examples, seed),
+            "random_words": noise_items(examples, seed, "calibrate"),
+        }
         facts: dict[str, Any] = {}
         for rubric in get_args(Rubric):
-            scores = self.scores(items, rubric, description and f"{description}: {rubric}")
-            words = np.concatenate([s.words for s in scores])
-            sentences = np.array([s.sentence for s in scores])
+            found: dict[str, dict[str, float]] = {}
+            for null, items in nulls.items():
+                scores = self.scores(items, rubric, description and f"{description}: {rubric}, {null}")
+                words = np.concatenate([s.words for s in scores])
+                found[null] = {
+                    "word": float(np.quantile(words, null_quantile)),
+                    "sentence": float(np.quantile([s.sentence for s in scores], null_quantile)),
+                    "words": len(words),
+                    "responses": len(items),
+                }
             self.thresholds[rubric] = Thresholds(
-                float(np.quantile(words, null_quantile)), float(np.quantile(sentences, null_quantile))
+                max(null["word"] for null in found.values()), max(null["sentence"] for null in found.values())
             )
-            facts[rubric] = {
-                **asdict(self.thresholds[rubric]),
-                "null_words": len(words),
-                "null_responses": len(items),
-            }
+            facts[rubric] = {**asdict(self.thresholds[rubric]), "nulls": found}
         return facts
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from tppo.config import Label, Recipe, Rubric
 from tppo.errors import UserError
 from tppo.judge.choose import draw_examples, make_judge
 from tppo.judge.injection import probe_injection
-from tppo.judge.probes import CONSTRUCTIBLE, construct
+from tppo.judge.probes import CONSTRUCTIBLE, construct, noise_items
 from tppo.judge.record import CONSTRUCTED_FILE, Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
 from tppo.run import RunFolder
 from tppo.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
@@ -123,18 +123,24 @@ def relevance_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _scale(judge: Judge, held_out: list[Example], seed: int) -> dict[str, Any]:
-    """Shares relevant among the true next queries and among another user's, on users not calibrated with.
+    """Shares relevant among the true next queries and among unrelated text, on users not calibrated with.
 
     The `targets` rubric on the true targets is left out: a text is always similar to itself.
     """
     if len({example.user_id for example in held_out}) < 2:
         return {"held_out_users": "fewer than two reward_eval users: no scale measured"}
     true = [JudgeItem(e.history, e.targets, render_response(e.targets)) for e in held_out]
-    other = other_user_items(held_out, seed)
+    unrelated = {
+        "other_users_targets": (other_user_items(held_out, seed), "another user's queries"),
+        "random_words": (noise_items(held_out, seed, "held out"), "random words"),
+    }
     return {
         "true_targets": {"history": relevance_shares(judge.judge(true, "history", "true next queries"))},
-        "other_users_targets": {
-            rubric: relevance_shares(judge.judge(other, rubric, f"another user's queries, rubric {rubric}"))
-            for rubric in judge.rubrics
+        **{
+            name: {
+                rubric: relevance_shares(judge.judge(items, rubric, f"{what}, rubric {rubric}"))
+                for rubric in judge.rubrics
+            }
+            for name, (items, what) in unrelated.items()
         },
     }

@@ -7,7 +7,7 @@ and one that knows single words only cannot tell `real` from `repeated` and `cop
 |---|---|---|
 | real | relevant | relevant where the user stays on a topic of the history |
 | shuffled | as often relevant as the judge's false alarms | the same |
-| noise | the same | far more often by the offline judge (docs/results/reward.md) |
+| noise | the same | the same |
 | repeated | the first query at best: with `label.repeats_irrelevant` the others are not new | the same |
 | copied | irrelevant with `label.repeats_irrelevant`, whatever they say | the same |
 | empty | irrelevant; a reward model gives it 0 by definition | the same |
@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tppo.config import Rubric
-from tppo.judge.record import other_user_items
-from tppo.seeding import rng
+from tppo.judge.record import JudgeItem, other_user_items
+from tppo.seeding import rng, stream_seed
 from tppo.tables import Example
 from tppo.text import render_response
 
@@ -76,6 +76,16 @@ def construct(
         chosen = rng(seed, "construct", kind).permutation(len(able))[:count]
         found[kind] = [able[i] for i in sorted(chosen)]
     return found
+
+
+def noise_items(examples: Sequence[Example], seed: int, purpose: str) -> list[JudgeItem]:
+    """Each example with `noise` as its response: random words of these examples' own histories and targets.
+
+    Args:
+        purpose: names the stream of random numbers: what a judge is calibrated on is not what it is tested with.
+    """
+    vocabulary, seed = log_words(examples), stream_seed(seed, "noise", purpose)
+    return [JudgeItem(e.history, e.targets, _noise(e, vocabulary, seed)) for e in examples]
 
 
 def log_words(examples: Sequence[Example]) -> list[str]:

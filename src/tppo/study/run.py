@@ -1,4 +1,4 @@
-"""`tppo study`: make what is not made yet, one job after the other or one on each GPU, then collect and report.
+"""`tppo study`: make what is not made yet, one job after the other or several at a time, then collect and report.
 
 Resumable at any point: a stage folder is finished or taken up again (see `tppo.run`), so the same command goes on. The
 lock on the study's folder is inherited by the stages' processes: when only the study itself was killed, the next
@@ -11,7 +11,7 @@ import fcntl
 import os
 import queue
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from functools import partial
@@ -44,12 +44,12 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         return
     if recipe.study.action == "run":
         check_voters(plan)
-        devices = worker_devices(recipe.study.workers)
+        workers = worker_environments(recipe.study.workers)
         with locked(Path(recipe.run_dir)) as lock:
             write_recipe(RunFolder(recipe))
             check_taken(recipe)
             discard(plan, redo)
-            failed = run_plan(plan, devices, lock)
+            failed = run_plan(plan, workers, lock)
     else:
         failed = stale_jobs(plan)
     from tppo.study.report import write_report  # here: training needs no charts
@@ -109,40 +109,40 @@ def check_taken(recipe: Recipe) -> None:
             run.check_own(stage)
 
 
-def run_plan(plan: Plan, devices: Sequence[str | None], lock: int) -> dict[str, str]:
-    """Run all jobs, `len(devices)` at a time; returns why those failed that did, by name.
+def run_plan(plan: Plan, workers: Sequence[Mapping[str, str]], lock: int) -> dict[str, str]:
+    """Run all jobs, `len(workers)` at a time; returns why those failed that did, by name.
 
     Args:
-        devices: CUDA_VISIBLE_DEVICES of each worker; None leaves the environment as it is.
+        workers: what each worker's processes have in their environment beside this one's (`worker_environments`).
         lock: file descriptor for the stages to hold.
 
     Raises:
         UserError: the shared stages of the recipe itself failed, on which everything rests.
     """
     first = [job for job in plan.shared if job.setting == BASE]
-    for name, reason in run_jobs(first, devices, lock).items():
+    for name, reason in run_jobs(first, workers, lock).items():
         raise UserError(f"{name}: {reason}")
-    return run_jobs([job for job in plan.jobs if job not in first], devices, lock)
+    return run_jobs([job for job in plan.jobs if job not in first], workers, lock)
 
 
-def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], lock: int) -> dict[str, str]:
+def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: int) -> dict[str, str]:
     """Run jobs, each after those it needs; returns why those failed that did, by name."""
-    free: queue.Queue[str | None] = queue.Queue()
-    for device in devices:
-        free.put(device)
+    free: queue.Queue[Mapping[str, str]] = queue.Queue()
+    for worker in workers:
+        free.put(worker)
     processes: set[subprocess.Popen[bytes]] = set()
     futures: dict[Future[None], Job] = {}
 
     def work(number: int, job: Job, needed: list[Future[None]]) -> None:
         wait(needed)  # submitted earlier, so at work or done: no worker waits for a job behind it
-        device = free.get()
+        worker = free.get()
         try:
-            call = partial(_call, processes, Path(job.recipe.run_dir), device, lock)
+            call = partial(_call, processes, Path(job.recipe.run_dir), worker, lock)
             run_stages(job.recipe, job.stages, call, f"{number}/{len(jobs)} {job.name} ")
         finally:
-            free.put(device)
+            free.put(worker)
 
-    with ThreadPoolExecutor(max_workers=len(devices)) as pool:
+    with ThreadPoolExecutor(max_workers=len(workers)) as pool:
         for number, job in enumerate(jobs, start=1):
             needed = [future for future, other in futures.items() if job.needs(other)]
             futures[pool.submit(work, number, job, needed)] = job
@@ -168,17 +168,18 @@ def _failure(job: Job, future: Future[None]) -> tuple[str, str] | None:
 
 
 def _call(
-    processes: set[subprocess.Popen[bytes]], folder: Path, device: str | None, lock: int, command: list[str]
+    processes: set[subprocess.Popen[bytes]], folder: Path, worker: Mapping[str, str], lock: int, command: list[str]
 ) -> int:
     """Run a stage with its output in a log of the job's folder; it holds the lock for as long as it lives.
 
     Raises:
         UserError: it stopped; with the last line of its log.
     """
-    environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     log = folder / f"{command[3]}.log"  # python -m tppo STAGE
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, pass_fds=(lock,))
+        process = subprocess.Popen(
+            command, env={**os.environ, **worker}, stdout=output, stderr=output, pass_fds=(lock,)
+        )
     processes.add(process)
     try:
         status = process.wait()
@@ -207,24 +208,28 @@ def locked(root: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def worker_devices(workers: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker: one GPU each, of those this process may see.
+def worker_environments(workers: int) -> list[dict[str, str]]:
+    """What each worker's processes have in their environment: one GPU each of those this process may see, or without
+    any GPU an equal share of the CPU threads.
 
     Raises:
-        UserError: fewer GPUs than workers.
+        UserError: fewer GPUs than workers, or without a GPU fewer threads.
     """
     if workers == 1:
-        return [None]
+        return [{}]
+    import torch  # here: only this question needs it
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        import torch  # here: only this question needs it
-
         gpus = [str(number) for number in range(torch.cuda.device_count())]
     else:
         gpus = [name for name in visible.split(",") if name]
-    if workers > len(gpus):
-        raise UserError(
-            f"study.workers={workers}, but {len(gpus)} GPUs are to be seen: give at most one worker to a GPU, and 1 "
-            "without one (two trainings on one CPU slow each other down)"
-        )
-    return list(gpus[:workers])
+    if gpus:
+        if workers > len(gpus):
+            raise UserError(f"study.workers={workers}, but {len(gpus)} GPUs are to be seen: give at most one a GPU")
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+    threads = torch.get_num_threads()
+    if workers > threads:
+        raise UserError(f"study.workers={workers}, but without a GPU there are {threads} CPU threads to share")
+    # More threads than cores make every one of them wait for the others at each operation.
+    return [{"OMP_NUM_THREADS": str(threads // workers)} for _ in range(workers)]
