@@ -98,6 +98,8 @@ def test_win_tie_lose_by_hand():
     assert (found.win, found.tie, found.lose) == (0.25, 0.5, 0.25)
     assert found.net.value == 0
     assert found.net.examples == 4
+    wide = win_tie_lose(bootstrap, [0.9, 0.04, 0.05, 0.1, None], [0.5, 0.01, 0.11, 0.2, 0.1], tie=0.05)
+    assert (wide.win, wide.tie, wide.lose) == (0.25, 0.25, 0.5)
     empty = win_tie_lose(bootstrap, [None] * 5, [1.0] * 5)
     assert (empty.win, empty.tie, empty.lose, empty.net.value) == (None, None, None, None)
 

@@ -148,10 +148,12 @@ class WinTieLose:
     """Win minus lose, with its interval."""
 
 
-def win_tie_lose(bootstrap: UserBootstrap, a_N: Sequence[float | None], b_N: Sequence[float | None]) -> WinTieLose:
-    """Compare paired scores: higher wins, equal within 1e-6 ties, an unmeasured score is no comparison."""
+def win_tie_lose(
+    bootstrap: UserBootstrap, a_N: Sequence[float | None], b_N: Sequence[float | None], tie: float = 1e-6
+) -> WinTieLose:
+    """Compare paired scores: higher wins, equal within `tie` ties, an unmeasured score is no comparison."""
     difference_N = _as_float(a_N) - _as_float(b_N)
-    sign_N = np.where(np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= 1e-6, 0, difference_N)))
+    sign_N = np.where(np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= tie, 0, difference_N)))
     net = bootstrap.mean(sign_N)
     compared = sign_N[~np.isnan(sign_N)]
     if not len(compared):

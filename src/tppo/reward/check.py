@@ -49,6 +49,9 @@ MEASURES = (
     *("sentence_auc", "sentence_f1", "sentence_ece"),
 )
 AGAINST = ("shuffled", "noise", "repeated", "copied")
+TIE = 0.05
+"""Scores (from 0 to 1) closer than this are a tie: where real queries and a probe are both as good as worthless, which
+of two numbers near 0 is the larger is nothing that RL could live on."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def measure(model: RewardModel, held_out: HeldOut, bootstrap: UserBootstrap, rec
     }
     beats = {}
     for probe in AGAINST:
-        compared = win_tie_lose(bootstrap, scores["real"], scores[probe])
+        compared = win_tie_lose(bootstrap, scores["real"], scores[probe], TIE)
         net = compared.net
         beats[probe] = {
             # A tie counts half, as in an AUC: (1 + win - lose) / 2.
@@ -216,7 +219,7 @@ def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
     """What a policy may learn to exploit: probes that win against the real next queries more often than not."""
     return [
         f"{PROBES[probe]}: scores above the user's real next queries in {100 * (1 - found['value']):.0f}% of the "
-        "examples. RL may learn to write that: watch the copy and repeat rates of the evaluation"
+        "examples, a tie counted half. RL may learn to write that: watch the copy and repeat rates of the evaluation"
         for probe, found in beats.items()
         if found["value"] is not None and found["value"] < 0.5
     ]

@@ -28,9 +28,9 @@ LENGTHS = {
 }
 NOTE = (
     "AUC: chance that a relevant word (or response) scores above an irrelevant one. Real above ...: share of examples "
-    "in which the user's real next queries score higher for the same history, a tie counted half. Brackets: 95%, "
-    "bootstrap over users. The checkpoint was chosen by AUC on these held-out responses, so the AUCs lean a little to "
-    "the good side."
+    "in which the user's real next queries score higher for the same history, a tie (within 0.05) counted half. "
+    "Brackets: 95%, bootstrap over users. The checkpoint was chosen by AUC on these held-out responses, so the AUCs "
+    "lean a little to the good side."
 )
 
 
