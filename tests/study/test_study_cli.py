@@ -123,6 +123,7 @@ def check_results(root: Path) -> None:
     assert set(kl) == {(model, seed, update) for model in ("tppo", "ppo") for seed in (0, 1) for update in (1, 2, 3)}
     metrics = json.loads((root / "study/metrics.json").read_text())
     assert metrics["seeds"] == 2
+    assert (root / "study/figures/token_relevance-kl.png").read_bytes().startswith(b"\x89PNG")
     page = (root / "study/report.html").read_text()
     assert "TPPO minus PPO" in page
     assert "2 of 8 cells failed" in page

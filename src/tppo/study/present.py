@@ -1,4 +1,4 @@
-"""The study in words, tables and charts of numbers. No text of the log comes in."""
+"""The study in words and tables. No text of the log comes in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from markupsafe import Markup
-
 from tppo.evaluate import present
-from tppo.evaluate.charts import Line, line_chart
 from tppo.evaluate.compare import DISPLAY
-from tppo.evaluate.curves import DPO_CHARTS, RL_CHARTS, rollout_policies
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import IntervalEstimate
@@ -105,32 +101,6 @@ def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
         "pairs in the column."
     )
     return PlainTable(f"corrected-{scope}", title, note, heads, rows)
-
-
-def charts(curves: Curves) -> dict[str, list[Markup]]:
-    """Training curves with the seeds as bands: rewards, what all algorithms share, relevance against KL, DPO."""
-    own = []
-    for name, title in (("reward_mean", "Reward of {}"), ("reward_std", "Spread of the reward of {} within a rollout")):
-        for model in rollout_policies(curves.models(name)):
-            own.append(_band_chart(curves, [model], name, title.format(DISPLAY[model])))
-    shared = [_band_chart(curves, rollout_policies(curves.models(name)), name, title) for name, title in RL_CHARTS]
-    for name, label in MEASURES.items():
-        lines = []
-        for model in rollout_policies(curves.models(name)):
-            kl, values = curves.get(model, "kl"), curves.get(model, name)
-            if kl and values and len(kl.updates) == len(values.updates):
-                lines.append(Line(model, DISPLAY[model], kl.mean, values.mean))
-        title, x_label = f"{label[0].upper()}{label[1:]}, against KL", "KL from SFT, nats per response"
-        shared.append(line_chart(lines, title, x_label, dots=True))
-    dpo = [_band_chart(curves, ["dpo"], name, title, "step") for name, title in DPO_CHARTS]
-    groups = {"own": own, "shared": shared, "dpo": dpo}
-    return {name: [chart for chart in found if chart] for name, found in groups.items()}
-
-
-def _band_chart(curves: Curves, models: Sequence[str], name: str, title: str, x_label: str = "update") -> Markup | None:
-    found = [(model, curve) for model in models if (curve := curves.get(model, name)) and len(curve.updates)]
-    lines = [Line(m, DISPLAY[m], [int(u) for u in c.updates], c.mean, c.spread) for m, c in found]
-    return line_chart(lines, title, x_label)
 
 
 def _mean_text(found: SeedMean, signed: bool = False) -> str:

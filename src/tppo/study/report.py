@@ -29,13 +29,13 @@ from tppo.evaluate.report import (
 from tppo.progress import console
 from tppo.run import stage_inputs, write_json, write_text
 from tppo.study.ablation import Ablation, ablation_charts, ablation_measures, ablation_table, find_ablations
+from tppo.study.charts import charts, save_figures
 from tppo.study.collect import Collected, collect, write_tables
 from tppo.study.plan import BASE, SFT, Plan
 from tppo.study.present import (
     PlainTable,
     agreement_table,
     budget_table,
-    charts,
     claims,
     corrected_table,
     cost_table,
@@ -70,6 +70,7 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
     context = page_context(recipe, plan, collected, base, failed)
     context |= setting_context(recipe, by_setting, ablations, ablation_measures(base))
     write_text(folder / "summary.md", summary(base, context))
+    save_figures(Curves(collected.curves, BASE), folder / "figures")
     write_text(folder / "report.html", render(context, TEMPLATE))
     for sentence in context["lead"]:
         console.print(sentence, markup=False, soft_wrap=True)
