@@ -16,8 +16,8 @@ history's events (rubric `history`).
   0.95, five in a hundred unrelated words are called relevant, at most: the false-alarm rate is fixed, and
   nothing is tuned on the models under comparison. Popular queries shared by two users stay in the first null:
   they are part of what an unrelated user looks like. Version 1 had that null only and called 64% of
-  random-word responses relevant to the history: odd words in odd company look a little like every topic, and
-  a policy paid by such a judge learns to write gibberish (docs/results/reward.md).
+  random-word responses relevant to the history, and reward models that had learnt from its labels scored
+  random words above real queries (docs/results/reward.md).
 - An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a
   zero-width character) scores 0. The judge never abstains.
 
