@@ -463,6 +463,8 @@ class DPO:
     """Peak learning rate (linear decay with warm-up; the paper's 5e-6)."""
     epochs: float = 2.0
     """Passes over the pairs (the paper's 2)."""
+    max_eval_examples: int = 200
+    """Examples of the reward_eval users whose pairs are measured after each pass; 0 means no evaluation."""
     batch_size: int = 64
     """Pairs in an optimiser step (the paper's 64)."""
     micro_batch_size: int = 8

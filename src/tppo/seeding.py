@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
@@ -16,6 +20,14 @@ def stream_seed(seed: int, *names: str | int) -> int:
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng(stream_seed(seed, *names))
+
+
+def draw(items: Sequence[Item], count: int | None, seed: int, *names: str | int) -> list[Item]:
+    """`count` of the items, drawn without replacement and in their order; None means all."""
+    if count is None or len(items) <= count:
+        return list(items)
+    chosen = rng(seed, *names).choice(len(items), size=count, replace=False)
+    return [items[index] for index in sorted(chosen)]
 
 
 def seed_everything(seed: int, *names: str | int) -> None:

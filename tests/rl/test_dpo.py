@@ -221,6 +221,15 @@ def test_stage_learns_and_writes_what_the_contract_says(recipe_for, pairs):
         assert facts["train"]["abstained_responses"] == 3
 
 
+@pytest.mark.parametrize("limit", [0, 3])
+def test_the_held_out_pairs_can_be_fewer_or_none(recipe_for, limit):
+    recipe, path = recipe_for(epochs=1.0, max_eval_examples=limit)
+    cli.main(["dpo", "--config", str(path)])
+    facts, rows, _ = results(recipe)
+    assert (facts["reward_eval"]["pairs"], facts["reward_eval"]["measured_pairs"]) == (4, limit)
+    assert any("eval_loss" in row for row in rows) == bool(limit)
+
+
 def test_a_recipe_without_several_samples_is_refused(recipe_for, capsys):
     _, path = recipe_for(pairs="judged")
     for command in (["dpo"], ["run", "--algorithms", "[dpo]"]):

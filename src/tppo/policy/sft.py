@@ -51,7 +51,7 @@ from tppo.policy.training import (
 )
 from tppo.progress import console
 from tppo.run import RunFolder
-from tppo.seeding import rng, stream_seed
+from tppo.seeding import draw, stream_seed
 from tppo.tables import Example, load_examples
 from tppo.text import render_response
 
@@ -96,8 +96,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     settings = recipe.sft
     check_batch_sizes(settings, "sft")
     prepared = run.require("prepare")
-    train = _draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "train")
-    held_out = _draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "eval")
+    train = draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "sft", "train")
+    held_out = draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "sft", "eval")
     model, tokenizer = load_policy(settings.model, dtype=torch.float32)
     train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (train, held_out))
     if not train_set.rows:
@@ -213,11 +213,3 @@ def _final_eval_loss(trainer: ResponseOnlySFTTrainer) -> float:
     if evals and evals[-1]["step"] == trainer.state.global_step:
         return evals[-1]["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-def _draw(examples: list[Example], count: int | None, seed: int, name: str) -> list[Example]:
-    """`count` examples drawn with the seed, in file order; None means all."""
-    if count is None or len(examples) <= count:
-        return examples
-    chosen = rng(seed, "sft", name).choice(len(examples), size=count, replace=False)
-    return [examples[i] for i in sorted(chosen)]

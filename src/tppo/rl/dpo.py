@@ -47,7 +47,7 @@ from tppo.policy.training import (
 from tppo.progress import console
 from tppo.rl.pairs import Pair, Pairs, check_samples, judged_pairs, sft_output_pairs
 from tppo.run import RunFolder
-from tppo.seeding import stream_seed
+from tppo.seeding import draw, stream_seed
 from tppo.tables import LABELS, RESPONSES, load_examples, read_table
 
 _MEASURES = {
@@ -93,10 +93,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no pair is left to train on ({train.facts}): raise sample.train_examples or sample.samples_per_example"
         )
+    measured = draw(held_out.rows, settings.max_eval_examples, recipe.data_seed, "dpo", "eval")
     reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
     checkpoints = folder / "checkpoints"
     trainer = make_trainer(
-        model, reference, tokenizer, train.rows, held_out.rows, settings, stream_seed(recipe.seed, "dpo"), checkpoints
+        model, reference, tokenizer, train.rows, measured, settings, stream_seed(recipe.seed, "dpo"), checkpoints
     )
     callback = ProgressCallback(folder / "metrics.jsonl", "DPO", METRICS)
     trainer.add_callback(callback)
@@ -117,7 +118,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "pairs": settings.pairs,
         "rubric": settings.rubric if settings.pairs == "judged" else None,
         "train": train.facts,
-        "reward_eval": held_out.facts,
+        "reward_eval": {**held_out.facts, "measured_pairs": len(measured)},
         "steps": result.global_step,
         "resumed_from_step": int(resume.name.rsplit("-", 1)[1]) if resume else None,
         # The newest of every measure, training and held out.
