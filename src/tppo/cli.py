@@ -40,6 +40,7 @@ COMMANDS = {
     "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
     "evaluate": "judge SFT and every tuned policy on users never trained on",
     "vote": "the LLM judge votes between the answers of two evaluations, in both orders (`tppo study` does it for you)",
+    "rejudge": "a second judge reads the answers of finished evaluations (`tppo study` does it for you)",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
     "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
@@ -56,6 +57,7 @@ MODULES = {
     "dpo": "tppo.rl.dpo",
     "evaluate": "tppo.evaluate.stage",
     "vote": "tppo.evaluate.votes",
+    "rejudge": "tppo.evaluate.second",
     "report": "tppo.evaluate.report",
 }
 ACTIONS = {
@@ -67,7 +69,10 @@ ACTIONS = {
 """Commands that are no stage: nothing of theirs to make anew with --redo."""
 WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
-ALSO_SHOWN = {"label": ("judge",), "evaluate": ("judge",), "vote": ("judge",), "ledger": ("judge",)}
+ALSO_SHOWN = {
+    **dict.fromkeys(("label", "evaluate", "vote", "ledger"), ("judge",)),
+    "rejudge": ("judge", "evaluate"),
+}
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
@@ -80,6 +85,9 @@ EXAMPLES = {
     "--judge.base_url http://127.0.0.1:11434/v1",
     "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
     "vote": "tppo vote --run_dir runs/vote --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1\\\n"
+    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
+    "rejudge": "tppo rejudge --run_dir runs/second --evaluate.second_judge llm --evaluate.second_judge_examples 100\\\n"
+    "    --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1 --judge.template sentence\\\n"
     "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
     "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",

@@ -176,6 +176,10 @@ class LLMJudge:
     """Send log data to a host that is not this machine. The log's users are people: think before you say true."""
     template: Literal["token", "sentence"] = "token"
     """token: a score for every word, then one for the response; sentence: one for the response only."""
+    score: Literal["verdict", "probability"] = "verdict"
+    """A response's score. verdict: the 0 or 1 of the reply; probability: how probable the 1 was beside the 0 (G-Eval,
+    Liu et al. 2023), by the token log probabilities of the server, which has to give them. The verdict stays the
+    reply's. A judge that calls next to nothing relevant may still order responses well."""
     rubrics: list[Rubric] = field(default_factory=lambda: ["targets"])
     """What relevance is judged against; each rubric is a request of its own."""
     temperature: float = 0.0

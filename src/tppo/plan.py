@@ -13,7 +13,7 @@ from tppo import estimate
 from tppo.config import DPO, SFT, Recipe
 from tppo.errors import UserError
 from tppo.estimate import GIB, Machine, ModelSize
-from tppo.evaluate.answers import REFERENCES
+from tppo.evaluate.compare import REFERENCES
 from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.evaluate.stage import evaluated_models
 from tppo.judge.label import check_settings as check_label

@@ -26,7 +26,7 @@ from tppo.errors import UserError
 
 MANIFEST = "manifest.json"
 EVALUATION = "evaluate_"
-"""With a model behind it: the name under which `vote` takes that model's evaluation over."""
+"""With a model behind it: the name under which `vote` and `rejudge` take that model's evaluation over."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
@@ -50,8 +50,8 @@ def stage_command(stage: str) -> tuple[str, list[str]]:
     return section.replace("_", "-"), ["--rl.algorithm", algorithm] if section == "rl" else []
 
 
-def voted_models(recipe: Recipe) -> list[str]:
-    """Models whose answers `vote` compares: it takes `evaluate_<model>` from elsewhere, one evaluation for each."""
+def taken_models(recipe: Recipe) -> list[str]:
+    """Models whose answers `vote` and `rejudge` read: `evaluate_<model>` is taken from elsewhere for each."""
     return [name.removeprefix(EVALUATION) for name in recipe.stage_dirs if name.startswith(EVALUATION)]
 
 
@@ -59,6 +59,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     """Folders (all to the left) that a stage reads."""
     synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
     rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
+    evaluations = [EVALUATION + model for model in taken_models(recipe)]
     best_of_n_inputs = ["sample", "reward"] if "best_of_n" in evaluated_baselines(recipe) else []
     inputs = {
         "synthetic": [],
@@ -70,7 +71,8 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "check_reward": ["prepare", "label", "reward"],
         "evaluate": ["prepare", "sft", "label", *best_of_n_inputs, *rl_stages],
         "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
-        "vote": ["prepare", *(EVALUATION + model for model in voted_models(recipe))],
+        "vote": ["prepare", *evaluations],
+        "rejudge": ["prepare", *evaluations],
     }
     if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
@@ -107,6 +109,12 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config["judge"] = judge_identity(recipe.judge)
     if stage == "vote":
         config["rubric"] = recipe.reward.rubric
+    if stage == "rejudge":
+        evaluate = recipe.evaluate
+        config |= {name: getattr(evaluate, name) for name in ("second_judge", "second_judge_examples")}
+        config["shared_seed"] = recipe.shared_seed  # it chooses the examples
+        if evaluate.second_judge == "embedding":
+            config["label"] = asdict(recipe.label)  # how it is calibrated
     if section == "rl":
         config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
     if section == "check_reward":
@@ -127,6 +135,8 @@ def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
     if stage == "vote":
         return True
     evaluate = recipe.evaluate
+    if stage == "rejudge":
+        return evaluate.second_judge == "llm"
     return stage == "evaluate" and (
         evaluate.vote or "llm" in (evaluate.judge, evaluate.second_judge) or (evaluate.judge == "label" and by_labels)
     )

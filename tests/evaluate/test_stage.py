@@ -188,7 +188,7 @@ def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judg
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
     recipe.evaluate.second_judge = "embedding"
     with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v2/minilm, the first judge"):
-        stage.choose_second_judge(recipe, run, stage.choose_judge(recipe, run))
+        stage.choose_second_judge(recipe, run, {stage.choose_judge(recipe, run).name})
 
 
 def test_the_second_judge_reads_the_same_examples_of_every_model():

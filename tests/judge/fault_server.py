@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import struct
@@ -48,6 +49,7 @@ FAULTS = (
     "half_body",  # half the body announced by Content-Length, then an orderly end (FIN)
     "truncated",  # a whole HTTP answer whose content is cut, finish_reason "length"
 )
+OTHER_SHARE = 0.2
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -72,6 +74,7 @@ class Settings:
     log: str = ""  # file of the request log, appended to
     bodies: str = ""  # file that gets every request body that is understood, one a line
     max_connections: int = 0  # a connection above this number is reset at once
+    logprobs: bool = True  # gives token log probabilities to who asks for them
     faults: str = ",".join(FAULTS)  # the faults that occur, each with an equal share
 
 
@@ -146,7 +149,25 @@ def error_answer(status: int, message: str, *headers: str) -> bytes:
     return http_answer(status, json.dumps(body).encode(), *headers)
 
 
-def completion(n: int, model: str, prompt_chars: int, content: str, finish_reason: str = "stop") -> bytes:
+def log_probabilities(content: str) -> dict[str, Any]:
+    """Token log probabilities of a reply: a token is a digit with the blank before it, or what stands between two.
+
+    The other digit has `OTHER_SHARE` of the probability, and ten other tokens share what is left.
+    """
+    tokens = []
+    for token in re.findall(r" ?[01](?![0-9])|(?:(?! ?[01](?![0-9])).)+", content, re.DOTALL):
+        others = {f"<{number}>": 0.01 for number in range(10)}
+        if token.strip() in ("0", "1"):
+            others[token.replace("0", "2").replace("1", "0").replace("2", "1")] = OTHER_SHARE
+        listed = {token: 1 - sum(others.values()), **others}
+        top = [{"token": text, "logprob": math.log(share), "bytes": None} for text, share in listed.items()]
+        tokens.append({**top[0], "top_logprobs": top})
+    return {"content": tokens, "refusal": None}
+
+
+def completion(
+    n: int, model: str, prompt_chars: int, content: str, finish_reason: str = "stop", logprobs: bool = False
+) -> bytes:
     """Body of a chat completion. Usage is in made-up tokens of four characters."""
     usage = {"prompt_tokens": prompt_chars // 4, "completion_tokens": len(content) // 4}
     return json.dumps(
@@ -160,6 +181,7 @@ def completion(n: int, model: str, prompt_chars: int, content: str, finish_reaso
                     "index": 0,
                     "message": {"role": "assistant", "content": content},
                     "finish_reason": finish_reason,
+                    "logprobs": log_probabilities(content) if logprobs else None,
                 }
             ],
             "usage": {**usage, "total_tokens": sum(usage.values())},
@@ -310,7 +332,10 @@ class Connection(asyncio.Protocol):
         request.decision, random = server.draw(request.sha256, request.attempt)
         size = sum(len(m["content"]) for m in call["messages"])
         content = json.dumps(reply, ensure_ascii=False)
-        act = self.fault(request, random, lambda text, why: completion(request.n, call["model"], size, text, why))
+        logprobs = bool(call.get("logprobs")) and server.settings.logprobs
+        act = self.fault(
+            request, random, lambda text, why: completion(request.n, call["model"], size, text, why, logprobs)
+        )
         delay = 0.0 if request.decision.startswith("429") else server.latency(random)
         if delay:
             self.timer = asyncio.get_running_loop().call_later(delay, act, content)

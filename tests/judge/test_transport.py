@@ -8,7 +8,7 @@ from collections import Counter
 from email.utils import formatdate
 
 import pytest
-from fault_server import FAULTS, Settings, read_log, running, truth
+from fault_server import FAULTS, OTHER_SHARE, Settings, read_log, running, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +72,34 @@ def test_verdicts_are_the_servers_and_are_paid_for_once(ledger_path, template, r
         judge(server, ledger_path, template=template, model="another").judge(asked[:1], "targets")
         judge(server, ledger_path, template=template, rubrics=["history"]).judge(asked[:1], "history")
         assert server.stats()["requests"] == 22
+
+
+@pytest.mark.parametrize("template", ["token", "sentence"])
+def test_the_score_can_be_the_probability_of_the_verdict(ledger_path, template):
+    asked = items(20)
+    with running(Settings()) as server:
+        first = judge(server, ledger_path, template=template, score="probability")
+        assert first.name == f"llm/{MODEL}/{template}-v1-probability"
+        verdicts = first.judge(asked, "targets")
+        for item, verdict in zip(asked, verdicts, strict=True):
+            words, sentence = right(item, template)
+            assert (verdict.words and [word.relevant for word in verdict.words]) == words
+            assert verdict.sentence_relevant == sentence
+            share = OTHER_SHARE / (1 - 10 * 0.01)  # beside the tokens that are no verdict
+            assert verdict.sentence_score == pytest.approx(1 - share if sentence else share)
+        assert first.judge(asked, "targets") == verdicts
+        assert server.stats()["requests"] == 20
+        # Verdicts without their probability are other verdicts: neither stands for the other in the ledger.
+        plain = judge(server, ledger_path, template=template).judge(asked, "targets")
+        assert [verdict.sentence_score for verdict in plain] == [float(v.sentence_relevant) for v in verdicts]
+        assert server.stats()["requests"] == 40
+
+
+def test_a_server_without_log_probabilities_is_said_to_be_one(ledger_path):
+    with running(Settings(logprobs=False)) as server:
+        with pytest.raises(UserError, match=r"judge\.score=probability needs a server that gives token log prob"):
+            judge(server, ledger_path, score="probability").judge(items(2), "targets")
+        assert server.stats()["requests"] <= 2
 
 
 def test_an_empty_response_needs_no_question(ledger_path):

@@ -14,10 +14,10 @@ import pytest
 
 from tppo.config import Agreement, Prepare, Recipe, Setting, Study
 from tppo.errors import UserError
-from tppo.evaluate.generations import GENERATIONS
+from tppo.evaluate.generations import GENERATIONS, VERDICTS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.judge.agreement import run_action
-from tppo.run import write_json
+from tppo.run import EVALUATION, taken_models, write_json
 from tppo.study.plan import Plan, make_plan
 from tppo.study.present import agreement_table
 from tppo.study.report import write_report
@@ -41,8 +41,10 @@ def make_study(
         study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
     )
     recipe = replace(recipe, **changes)
+    if second_judge:
+        recipe = replace(recipe, evaluate=replace(recipe.evaluate, second_judge="embedding"))
     plan = make_plan(recipe)
-    for job in (*plan.shared, *plan.cells):
+    for job in (*plan.shared, *plan.cells, *(plan.readings if second_judge else [])):
         for stage in [] if job.name == skip else job.stages:
             with job.run.stage(stage) as (folder, _):
                 if stage == "prepare":
@@ -57,11 +59,17 @@ def make_study(
                 elif stage == "evaluate":
                     models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
                     rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
-                    for name in [n for n in GENERATIONS.names if second_judge and n.startswith("second_")]:
-                        for row in rows:
-                            row[name] = row[name.removeprefix("second_")]
                     write_table(folder / "generations.parquet", rows, GENERATIONS)
-                    write_json(folder / "metrics.json", {**fake_run.JUDGE, "second_judge": second_judge})
+                    write_json(folder / "metrics.json", fake_run.JUDGE)
+                elif stage == "rejudge":
+                    cells = {m: job.run.require(EVALUATION + m) for m in taken_models(job.recipe)}
+                    rows = [row for m, cell in cells.items() for row in read_generations(cell) if row["model"] == m]
+                    for row in rows:
+                        row |= {name: row[name.removeprefix("second_")] for name in row if name.startswith("second_")}
+                        row["judge"] = second_judge
+                    write_table(
+                        folder / "verdicts.parquet", [{n: r[n] for n in VERDICTS.names} for r in rows], VERDICTS
+                    )
     return recipe, plan
 
 
@@ -256,7 +264,9 @@ def test_baselines_and_the_second_judge_are_in_the_report(tmp_path: Path, study:
         for model in ("tppo", "ppo", "dpo", "sft")
     }
     assert corrected(alone, "relevant_targets").items() <= with_baselines.items()
-    assert corrected(found, "second_relevant_targets") == with_baselines
+    # The second judge reads the policies and the references, no baseline.
+    by_second = {pair: p for pair, p in corrected(found, "second_relevant_targets").items() if p is not None}
+    assert by_second == corrected(alone, "relevant_targets")
 
 
 def test_changed_settings_are_not_mixed_in(tmp_path: Path):

@@ -28,7 +28,6 @@ from tppo.seeding import stream_seed
 from tppo.tables import Example, load_examples
 from tppo.text import Event, render_response
 
-REFERENCES = ("targets", "other_user")
 _CHUNK = 1024  # texts embedded at a time: bounds the memory of the word vectors, which are not kept
 
 

@@ -40,6 +40,8 @@ DISPLAY = {
     "targets": "True next queries",
     "other_user": "Another user's next queries",
 }
+REFERENCES = ("targets", "other_user")
+"""The scale of a judge: queries that are as good as can be, and queries of somebody else."""
 BASELINES = ("untuned", "best_of_n", "frequent_next", "repeat_last", "repeat_recent", "nearest")
 """What every policy is compared with, besides the other policies."""
 POOLED = "all"

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.config import Rubric
+from tppo.judge.record import IRRELEVANT, RELEVANT, Verdict
 from tppo.tables import field, read_table
 
 RUBRICS: tuple[Rubric, ...] = ("targets", "history")
@@ -66,6 +67,14 @@ GENERATIONS = pa.schema(
         ],
     ]
 )
+VERDICTS = pa.schema(
+    [
+        *(GENERATIONS.field(name) for name in ("example_id", "split", "model")),
+        field("judge", pa.string(), "the second judge and its version"),
+        *(column for column in GENERATIONS if column.name.startswith("second_")),
+    ]
+)
+"""One row for each answer that a second judge read: verdicts.parquet of the stage `rejudge`."""
 
 
 def read_generations(folder: Path) -> list[dict[str, Any]]:
@@ -75,3 +84,24 @@ def read_generations(folder: Path) -> list[dict[str, Any]]:
         UserError: no such file, or no such table.
     """
     return read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
+
+
+def verdict_columns(verdict: Verdict | None, rubric: str, usable: bool, prefix: str) -> dict[str, Any]:
+    """The five columns of a rubric; an abstention, or what the judge was not asked, is null, never a 0."""
+    relevant: float | None = None
+    share: float | None = None
+    labels: list[int] | None = None
+    score: float | None = None
+    if verdict and verdict.status == "ok":
+        relevant = float(usable and verdict.sentence_relevant)
+        score = verdict.sentence_score
+        if verdict.words is not None:
+            labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
+            share = labels.count(RELEVANT) / len(labels) if usable and labels else 0.0
+    return {
+        f"{prefix}relevant_{rubric}": relevant,
+        f"{prefix}words_{rubric}": share,
+        f"{prefix}sentence_score_{rubric}": score,
+        f"{prefix}word_labels_{rubric}": labels,
+        f"{prefix}status_{rubric}": verdict.status if verdict else "not_asked",
+    }

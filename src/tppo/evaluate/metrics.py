@@ -140,8 +140,25 @@ CORPUS = (
     ),
     Metric("distinct_queries", "Distinct queries", "rate", "higher", "different queries / queries, over all"),
 )
+SCORES = (
+    Metric(
+        "sentence_score_targets",
+        "Score, against what the user searched next",
+        "number",
+        "higher",
+        "the judge's own score of the response against the true next queries, mean (an LLM judge's: judge.score)",
+    ),
+    Metric(
+        "sentence_score_history",
+        "Score, against the history",
+        "number",
+        "higher",
+        "the judge's own score of the response against the history, mean (an LLM judge's: judge.score)",
+    ),
+)
 SECOND = tuple(
-    replace(metric, name=f"second_{metric.name}", label=f"{metric.label} (second judge)") for metric in RELEVANCE
+    replace(metric, name=f"second_{metric.name}", label=f"{metric.label} (second judge)")
+    for metric in (*RELEVANCE, *SCORES)
 )
 """The same by `evaluate.second_judge`."""
 PER_RESPONSE = (*RELEVANCE, *SECOND, *TRUTH, *FORM)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ import pyarrow as pa
 
 from tppo.config import Recipe
 from tppo.errors import UserError
-from tppo.evaluate.answers import REFERENCES, Answers, embed_texts, make_answerer
-from tppo.evaluate.compare import build_metrics
-from tppo.evaluate.generations import GENERATIONS, RUBRICS
+from tppo.evaluate.answers import Answers, embed_texts, make_answerer
+from tppo.evaluate.compare import REFERENCES, build_metrics
+from tppo.evaluate.generations import GENERATIONS, RUBRICS, verdict_columns
 from tppo.evaluate.metrics import form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
 from tppo.judge.embedding import Encoder
-from tppo.judge.record import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
+from tppo.judge.record import Judge, JudgeItem, Verdict
 from tppo.run import RunFolder, evaluated_baselines, write_json
 from tppo.seeding import rng
 from tppo.tables import Example, load_examples, read_table, write_table
@@ -47,7 +47,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """
     check_settings(recipe)
     judge = choose_judge(recipe, run)
-    second = choose_second_judge(recipe, run, judge)
+    second = choose_second_judge(recipe, run, {judge.name})
     encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
     examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     parts = folder / "parts"
@@ -194,19 +194,22 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     return judge
 
 
-def choose_second_judge(recipe: Recipe, run: RunFolder, first: Judge) -> Judge | None:
+def choose_second_judge(recipe: Recipe, run: RunFolder, first: Collection[str]) -> Judge | None:
     """The judge named by `evaluate.second_judge`, if any.
 
+    Args:
+        first: names of the first judges.
+
     Raises:
-        UserError: it is the first judge again.
+        UserError: it is a first judge again.
     """
     kind = recipe.evaluate.second_judge
     if kind == "none":
         return None
     second, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
-    if second.name == first.name:
+    if second.name in first:
         raise UserError(
-            f"evaluate.second_judge={kind} is {first.name}, the first judge: it would only agree with itself; name "
+            f"evaluate.second_judge={kind} is {second.name}, the first judge: it would only agree with itself; name "
             "another, or none"
         )
     return second
@@ -302,7 +305,7 @@ def response_rows(
         }
         for prefix in ("", "second_"):
             for rubric in RUBRICS:
-                row |= _verdict_columns(verdicts[i].get(prefix + rubric), rubric, usable, prefix)
+                row |= verdict_columns(verdicts[i].get(prefix + rubric), rubric, usable, prefix)
         row |= truth_metrics(parsed.queries, example.targets, usable)
         if readers.encoder:
             written, true = (np.array([vectors[text] for text in part]) for part in (parsed.queries, example.targets))
@@ -312,24 +315,3 @@ def response_rows(
         row |= form_metrics(parsed.queries, example.history)
         rows.append(row)
     return rows
-
-
-def _verdict_columns(verdict: Verdict | None, rubric: str, usable: bool, prefix: str) -> dict[str, Any]:
-    """The five columns of a rubric; an abstention, or what the judge was not asked, is null, never a 0."""
-    relevant: float | None = None
-    share: float | None = None
-    labels: list[int] | None = None
-    score: float | None = None
-    if verdict and verdict.status == "ok":
-        relevant = float(usable and verdict.sentence_relevant)
-        score = verdict.sentence_score
-        if verdict.words is not None:
-            labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
-            share = labels.count(RELEVANT) / len(labels) if usable and labels else 0.0
-    return {
-        f"{prefix}relevant_{rubric}": relevant,
-        f"{prefix}words_{rubric}": share,
-        f"{prefix}sentence_score_{rubric}": score,
-        f"{prefix}word_labels_{rubric}": labels,
-        f"{prefix}status_{rubric}": verdict.status if verdict else "not_asked",
-    }

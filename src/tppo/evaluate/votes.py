@@ -19,7 +19,7 @@ from tppo.evaluate.compare import DISPLAY, MODEL_ORDER, model_pairs
 from tppo.evaluate.generations import read_generations
 from tppo.judge.llm import LLMJudge
 from tppo.judge.vote import Contest, vote
-from tppo.run import EVALUATION, RunFolder, voted_models
+from tppo.run import EVALUATION, RunFolder, taken_models
 from tppo.tables import Example, field, load_examples, write_table
 
 VOTES = pa.schema(
@@ -43,14 +43,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         UserError: not two models to compare, an evaluation that is not finished or lacks its model, or evaluations of
             different examples.
     """
-    models = voted_models(recipe)
+    models = taken_models(recipe)
     if not model_pairs(models):
         raise UserError(
             f"vote compares two of {list(MODEL_ORDER)}, but stage_dirs names the evaluations of {models}: give "
             f"`{EVALUATION}<model>: folder` for each, and `prepare`"
         )
-    answers = {model: _answers(run.require(EVALUATION + model), model) for model in models}
-    examples = _examples(run, answers)
+    answers = {model: model_answers(run.require(EVALUATION + model), model) for model in models}
+    examples = answered_examples(run, answers)
     votes = vote_rows(recipe, examples, [row for rows in answers.values() for row in rows])
     write_table(folder / "votes.parquet", votes, VOTES)
     return {
@@ -60,21 +60,29 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
-def _answers(folder: Path, model: str) -> list[dict[str, Any]]:
-    """The rows of one model."""
+def model_answers(folder: Path, model: str) -> list[dict[str, Any]]:
+    """The rows of one model in a finished evaluation.
+
+    Raises:
+        UserError: there are none.
+    """
     rows = [row for row in read_generations(folder) if row["model"] == model]
     if not rows:
         raise UserError(f"{folder} holds no answer of {model}: stage_dirs has to name an evaluation of it")
     return rows
 
 
-def _examples(run: RunFolder, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Example]]:
-    """The examples that every model answered, by split."""
+def answered_examples(run: RunFolder, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Example]]:
+    """The examples that every model answered, by split.
+
+    Raises:
+        UserError: some model answered others, or the run's prepare stage does not know them.
+    """
     ids = [row["example_id"] for row in next(iter(answers.values()))]
     for model, rows in answers.items():
         if {row["example_id"] for row in rows} != set(ids):
             folders = ", ".join(str(run.path(EVALUATION + name)) for name in answers)
-            raise UserError(f"{folders}: {model} answered other examples than the first; vote on equal evaluations")
+            raise UserError(f"{folders}: {model} answered other examples than the first; name equal evaluations")
     known = {example.example_id: example for example in load_examples(run.require("prepare"))}
     if missing := [name for name in ids if name not in known]:
         raise UserError(f"{run.path('prepare')} has no example {missing[0]}, which was answered: name its own prepare")

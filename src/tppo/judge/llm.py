@@ -42,6 +42,9 @@ class LLMJudge:
         self.api_key = _checked_endpoint(settings)
         self.rubrics = tuple(settings.rubrics)
         self.name = f"llm/{settings.model}/{settings.template}-v{TEMPLATE_VERSION}"
+        self.with_probability = settings.score == "probability"
+        if self.with_probability:
+            self.name += "-probability"
         self.ledger_path = ledger_path(settings)
 
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
@@ -50,7 +53,7 @@ class LLMJudge:
         Raises:
             UserError: the server refused for good, could not be reached for some items, or the budget is used up.
         """
-        questions = [judge_question(item, rubric, self.settings.template) for item in items]
+        questions = [judge_question(item, rubric, self.settings.template, self.with_probability) for item in items]
         asked = [bool(split_response(item.response).words) for item in items]
         outcomes = self.answers([q for q, ask in zip(questions, asked, strict=True) if ask], description)
         waiting = iter(outcomes)
@@ -92,10 +95,11 @@ def _verdict(outcome: Outcome, question: Question) -> Verdict:
     if outcome.verdict is None:
         return Verdict(None, 0.0, False, "abstained", outcome.problem)
     sentence = outcome.verdict["sentence"]
+    score = outcome.verdict["probability"] if question.with_probability else sentence
     words = None
     if question.template == "token":
         words = [WordVerdict(float(word["score"]), word["score"] == 1) for word in outcome.verdict["words"]]
-    return Verdict(words, float(sentence), sentence == 1, "ok", None)
+    return Verdict(words, float(score), sentence == 1, "ok", None)
 
 
 def _checked_endpoint(settings: Settings) -> str:

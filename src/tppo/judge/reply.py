@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tppo.judge.templates import Question, Template
 
 Score = Annotated[int, Field(strict=True, ge=0, le=1)]
-Fault = Literal["not_json", "duplicate_key", "schema", "count", "index", "echo", "truncated", "no_text"]
+Fault = Literal["not_json", "duplicate_key", "schema", "count", "index", "echo", "truncated", "no_text", "logprobs"]
 
 
 class _Strict(BaseModel):

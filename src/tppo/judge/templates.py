@@ -89,6 +89,8 @@ class Question:
     user: str
     words: tuple[str, ...]
     """The words to be scored, in order; empty unless the template is `token`."""
+    with_probability: bool = False
+    """Ask for the token log probabilities as well, for the probability of the sentence's 1."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -101,17 +103,20 @@ class Question:
     def key(self, model: str) -> str:
         """Ledger key: model, template and its version, rubric, and every character of both messages."""
         parts = [model, self.template, TEMPLATE_VERSION, self.rubric, self.system, self.user]
+        parts += ["probability"] if self.with_probability else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def judge_question(item: JudgeItem, rubric: Rubric, template: Literal["token", "sentence"]) -> Question:
+def judge_question(
+    item: JudgeItem, rubric: Rubric, template: Literal["token", "sentence"], with_probability: bool = False
+) -> Question:
     """Score a response: every word and the whole (`token`), or the whole only (`sentence`)."""
     parsed = split_response(item.response)
     words = tuple(word.text for word in parsed.words) if template == "token" else ()
     data = _situation(item.history, item.targets, rubric) | {"returned_queries": _lines(item.response)}
     if template == "token":
         data["words"] = [{"i": i, "word": word} for i, word in enumerate(words)]
-    return Question(template, rubric, _system(template, rubric), render_data(data), words)
+    return Question(template, rubric, _system(template, rubric), render_data(data), words, with_probability)
 
 
 def pair_question(

@@ -33,6 +33,7 @@ import tenacity
 from tppo.config import LLMJudge
 from tppo.errors import UserError
 from tppo.judge.ledger import Attempt, JudgeLedger, Outcome
+from tppo.judge.probability import TOP_LOGPROBS, sentence_probability
 from tppo.judge.reply import BrokenReply, check_reply
 from tppo.judge.templates import Question, Template, reply_schema
 
@@ -276,12 +277,12 @@ class Asker:
             completion = read_completion(await self._send(question, number))
             used = completion.usage or estimate
             try:
-                reply = check_reply(question, completion.content, completion.finish_reason)
+                verdict = check_completion(question, completion)
             except BrokenReply as error:
                 outcome = Outcome("abstained", None, str(error)) if last_reply else None
                 record("broken", str(error), completion.content, outcome)
                 return outcome
-            outcome = Outcome("ok", reply.model_dump(), None)
+            outcome = Outcome("ok", verdict, None)
             record("ok", None, completion.content, outcome)
             return outcome
         except UserError as error:
@@ -312,6 +313,8 @@ class Asker:
                 temperature=settings.temperature if number == 1 else settings.retry_temperature,
                 max_tokens=settings.max_reply_tokens,
                 response_format=_response_format(settings.response_format, question.template),  # type: ignore[arg-type]
+                logprobs=True if question.with_probability else openai.omit,
+                top_logprobs=TOP_LOGPROBS if question.with_probability else openai.omit,
             )
         except openai.APITimeoutError:
             self.limit.note(refused=True)  # a queue too long looks like this
@@ -378,6 +381,8 @@ class Completion(NamedTuple):
     finish_reason: str | None
     usage: Usage | None
     """None when the server does not count, or not in numbers."""
+    logprobs: Any = None
+    """As the server sent them."""
 
 
 def read_completion(body: bytes) -> Completion:
@@ -398,4 +403,22 @@ def read_completion(body: bytes) -> Completion:
     counts = counts if isinstance(counts, dict) else {}
     usage = Usage(counts.get("prompt_tokens"), counts.get("completion_tokens"))  # type: ignore[arg-type]
     counted = all(type(count) is int and 0 <= count < 2**40 for count in usage)
-    return Completion(content, finish_reason, usage if counted else None)
+    return Completion(content, finish_reason, usage if counted else None, choice.get("logprobs"))
+
+
+def check_completion(question: Question, completion: Completion) -> dict[str, Any]:
+    """The verdict of a completion that keeps the contract, as the ledger stores it.
+
+    Raises:
+        BrokenReply: it does not.
+        UserError: the server gives no log probabilities, though asked.
+    """
+    verdict = check_reply(question, completion.content, completion.finish_reason).model_dump()
+    if question.with_probability:
+        if completion.logprobs is None:
+            raise UserError(
+                "judge.score=probability needs a server that gives token log probabilities (`logprobs`), and this one "
+                "gave none: switch them on there, or take judge.score=verdict"
+            )
+        verdict["probability"] = sentence_probability(completion.content or "", completion.logprobs)
+    return verdict

@@ -23,6 +23,7 @@ from tppo.study.collect import Collected
 from tppo.study.plan import BASE, Plan, varied
 from tppo.study.present import PlainTable, with_interval
 
+CHANGE_NO_ANSWER = ("evaluate.vote", "evaluate.second_judge", "evaluate.second_judge_examples")
 FORM_MEASURES = ("queries_written", "response_tokens")
 """Shown beside the relevance: what a setting may trade it for."""
 
@@ -47,7 +48,7 @@ def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: l
     """
     values: dict[str, dict[str, float]] = {}
     for setting in recipe.study.settings:
-        names = [name for name in setting.overrides if name != "evaluate.vote"]  # it changes no answer
+        names = [name for name in setting.overrides if name not in CHANGE_NO_ANSWER]
         if len(names) != 1:
             continue
         (name,) = names

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from dataclasses import field as field_of
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from tppo.errors import UserError
-from tppo.evaluate.generations import RUBRICS, read_generations
+from tppo.evaluate.generations import RUBRICS, VERDICTS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.evaluate.votes import VOTES
 from tppo.judge.record import RELEVANT
@@ -69,20 +70,31 @@ class Collected:
     """What the finished cells hold."""
 
     rows: dict[str, list[dict[str, Any]]]
-    """Rows of generations.parquet with `setting`, `seed`, `judge` and `second_judge`, by the name of the cell."""
+    """Rows of generations.parquet with `setting`, `seed` and `judge`, by the name of the cell."""
     curves: list[dict[str, Any]]
     """Rows of curves.parquet."""
     judge_labelled_training: dict[str, bool]
     """Whether the cell's judge is the one whose labels trained the reward models, by the name of the cell."""
     missing: list[str]
-    """Cells and votes that are not finished."""
+    """Cells, votes and second readings that are not finished."""
     votes: dict[str, list[dict[str, Any]]]
     """Rows of votes.parquet with `setting` and `seed`, by the name of the vote."""
+    readings: dict[str, list[dict[str, Any]]] = field_of(default_factory=dict)
+    """Rows of verdicts.parquet with `seed`, by the name of the second judge's reading."""
 
     def of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
-        """Rows of every cell that stands for this setting, also when it was made for another one."""
+        """Rows of every cell that stands for this setting, also when it was made for another one, with what the
+        setting's second judge said of them."""
         names = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting and job.name in self.rows]
-        return [row for name in names for row in self.rows[name]]
+        readings = [self.readings.get(job.name, []) for (name, _), job in plan.reading_of.items() if name == setting]
+        second = {(row["seed"], row["model"], row["example_id"]): row for rows in readings for row in rows}
+        judge = next((row["judge"] for row in second.values()), None)
+        found = []
+        for row in (row for name in names for row in self.rows[name]):
+            said = second.get((row["seed"], row["model"], row["example_id"]), {})
+            columns = {name: value for name, value in said.items() if name.startswith("second_")}
+            found.append({**row, "second_judge": judge, **columns})
+        return found
 
     def votes_of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
         """Rows of every vote that stands for this setting."""
@@ -96,15 +108,17 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     Args:
         left_out: names of cells not to read: what they hold is not of this study's settings.
     """
-    cells, votes = (
-        [job for job in jobs if job.name not in left_out and job.finished()] for jobs in (plan.cells, plan.votes)
+    cells, votes, readings = (
+        [job for job in jobs if job.name not in left_out and job.finished()]
+        for jobs in (plan.cells, plan.votes, plan.readings)
     )
-    missing = [job.name for job in (*plan.cells, *plan.votes) if job not in cells and job not in votes]
-    found = Collected({}, [], {}, missing, {})
+    finished = {job.name for job in (*cells, *votes, *readings)}
+    wanted = (*plan.cells, *plan.votes, *plan.readings)
+    found = Collected({}, [], {}, [job.name for job in wanted if job.name not in finished], {}, {})
     for job in cells:
         folder = job.run.require("evaluate")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        own = {"setting": job.setting, "seed": job.seed, **{name: metrics[name] for name in ("judge", "second_judge")}}
+        own = {"setting": job.setting, "seed": job.seed, "judge": metrics["judge"]}
         found.rows[job.name] = [{**row, **own} for row in read_generations(folder)]
         found.judge_labelled_training[job.name] = metrics["judge_labelled_training"]
         found.curves.extend(curve_rows(job))
@@ -112,6 +126,9 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
         own = {"setting": job.setting, "seed": job.seed}
         rows = read_table(job.run.require("vote") / "votes.parquet", VOTES).to_pylist()
         found.votes[job.name] = [{**row, **own} for row in rows]
+    for job in readings:
+        rows = read_table(job.run.require("rejudge") / "verdicts.parquet", VERDICTS).to_pylist()
+        found.readings[job.name] = [{**row, "seed": job.seed} for row in rows]
     return found
 
 
@@ -134,9 +151,11 @@ def curve_rows(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def write_tables(collected: Collected, folder: Path) -> None:
+def write_tables(plan: Plan, collected: Collected, folder: Path) -> None:
     """Write results.parquet, curves.parquet and, where there are votes, votes.parquet."""
-    results = [result_row(row) for rows in collected.rows.values() for row in rows]
+    settings = dict.fromkeys(setting for setting, *_ in plan.cell_of)
+    rows = [row for setting in settings for row in collected.of_setting(plan, setting) if row["setting"] == setting]
+    results = [result_row(row) for row in rows]
     write_table(folder / "results.parquet", results, RESULTS)
     write_table(folder / "curves.parquet", collected.curves, CURVES)
     if collected.votes:

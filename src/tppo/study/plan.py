@@ -4,8 +4,8 @@ A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run fold
 when their settings and those of all stages to their left are: such a stage is made once, in the run folder
 that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
-not concern an algorithm adds no cell of it. Votes of the LLM judge stand to the right of the cells whose answers they
-read, each in a run folder of its own.
+not concern an algorithm adds no cell of it. Votes of the LLM judge and the second judge's readings stand to the right
+of the cells whose answers they read, each in a run folder of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from tppo.config import Recipe, Setting, Study, TuningAlgorithm
 from tppo.errors import UserError
-from tppo.evaluate.compare import model_pairs
+from tppo.evaluate.compare import REFERENCES, model_pairs
 from tppo.rl.pairs import check_samples
 from tppo.run import EVALUATION, RunFolder, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
@@ -68,14 +68,18 @@ class Plan:
     cells: list[Job] = field(default_factory=list)
     votes: list[Job] = field(default_factory=list)
     """Votes of the LLM judge between the answers of two cells."""
+    readings: list[Job] = field(default_factory=list)
+    """The second judge's readings of the answers of all cells of a setting and seed."""
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
     vote_of: dict[tuple[str, str, str, int], Job] = field(default_factory=dict)
     """The vote on a (setting, model, other model, seed)."""
+    reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The second judge's reading of a (setting, seed)."""
 
     @property
     def jobs(self) -> list[Job]:
-        return [*self.shared, *self.cells, *self.votes]
+        return [*self.shared, *self.cells, *self.votes, *self.readings]
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
@@ -101,7 +105,9 @@ def make_plan(recipe: Recipe) -> Plan:
             for model in (SFT, *recipe.algorithms):
                 asked = model == SFT or model in algorithms
                 _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
-    _plan_votes(plan, Path(recipe.run_dir), {name: variant for name, (variant, _) in variants.items()})
+    recipes = {name: variant for name, (variant, _) in variants.items()}
+    _plan_votes(plan, Path(recipe.run_dir), recipes)
+    _plan_readings(plan, Path(recipe.run_dir), recipes)
     return plan
 
 
@@ -158,10 +164,10 @@ def _plan_votes(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
         for setting, variant in variants.items():
             if not variant.evaluate.vote:
                 continue
-            cells = {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+            cells = _cells_of(plan, setting, seed)
             for a, b in model_pairs(cells):
                 name = f"votes/{setting}-{a}-{b}-s{seed}"
-                recipe = vote_recipe(variant, {a: cells[a], b: cells[b]}, root / name)
+                recipe = reader_recipe(variant, {a: cells[a], b: cells[b]}, root / name)
                 key = (cells[a].name, cells[b].name, json.dumps(stage_config("vote", recipe), default=str))
                 if key not in made:
                     made[key] = Job(name, setting, recipe, ["vote"])
@@ -169,8 +175,36 @@ def _plan_votes(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
                 plan.vote_of[setting, a, b, seed] = made[key]
 
 
-def vote_recipe(variant: Recipe, cells: Mapping[str, Job], folder: Path) -> Recipe:
-    """The recipe of a vote between the answers that these cells wrote, by model."""
+def _plan_readings(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
+    """Add the second judge's reading of each setting and seed, where the setting's recipe names such a judge.
+
+    It reads the policies and the two references; simple baselines are left to the first judge, since every answer
+    costs a request.
+    """
+    made: dict[tuple[str, ...], Job] = {}
+    for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
+        for setting, variant in variants.items():
+            cells = _cells_of(plan, setting, seed)
+            if variant.evaluate.second_judge == "none" or SFT not in cells:
+                continue
+            name = f"second/{setting}-s{seed}"
+            recipe = reader_recipe(variant, cells | dict.fromkeys(REFERENCES, cells[SFT]), root / name)
+            recipe = replace(recipe, evaluate=replace(variant.evaluate, vote=False))
+            names = (job.name for job in cells.values())
+            key = (*names, json.dumps(stage_config("rejudge", recipe), default=str))
+            if key not in made:
+                made[key] = Job(name, setting, recipe, ["rejudge"])
+                plan.readings.append(made[key])
+            plan.reading_of[setting, seed] = made[key]
+
+
+def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
+    """The cells of a setting and seed, by model."""
+    return {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+
+
+def reader_recipe(variant: Recipe, cells: Mapping[str, Job], folder: Path) -> Recipe:
+    """The recipe of a stage that reads the answers which these cells wrote, by model."""
     first = next(iter(cells.values()))
     taken = {"prepare": first.run.path("prepare")}
     taken |= {EVALUATION + model: job.run.path("evaluate") for model, job in cells.items()}
@@ -189,8 +223,11 @@ def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
         seed=seed,
         shared_seed=variant.data_seed,
         algorithms=algorithms,
-        # A cell has one model, so nothing to vote on: votes are jobs of their own (`_plan_votes`).
-        evaluate=replace(variant.evaluate, tuned_only=model != SFT, vote=False),
+        # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: both
+        # are jobs of their own (`_plan_votes`, `_plan_readings`).
+        evaluate=replace(
+            variant.evaluate, tuned_only=model != SFT, vote=False, second_judge="none", second_judge_examples=0
+        ),
         study=Study(),
     )
 
@@ -266,7 +303,8 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
     counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
     votes = f", {len(plan.votes)} votes" if plan.votes else ""
-    return [*lines, f"{len(plan.cells)} cells{votes}; stages: {counts}"]
+    readings = f", {len(plan.readings)} readings of a second judge" if plan.readings else ""
+    return [*lines, f"{len(plan.cells)} cells{votes}{readings}; stages: {counts}"]
 
 
 def settings_tried(plan: Plan) -> dict[str, list[str]]:

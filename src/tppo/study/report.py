@@ -64,7 +64,7 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
         return None
     folder = Path(recipe.run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_tables(collected, folder)
+    write_tables(plan, collected, folder)
     ablations = find_ablations(recipe, plan, collected, ablation_measures(base))
     write_json(folder / "metrics.json", base.data | {"ablations": {found.name: found.rows for found in ablations}})
     context = page_context(recipe, plan, collected, base, failed)
@@ -179,9 +179,9 @@ def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
 
 
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
-    """What a reader has to know of cells and votes that are not in the numbers; whether they failed, not their logs."""
+    """What a reader has to know of jobs that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    for what, jobs in (("cells", plan.cells), ("votes", plan.votes)):
+    for what, jobs in (("cells", plan.cells), ("votes", plan.votes), ("second judge's readings", plan.readings)):
         missing = [job.name for job in jobs if job.name in collected.missing]
         lost = [name for name in missing if name in failed]
         still_open = [name for name in missing if name not in failed]

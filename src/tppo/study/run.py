@@ -63,17 +63,19 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
 
 
 def check_voters(plan: Plan) -> None:
-    """Refuse, before anything runs, votes that no judge could give.
+    """Refuse, before anything runs, votes and second readings that no judge could give.
 
     Raises:
         UserError: names the setting of section `judge`.
     """
-    for job in plan.votes:
-        try:
-            LLMJudge(job.recipe.judge)
-        except UserError as error:
-            setting = "" if job.setting == BASE else f"study.settings '{job.setting}': "
-            raise UserError(f"{setting}evaluate.vote asks the LLM judge: {error}") from None
+    by_llm = [job for job in plan.readings if job.recipe.evaluate.second_judge == "llm"]
+    for name, jobs in (("vote", plan.votes), ("second_judge", by_llm)):
+        for job in jobs:
+            try:
+                LLMJudge(job.recipe.judge)
+            except UserError as error:
+                setting = "" if job.setting == BASE else f"study.settings '{job.setting}': "
+                raise UserError(f"{setting}evaluate.{name} asks the LLM judge: {error}") from None
 
 
 def discard(plan: Plan, redo: Sequence[str]) -> None:
@@ -81,9 +83,9 @@ def discard(plan: Plan, redo: Sequence[str]) -> None:
     for job in plan.jobs:
         for stage in redo:
             job.run.discard_from(stage)
-    for job in plan.votes if redo else ():
+    for job in (*plan.votes, *plan.readings) if redo else ():
         if any(job.run.manifest(name) is None for name in job.recipe.stage_dirs):
-            job.run.discard_from("vote")
+            job.run.discard_from(*job.stages)
 
 
 def stale_jobs(plan: Plan) -> dict[str, str]:

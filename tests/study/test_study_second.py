@@ -1,0 +1,124 @@
+"""The stage `rejudge`: a second judge reads the answers of finished evaluations, history by history."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from fault_server import Settings, running, truth
+from test_study_report import EXAMPLES, make_study
+
+from tppo.cli import main, run_one
+from tppo.config import Evaluate, LLMJudge, Study
+from tppo.errors import UserError
+from tppo.judge.record import JudgeItem
+from tppo.judge.templates import judge_question
+from tppo.study.run import run_study
+
+READ = 4
+"""Examples of each evaluation set that the second judge reads."""
+
+
+def make_read(root: Path, port: int, **settings):
+    """SFT and TPPO of two seeds, evaluated; only the second judge's readings are missing."""
+    judge = LLMJudge(
+        f"http://127.0.0.1:{port}/v1", "m", ledger=str(root.parent / "judge.sqlite"), template="sentence",
+        score="probability", rubrics=["history"], max_concurrency=1,
+    )  # fmt: skip
+    return make_study(
+        root,
+        algorithms=["tppo"],
+        evaluate=Evaluate(bootstrap_samples=500, **{"second_judge": "llm", "second_judge_examples": READ, **settings}),
+        judge=judge,
+        study=Study(seeds=[0, 1], bootstrap_samples=1000),
+    )
+
+
+def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Path):
+    bodies = tmp_path / "bodies.jsonl"
+    with running(Settings(bodies=str(bodies))) as server:
+        recipe, plan = make_read(tmp_path / "run", server.port)
+        assert [job.name for job in plan.readings] == ["second/base-s0", "second/base-s1"]
+        run_study(recipe)
+        asked = server.stats()["requests"]
+        run_study(recipe)
+        assert server.stats()["requests"] == asked
+    rows = pq.read_table(tmp_path / "run/study/results.parquet").to_pylist()
+    read = [row for row in rows if row["second_status_history"] == "ok"]
+    assert {row["second_judge"] for row in rows} == {"llm/m/sentence-v1-probability"}
+    assert {row["second_status_targets"] for row in rows} == {"not_asked"}
+    models = ["sft", "tppo", "targets", "other_user"]
+    # The same examples of every model, under every seed.
+    chosen = {row["example_id"] for row in read}
+    assert len(chosen) == 2 * READ
+    assert sorted((row["model"], row["seed"], row["example_id"]) for row in read) == sorted(
+        (model, seed, example) for model in models for seed in (0, 1) for example in chosen
+    )
+    check_verdicts(tmp_path / "run", read)
+    # All answers to a history are asked about in a row.
+    histories = [json.dumps(json.loads(message(line))["history"]) for line in bodies.read_text().splitlines()]
+    runs = [h for number, h in enumerate(histories) if number == 0 or h != histories[number - 1]]
+    assert len(runs) == 2 * len(set(histories))  # once for each seed
+    metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
+    cells = {(r["model"], r["metric"]): r for r in metrics["rows"] if r["scope"] == "all"}
+    for model in models:
+        mine = [row["second_sentence_score_history"] for row in read if row["model"] == model]
+        cell = cells[model, "second_sentence_score_history"]
+        assert cell["value"] == pytest.approx(sum(mine) / len(mine))
+        assert cell["examples"] == len(mine)
+    page = (tmp_path / "run/study/report.html").read_text()
+    assert "The same by a second judge, llm/m/sentence-v1-probability" in page
+
+
+def message(line: str) -> str:
+    return json.loads(line)["messages"][-1]["content"]
+
+
+def check_verdicts(root: Path, read: list[dict]) -> None:
+    """Every verdict is the server's on that very answer."""
+    examples = {example.example_id: example for example in EXAMPLES}
+    for row in read:
+        cell = "sft" if row["model"] in ("targets", "other_user") else row["model"]
+        folder = root / f"cells/base-{cell}-s{row['seed']}/evaluate/generations.parquet"
+        key = (row["model"], row["example_id"])
+        (answer,) = (r for r in pq.read_table(folder).to_pylist() if (r["model"], r["example_id"]) == key)
+        example = examples[row["example_id"]]
+        question = judge_question(
+            JudgeItem(example.history, example.targets, answer["response"]), "history", "sentence"
+        )
+        right = truth(json.loads(question.user))["sentence"] if answer["words"] else 0
+        assert row["second_relevant_history"] == (right if answer["problem"] is None else 0)
+        assert (row["second_sentence_score_history"] > 0.5) == right
+
+
+def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):
+    _, plan = make_read(tmp_path / "run", 1)
+    _, without = make_read(tmp_path / "run", 1, second_judge="none", second_judge_examples=0)
+    assert without.readings == []
+    assert all(job.finished() for job in without.cells)
+    assert [job.recipe for job in plan.cells] == [job.recipe for job in without.cells]
+
+
+def test_a_reading_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe, plan = make_read(tmp_path / "run", 1)
+    with pytest.raises(UserError, match=r"evaluate\.second_judge asks the LLM judge: judge\.model is empty"):
+        run_study(replace(recipe, judge=LLMJudge()))
+    reading = replace(plan.readings[0].recipe, run_dir=str(tmp_path / "second"))
+    with pytest.raises(UserError, match=r"with evaluate\.second_judge=none: name a judge"):
+        run_one(replace(reading, evaluate=Evaluate()), "rejudge")
+    with pytest.raises(UserError, match=r"reads evaluations of \[\]"):
+        run_one(replace(reading, stage_dirs={"prepare": reading.stage_dirs["prepare"]}), "rejudge")
+    wrong = {**reading.stage_dirs, "evaluate_tppo": reading.stage_dirs["evaluate_sft"]}
+    with pytest.raises(UserError, match="no answer of tppo"):
+        run_one(replace(reading, stage_dirs=wrong), "rejudge")
+    cells = Path(reading.stage_dirs["evaluate_sft"])
+    facts = json.loads((cells / "metrics.json").read_text())
+    (cells / "metrics.json").write_text(json.dumps({**facts, "judge": "llm/m/sentence-v1-probability"}))
+    with pytest.raises(UserError, match="it would only agree with itself"):
+        run_one(reading, "rejudge")
+    with pytest.raises(SystemExit):
+        main(["rejudge", "--help"])
+    assert "evaluate.second_judge_examples" in capsys.readouterr().out
