@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tppo.config import LLMJudge as JudgeSettings
 from tppo.errors import UserError
 from tppo.judge import transport
+from tppo.judge.completion import Usage
 from tppo.judge.ledger import JudgeLedger
 from tppo.judge.llm import LLMJudge
 from tppo.judge.record import JudgeItem
 from tppo.judge.templates import judge_question
-from tppo.judge.transport import AdaptiveLimit, Budget, Usage, retry_after
+from tppo.judge.transport import AdaptiveLimit, Budget, retry_after
 from tppo.text import Event
 
 MODEL = "judge-model"
