@@ -96,3 +96,20 @@ def test_what_is_no_ledger_is_refused(path, tmp_path):
         connection.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="version 99"):
         JudgeLedger(tmp_path / "newer.sqlite")
+
+
+def test_a_damaged_file_is_said_to_be_one(path):
+    with JudgeLedger(path) as ledger:
+        for number in range(300):
+            ledger.record(f"key {number}", "m", attempt(), OK, QUESTION)
+    whole = path.read_bytes()
+    page = 4096
+    path.write_bytes(whole[:page] + bytes([7]) * (len(whole) - 2 * page) + whole[-page:])
+    with JudgeLedger(path) as ledger:
+        for use in (
+            lambda: ledger.outcomes([f"key {number}" for number in range(300)]),
+            ledger.attempts,
+            lambda: ledger.record("new", "m", attempt(), OK, QUESTION),
+        ):
+            with pytest.raises(UserError, match=r"judge\.sqlite is damaged .*malformed.*\.recover"):
+                use()

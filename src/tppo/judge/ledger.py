@@ -15,6 +15,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,12 +125,13 @@ class JudgeLedger:
         found: dict[str, Outcome] = {}
         for chunk in _chunks(list(dict.fromkeys(keys)), 500):
             marks = ",".join("?" * len(chunk))
-            rows = self.connection.execute(
+            rows = self._rows(
                 f"SELECT key, status, verdict, problem FROM requests WHERE status != 'failed' AND key IN ({marks})",
                 chunk,
             )
-            for key, status, verdict, problem in rows:
-                found[key] = Outcome(status, verdict and json.loads(verdict), problem)
+            for row in rows:
+                verdict = row["verdict"] and json.loads(row["verdict"])
+                found[row["key"]] = Outcome(row["status"], verdict, row["problem"])
         return found
 
     def record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
@@ -139,7 +141,8 @@ class JudgeLedger:
             UserError: the file cannot be written (disk full, another process holds it).
         """
         try:
-            self._record(key, model, attempt, outcome, question)
+            with self._intact():
+                self._record(key, model, attempt, outcome, question)
         except sqlite3.OperationalError as error:
             raise UserError(f"judge.ledger {self.path} cannot be written: {error}. What it holds stays valid") from None
 
@@ -163,11 +166,12 @@ class JudgeLedger:
 
     def spent(self, model: str) -> tuple[int, int]:
         """Prompt and reply tokens of every attempt with this model so far."""
-        row = self.connection.execute(
-            "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(reply_tokens), 0) FROM attempts WHERE model = ?",
+        (row,) = self._rows(
+            "SELECT coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(reply_tokens), 0) AS reply FROM attempts "
+            "WHERE model = ?",
             (model,),
-        ).fetchone()
-        return int(row[0]), int(row[1])
+        )
+        return int(row["prompt"]), int(row["reply"])
 
     def totals(self) -> list[dict[str, Any]]:
         """A row per model, template, version and rubric: requests by status, attempts, tokens, seconds."""
@@ -206,10 +210,25 @@ class JudgeLedger:
             """
         )
 
-    def _rows(self, query: str) -> list[dict[str, Any]]:
-        cursor = self.connection.execute(query)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The rows of a query, by column."""
+        with self._intact():
+            cursor = self.connection.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Raise UserError for a damaged file; errors of a kind of their own (a lock, a constraint) stay as they are."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            raise UserError(
+                f"judge.ledger {self.path} is damaged ({error}): name another file, or save what can be read with "
+                f"`sqlite3 {self.path} .recover | sqlite3 new.sqlite` and name that"
+            ) from None
 
 
 def _storable(value: Any) -> Any:
