@@ -17,9 +17,14 @@ import pytest
 from many_items import make_run
 
 from tppo.cli import main
+from tppo.config import LLMJudge as JudgeSettings
+from tppo.errors import UserError
 from tppo.judge.ledger import JudgeLedger
+from tppo.judge.llm import LLMJudge
+from tppo.judge.record import JudgeItem
 from tppo.models import smollm2_folder
 from tppo.tables import LABELS, read_table
+from tppo.text import Event
 
 ITEMS = 3
 
@@ -74,3 +79,12 @@ def test_labels_by_a_real_model(served, tmp_path, template):
     for row in rows:
         tries = [attempt for attempt in attempts if attempt["outcome"] == "ok"]
         assert row["status"] == "abstained" or (tries and row["sentence_label"] in (0, 1))
+
+
+@pytest.mark.slow
+def test_a_real_server_that_gives_no_log_probabilities(served, tmp_path):
+    base_url, model = served
+    ledger = str(tmp_path / "judge.sqlite")
+    judge = LLMJudge(JudgeSettings(base_url, model, template="sentence", score="probability", ledger=ledger))
+    with pytest.raises(UserError, match="this one gave none"):
+        judge.judge([JudgeItem([Event("search", "cheap flights")], ["flights to rome"], "rome flights")], "targets")

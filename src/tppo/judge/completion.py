@@ -65,12 +65,12 @@ def check_completion(question: Question, completion: Completion) -> dict[str, An
         BrokenReply: it does not.
         UserError: the server gives no log probabilities, though asked.
     """
+    if question.with_probability and completion.logprobs is None:
+        raise UserError(
+            "judge.score=probability needs a server that gives token log probabilities (`logprobs`), and this one "
+            "gave none: switch them on there, or take judge.score=verdict"
+        )
     verdict = check_reply(question, completion.content, completion.finish_reason).model_dump()
     if question.with_probability:
-        if completion.logprobs is None:
-            raise UserError(
-                "judge.score=probability needs a server that gives token log probabilities (`logprobs`), and this one "
-                "gave none: switch them on there, or take judge.score=verdict"
-            )
         verdict["probability"] = sentence_probability(completion.content or "", completion.logprobs)
     return verdict
