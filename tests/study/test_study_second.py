@@ -26,7 +26,7 @@ def make_read(root: Path, port: int, **settings):
     """SFT and TPPO of two seeds, evaluated; only the second judge's readings are missing."""
     judge = LLMJudge(
         f"http://127.0.0.1:{port}/v1", "m", ledger=str(root.parent / "judge.sqlite"), template="sentence",
-        score="probability", rubrics=["history"], max_concurrency=1,
+        score="probability", rubrics=["targets"], max_concurrency=1,
     )  # fmt: skip
     return make_study(
         root,
@@ -47,9 +47,9 @@ def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Pat
         run_study(recipe)
         assert server.stats()["requests"] == asked
     rows = pq.read_table(tmp_path / "run/study/results.parquet").to_pylist()
-    read = [row for row in rows if row["second_status_history"] == "ok"]
+    read = [row for row in rows if row["second_status_targets"] == "ok"]
     assert {row["second_judge"] for row in rows} == {"llm/m/sentence-v1-probability"}
-    assert {row["second_status_targets"] for row in rows} == {"not_asked"}
+    assert {row["second_status_history"] for row in rows} == {"not_asked"}
     models = ["sft", "tppo", "targets", "other_user"]
     # The same examples of every model, under every seed.
     chosen = {row["example_id"] for row in read}
@@ -65,12 +65,15 @@ def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Pat
     metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
     cells = {(r["model"], r["metric"]): r for r in metrics["rows"] if r["scope"] == "all"}
     for model in models:
-        mine = [row["second_sentence_score_history"] for row in read if row["model"] == model]
-        cell = cells[model, "second_sentence_score_history"]
+        mine = [row["second_sentence_score_targets"] for row in read if row["model"] == model]
+        cell = cells[model, "second_sentence_score_targets"]
         assert cell["value"] == pytest.approx(sum(mine) / len(mine))
         assert cell["examples"] == len(mine)
     page = (tmp_path / "run/study/report.html").read_text()
     assert "The same by a second judge, llm/m/sentence-v1-probability" in page
+    assert "Second judge, relevant to what the user really searched next, score" in page
+    summary = (tmp_path / "run/study/summary.md").read_text()
+    assert "| Score, against what the user searched next (second judge) | p | corrected p |" in summary
 
 
 def message(line: str) -> str:
@@ -87,11 +90,11 @@ def check_verdicts(root: Path, read: list[dict]) -> None:
         (answer,) = (r for r in pq.read_table(folder).to_pylist() if (r["model"], r["example_id"]) == key)
         example = examples[row["example_id"]]
         question = judge_question(
-            JudgeItem(example.history, example.targets, answer["response"]), "history", "sentence"
+            JudgeItem(example.history, example.targets, answer["response"]), "targets", "sentence"
         )
         right = truth(json.loads(question.user))["sentence"] if answer["words"] else 0
-        assert row["second_relevant_history"] == (right if answer["problem"] is None else 0)
-        assert (row["second_sentence_score_history"] > 0.5) == right
+        assert row["second_relevant_targets"] == (right if answer["problem"] is None else 0)
+        assert (row["second_sentence_score_targets"] > 0.5) == right
 
 
 def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):

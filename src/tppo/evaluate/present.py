@@ -144,6 +144,11 @@ def shift(estimate: Estimate, metric: Metric) -> str:
     return f"{signed_number(estimate.value, metric.unit)}{points} {shown or '(interval not measured)'}"
 
 
+def second_measures(headline: str) -> list[str]:
+    """The second judge's measures of what the headline measures: its verdicts, and its score."""
+    return [f"second_{headline}", f"second_sentence_score_{headline.removeprefix('relevant_')}"]
+
+
 def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
     """One entry per pair of models: the claim, its numbers, and what the other measures say."""
     headline, check = BY_NAME[metrics.data["headline"]], BY_NAME[metrics.data["check"]]
@@ -155,9 +160,11 @@ def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
         wins = metrics.wins(scope, model, than, rubric)
         other = metrics.difference(scope, model, than, check.name)
         others = [("Check, " + AGAINST[check.name], shift(other, check), verdict(other))]
-        second = metrics.difference(scope, model, than, f"second_{headline.name}")
-        if second.value is not None:
-            others.append((f"Second judge, {AGAINST[headline.name]}", shift(second, headline), verdict(second)))
+        for name, what in zip(second_measures(headline.name), ("", ", score"), strict=True):
+            second = metrics.difference(scope, model, than, name)
+            if second.value is not None:
+                label = f"Second judge, {AGAINST[headline.name]}{what}"
+                others.append((label, shift(second, BY_NAME[name]), verdict(second)))
         for name in ("hit", "token_f1"):
             found = metrics.difference(scope, model, than, name)
             others.append((f"{BY_NAME[name].label}, no judge", shift(found, BY_NAME[name]), verdict(found)))

@@ -81,7 +81,9 @@ def claims(metrics: Metrics, scope: str) -> list[str]:
 
 
 def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
-    names = (metrics.data["headline"], metrics.data["check"], "hit", "token_f1", "unparseable")
+    names = [metrics.data["headline"], metrics.data["check"], "hit", "token_f1", "unparseable"]
+    if metrics.data["second_judge"]:
+        names += present.second_measures(metrics.data["headline"])
     heads = ["Pair"]
     for name in names:
         heads += [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else ""), "p", "corrected p"]
