@@ -18,9 +18,10 @@ from tppo.evaluate.generations import GENERATIONS, VERDICTS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.judge.agreement import run_action
 from tppo.run import EVALUATION, taken_models, write_json
+from tppo.study.collect import collect
 from tppo.study.plan import Plan, make_plan
-from tppo.study.present import agreement_table
-from tppo.study.report import write_report
+from tppo.study.present import agreement_table, point_cost_table
+from tppo.study.report import setting_metrics, write_report
 from tppo.study.run import run_study
 from tppo.tables import EXAMPLES as TABLE
 from tppo.tables import write_table
@@ -110,6 +111,32 @@ def test_numbers_are_means_over_seeds_and_examples(study: Path):
     assert (found["seeds"], found["users"], found["examples"]) == (3, 10, 60)
     assert found["p_value"] <= found["p_holm"] <= 1
     assert metrics["distinct_examples"] == {"all": 40, "eval1": 20, "eval2": 20}
+
+
+def test_a_point_costs_what_the_mean_cell_took(tmp_path: Path):
+    recipe, plan = make_study(tmp_path / "run")
+    metrics = setting_metrics(recipe, plan, collect(plan), "base")
+    assert metrics
+    seconds = {"sample": 30.0, "label": 20.0, "reward": 10.0, "rl_dpo": 42.0}
+    for job in (*plan.shared, *plan.cells):
+        for stage in job.stages:
+            path = job.run.path(stage) / "manifest.json"
+            manifest = json.loads(path.read_text())
+            took = 60.0 * (job.seed + 1) if stage == "rl_tppo" else seconds.get(stage, 1000.0)
+            facts = {
+                "label": {"labels": 7},
+                "evaluate": {"examples": {"eval1": 4}, "seconds_answering": {job.model: 8.0}},
+            }
+            path.write_text(json.dumps({**manifest, "seconds": took, "facts": facts.get(stage, {})}))
+    rows = {row[0]: row[1:] for row in point_cost_table(plan, metrics).rows}
+    assert set(rows) == {"TPPO", "PPO", "DPO"}
+    gain = metrics.difference("all", "tppo", "sft", "relevant_targets")
+    assert gain.low > 0
+    minutes, labels, a_point, labels_a_point, an_answer = rows["TPPO"]
+    assert (minutes, labels, an_answer) == ("3.00", "7", "2.00")  # 1, 2 and 3 minutes, and one for what they read
+    assert a_point.startswith(f"{180 / (100 * gain.value):.1f} [")
+    assert labels_a_point.startswith(f"{7 / (100 * gain.value):.1f} [")
+    assert rows["DPO"][:2] == [f"{72 / 60:.2f}", "0"]  # it reads the samples, and no label
 
 
 class Page(HTMLParser):

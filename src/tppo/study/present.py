@@ -9,12 +9,13 @@ from typing import Any
 
 from tppo.evaluate import present
 from tppo.evaluate.compare import DISPLAY
+from tppo.evaluate.costs import cost_rows, model_costs
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import IntervalEstimate
 from tppo.judge.agreement import RESULT
 from tppo.run import RunFolder, sha256_file
-from tppo.study.plan import Plan, settings_tried
+from tppo.study.plan import BASE, SFT, Plan, settings_tried
 from tppo.study.stats import SeedMean
 from tppo.study.tables import MEASURES, Curves, at_equal_kl, reaching, steadiness_of
 
@@ -213,6 +214,39 @@ def cost_table(plan: Plan) -> PlainTable:
     note = "Of the try that finished each stage: what an interrupted one had spent before is not in it."
     heads = ["Stage", "Times", "Minutes, all", "Peak memory, MiB"]
     return PlainTable("cost", "Machine time", note, heads, rows)
+
+
+def point_cost_table(plan: Plan, metrics: Metrics) -> PlainTable:
+    """What a point of the headline over SFT costs, by model: of the mean cell, and of the gain over all seeds."""
+    scope = metrics.scopes[0]
+    costs = []
+    for model in metrics.policies:
+        jobs = [job for (setting, name, _), job in plan.cell_of.items() if (setting, name) == (BASE, model)]
+        done = [job for job in jobs if model != SFT and job.run.manifest("evaluate") is not None]
+        found = [
+            cost for job in done for cost in model_costs(job.recipe, job.run, metrics, scope) if cost.model == model
+        ]
+        if found:
+            seconds, per_answer = (
+                _mean_or_none(values)
+                for values in zip(*((cost.seconds, cost.seconds_per_answer) for cost in found), strict=True)
+            )
+            costs.append(replace(found[0], seconds=seconds, seconds_per_answer=per_answer))
+    heads = ["Model", "Training minutes", "Labels", "Seconds a point", "Labels a point", "Seconds an answer"]
+    keys = ("label", "minutes", "labels", "seconds_per_point", "labels_per_point", "seconds_per_answer")
+    note = (
+        "All that was made for a model and not for SFT (its training, and the responses, labels and reward models that "
+        "it reads, in full for each), mean of the seeds, for a percentage point of the headline over SFT. Intervals: "
+        "those of the gain. Minutes are of the threads that the stages ran with."
+    )
+    return PlainTable(
+        "point-cost", "Cost of a point", note, heads, [[row[key] for key in keys] for row in cost_rows(costs)]
+    )
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _cost_cells(found: Sequence[tuple[float, int]]) -> list[str]:

@@ -40,6 +40,7 @@ from tppo.study.present import (
     corrected_table,
     cost_table,
     equal_kl_table,
+    point_cost_table,
     reach_table,
     steadiness_table,
 )
@@ -118,6 +119,7 @@ def page_context(
             reach_table(curves),
             steadiness_table(curves),
             budget_table(plan),
+            point_cost_table(plan, metrics),
             cost_table(plan),
         ],
         "seeds": metrics.data["seeds"],
