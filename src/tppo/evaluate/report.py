@@ -41,7 +41,7 @@ from tppo.evaluate.stats import verdict
 from tppo.progress import console
 from tppo.rl.show import shown_tokens
 from tppo.run import RunFolder, all_stages, read_jsonl, rl_stage
-from tppo.seeding import rng
+from tppo.seeding import draw
 from tppo.tables import load_examples
 
 SAMPLES = 12
@@ -256,9 +256,7 @@ def samples(recipe: Recipe, run: RunFolder, rows: Sequence[dict[str, Any]], metr
     answers: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row["example_id"], {})[row["model"]] = row
-    ids = list(answers)
-    chosen = rng(recipe.seed, "report samples").choice(len(ids), size=min(SAMPLES, len(ids)), replace=False)
-    wanted = [ids[i] for i in sorted(chosen)]
+    wanted = draw(list(answers), SAMPLES, recipe.seed, "report samples")
     examples = {e.example_id: e for e in load_examples(run.require("prepare")) if e.example_id in set(wanted)}
     shown = []
     for example_id in wanted:

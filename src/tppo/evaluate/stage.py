@@ -32,7 +32,7 @@ from tppo.judge.choose import make_judge, saved_judge
 from tppo.judge.embedding import Encoder
 from tppo.judge.record import Judge, JudgeItem, Verdict
 from tppo.run import RunFolder, evaluated_baselines, write_json
-from tppo.seeding import rng
+from tppo.seeding import draw
 from tppo.tables import Example, load_examples, read_table, write_table
 from tppo.text import parse_response
 
@@ -217,11 +217,10 @@ def choose_second_judge(recipe: Recipe, run: RunFolder, first: Collection[str]) 
 
 def second_asked(recipe: Recipe, split: str, examples: Sequence[Example]) -> list[bool]:
     """Which examples the second judge reads: `evaluate.second_judge_examples`, drawn with the seed (0: all)."""
-    limit = recipe.evaluate.second_judge_examples
-    if not limit or limit >= len(examples):
-        return [True] * len(examples)
-    chosen = set(rng(recipe.data_seed, "second judge", split).choice(len(examples), size=limit, replace=False).tolist())
-    return [index in chosen for index in range(len(examples))]
+    indices = range(len(examples))
+    limit = recipe.evaluate.second_judge_examples or None
+    chosen = set(draw(indices, limit, recipe.data_seed, "second judge", split))
+    return [index in chosen for index in indices]
 
 
 def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
@@ -232,11 +231,7 @@ def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]
             f"{run.path('prepare')}/examples.parquet has no example of split '{split}': raise "
             f"prepare.{split}_share or take the split out of evaluate.splits"
         )
-    limit = recipe.evaluate.max_examples
-    if not limit or limit >= len(examples):
-        return examples
-    chosen = rng(recipe.data_seed, "evaluate", split).choice(len(examples), size=limit, replace=False)
-    return [examples[i] for i in sorted(chosen)]
+    return draw(examples, recipe.evaluate.max_examples or None, recipe.data_seed, "evaluate", split)
 
 
 def _part(parts: Path, split: str, model: str) -> Path:

@@ -17,7 +17,7 @@ from tppo.models import load_policy
 from tppo.policy.generate import Generation, encode_examples, generate
 from tppo.progress import console
 from tppo.run import RunFolder
-from tppo.seeding import rng, stream_seed
+from tppo.seeding import draw, stream_seed
 from tppo.tables import RESPONSES, Example, load_examples, write_table
 from tppo.text import parse_response
 
@@ -34,7 +34,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             ("train", settings.train_examples),
             ("reward_eval", settings.reward_eval_examples),
         )
-        for example in _draw(load_examples(prepared, split), count, recipe.seed, split)
+        for example in draw(load_examples(prepared, split), count, recipe.seed, "sample", split)
     ]
     repeated = [example for example in examples for _ in range(settings.samples_per_example)]
     prompts, dropped = encode_examples(tokenizer, repeated, recipe.task)
@@ -91,11 +91,3 @@ def summarise(rows: Sequence[dict[str, Any]], task: Task) -> dict[str, Any]:
         "mean_queries": sum(len(p.queries) for p in parsed) / len(rows),
         "mean_words": sum(len(p.words) for p in parsed) / len(rows),
     }
-
-
-def _draw(examples: list[Example], count: int, seed: int, split: str) -> list[Example]:
-    """`count` examples (all when there are fewer) drawn with the seed, in file order."""
-    if len(examples) <= count:
-        return examples
-    chosen = rng(seed, "sample", split).choice(len(examples), size=count, replace=False)
-    return [examples[i] for i in sorted(chosen)]

@@ -39,7 +39,7 @@ from tppo.reward.models import RewardModel, TokenRewardModel, softmax
 from tppo.reward.train import KINDS
 from tppo.rl.rewards import class_rewards, reward_values
 from tppo.run import RunFolder, write_json, write_text
-from tppo.seeding import rng, stream_seed
+from tppo.seeding import draw, stream_seed
 from tppo.tables import Example, load_examples
 from tppo.text import Event
 
@@ -123,10 +123,7 @@ def load_held_out(recipe: Recipe, run: RunFolder, rubric: Rubric) -> tuple[HeldO
             f"{run.root} has {len(examples)} examples and {len(rows)} judged responses of split {HELD_OUT} for rubric "
             f"'{rubric}': raise prepare.reward_eval_share or sample.reward_eval_examples"
         )
-    limit = recipe.check_reward.max_examples
-    if limit and limit < len(examples):
-        chosen = rng(recipe.seed, "check_reward", "examples").choice(len(examples), size=limit, replace=False)
-        examples = [examples[i] for i in sorted(chosen)]
+    examples = draw(examples, recipe.check_reward.max_examples or None, recipe.seed, "check_reward", "examples")
     seed = stream_seed(recipe.seed, "check_reward", "probes")
     probes = make_probes(examples, log_words(everyone), rubric, recipe.task.num_queries, seed)
     trained_on = run.facts("reward")["train"]
