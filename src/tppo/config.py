@@ -179,7 +179,8 @@ class LLMJudge:
     score: Literal["verdict", "probability"] = "verdict"
     """A response's score. verdict: the 0 or 1 of the reply; probability: how probable the 1 was beside the 0 (G-Eval,
     Liu et al. 2023), by the token log probabilities of the server, which has to give them. The verdict stays the
-    reply's. A judge that calls next to nothing relevant may still order responses well."""
+    reply's. A judge that calls next to nothing relevant may still order responses well. Votes go by the probabilities
+    of both orders, too, so that a judge's liking for a place cancels."""
     rubrics: list[Rubric] = field(default_factory=lambda: ["targets"])
     """What relevance is judged against; each rubric is a request of its own."""
     temperature: float = 0.0
@@ -515,8 +516,11 @@ class Evaluate:
     second_judge_examples: int = 0
     """Examples of each set that the second judge reads, the same for every model; 0 means all."""
     vote: bool = False
-    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote). A study
-    does so between its cells."""
+    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote); and which of
+    the true next queries and another user's, which shows what its votes are worth. A study votes between its cells."""
+    vote_examples: int = 0
+    """Examples of each set voted on, the same for every pair of models; 0 means all. When as many are asked for as
+    `second_judge_examples` says, they are the same ones."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 

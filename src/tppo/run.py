@@ -107,8 +107,11 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config[section] = asdict(getattr(recipe, section))
     if uses_llm_judge(stage, recipe):
         config["judge"] = judge_identity(recipe.judge)
+    if stage == "evaluate" and not recipe.evaluate.vote:
+        del config["evaluate"]["vote_examples"]
     if stage == "vote":
-        config["rubric"] = recipe.reward.rubric
+        config |= {"rubric": recipe.reward.rubric, "vote_examples": recipe.evaluate.vote_examples}
+        config["shared_seed"] = recipe.shared_seed  # it chooses the examples
     if stage == "rejudge":
         evaluate = recipe.evaluate
         config |= {name: getattr(evaluate, name) for name in ("second_judge", "second_judge_examples")}

@@ -194,12 +194,14 @@ def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judg
 def test_the_second_judge_reads_the_same_examples_of_every_model():
     recipe = Recipe(evaluate=Evaluate(second_judge_examples=4))
     examples = fake_run.make_examples(6)
-    asked = stage.second_asked(recipe, "eval1", examples)
-    assert (len(asked), sum(asked)) == (12, 4)
-    assert asked == stage.second_asked(recipe, "eval1", examples)
-    assert all(stage.second_asked(Recipe(), "eval1", examples))
+    limit = recipe.evaluate.second_judge_examples
+    by_split = {"eval1": examples[:6], "eval2": examples[6:]}
+    asked = stage.asked_about(recipe, by_split, limit)
+    assert [example.example_id in {e.example_id for e in asked} for example in examples].count(True) == 8
+    assert asked == [example for example in examples if example in asked]
+    assert stage.asked_about(recipe, by_split, 0) == examples
     # The cells of a study differ in `seed`, not in what the second judge reads.
-    seeds = [stage.second_asked(replace(recipe, seed=seed, shared_seed=0), "eval1", examples) for seed in (1, 2, 3)]
+    seeds = [stage.asked_about(replace(recipe, seed=seed, shared_seed=0), by_split, limit) for seed in (1, 2, 3)]
     assert seeds == [asked] * 3
 
 

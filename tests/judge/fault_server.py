@@ -150,15 +150,20 @@ def error_answer(status: int, message: str, *headers: str) -> bytes:
 
 
 def log_probabilities(content: str) -> dict[str, Any]:
-    """Token log probabilities of a reply: a token is a digit with the blank before it, or what stands between two.
+    """Token log probabilities of a reply: a token is a verdict (a digit with the blank before it, the winner of a
+    pair), or what stands between two.
 
-    The other digit has `OTHER_SHARE` of the probability, and ten other tokens share what is left.
+    The other digit, or the other response of a pair, has `OTHER_SHARE` of the probability, and ten other tokens share
+    what is left.
     """
     tokens = []
-    for token in re.findall(r" ?[01](?![0-9])|(?:(?! ?[01](?![0-9])).)+", content, re.DOTALL):
+    verdict = r' ?[01](?![0-9])|(?<="winner": ")[ab]'
+    for token in re.findall(f"{verdict}|(?:(?!{verdict}).)+", content, re.DOTALL):
         others = {f"<{number}>": 0.01 for number in range(10)}
         if token.strip() in ("0", "1"):
             others[token.replace("0", "2").replace("1", "0").replace("2", "1")] = OTHER_SHARE
+        if token in ("a", "b"):
+            others[{"a": "b", "b": "a"}[token]] = OTHER_SHARE
         listed = {token: 1 - sum(others.values()), **others}
         top = [{"token": text, "logprob": math.log(share), "bytes": None} for text, share in listed.items()]
         tokens.append({**top[0], "top_logprobs": top})

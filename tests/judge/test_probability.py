@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.judge.probability import sentence_probability
+from tppo.judge.probability import verdict_probabilities
 from tppo.judge.reply import BrokenReply
 
 
@@ -41,8 +41,8 @@ def test_it_is_found_wherever_the_tokens_end(words, spaces, verdict, share, cuts
             others[token[:place] + other + token[place + 1 :]] = (1 - share) * 0.9
         tokens.append(entry(token, share * 0.9, **others))
         start = end
-    found = sentence_probability(content, {"content": tokens})
-    assert found == pytest.approx(share if verdict == "1" else 1 - share)
+    found = verdict_probabilities("token", content, {"content": tokens})
+    assert found == pytest.approx({verdict: share, {"0": "1", "1": "0"}[verdict]: 1 - share})
 
 
 def test_a_verdict_spelled_by_several_tokens_is_counted_whole():
@@ -52,12 +52,27 @@ def test_a_verdict_spelled_by_several_tokens_is_counted_whole():
         entry(" 0", 0.5, **{" 0}": 0.2, " 1": 0.2, " 1}": 0.1, "1": 0.3}),
         entry("}", 1),
     ]
-    assert sentence_probability('{"sentence": 0}', {"content": tokens}) == pytest.approx(0.3)
+    assert verdict_probabilities("sentence", '{"sentence": 0}', {"content": tokens})["1"] == pytest.approx(0.3)
 
 
 def test_a_verdict_that_is_not_listed_has_no_probability():
     tokens = [entry('{"sentence": ', 1.0), entry("0", 0.9, **{"x": 0.1}), entry("}", 1.0)]
-    assert sentence_probability('{"sentence": 0}', {"content": tokens}) == 0
+    assert verdict_probabilities("sentence", '{"sentence": 0}', {"content": tokens}) == {"0": 1, "1": 0}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others"),
+    [
+        (['{"winner": "', "*a", '"}'], {"b": 0.25, "t": 0.03, "tie": 0.02, "ab": 0.1, "tied": 0.1}),
+        (['{"winner":', '* "a"', "}"], {' "b"': 0.2, ' "b"}': 0.05, ' "tie': 0.05, ' "as"': 0.1, "a": 0.1}),
+        (['*{"winner": "a"}'], {'{"winner": "b"}': 0.25, '{"winner": "ti': 0.05, '{"winner": "': 0.1}),
+    ],
+)
+def test_the_winner_of_a_pair(tokens, others):
+    # Starred: the token of the verdict. Other words, and verdicts in another place, count for none.
+    entries = [entry(token[1:], 0.2, **others) if token[0] == "*" else entry(token, 1.0) for token in tokens]
+    found = verdict_probabilities("pair", '{"winner": "a"}', {"content": entries})
+    assert found == pytest.approx({"a": 0.4, "b": 0.5, "tie": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -77,4 +92,4 @@ def test_a_verdict_that_is_not_listed_has_no_probability():
 )
 def test_what_is_no_probability_is_refused(logprobs):
     with pytest.raises(BrokenReply, match="logprobs: "):
-        sentence_probability('{"sentence": 0}', logprobs)
+        verdict_probabilities("sentence", '{"sentence": 0}', logprobs)

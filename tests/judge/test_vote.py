@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
-from fault_server import Settings, running
+from fault_server import OTHER_SHARE, Settings, running
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tppo.config import LLMJudge as JudgeSettings
+from tppo.judge.ledger import Outcome
 from tppo.judge.llm import LLMJudge
 from tppo.judge.vote import Contest, Vote, vote
 from tppo.text import Event
@@ -49,3 +55,56 @@ def test_what_needs_no_question(judge):
 def test_an_abstention_is_no_vote(judge):
     with running(Settings(fault_rate=1, faults="truncated")) as server:
         assert vote(judge(server, reply_attempts=1), [contest(0)], "targets") == [Vote(None, None)]
+
+
+def test_a_vote_can_go_by_the_probabilities(judge):
+    contests = [contest(number) for number in range(40)]
+    with running(Settings()) as server:
+        by_verdict = vote(judge(server), contests, "targets")
+        votes = vote(judge(server, score="probability"), contests, "targets")
+        assert server.stats()["requests"] == 160  # questions of their own
+    share = OTHER_SHARE / (1 - 10 * 0.01)
+    for graded, plain in zip(votes, by_verdict, strict=True):
+        assert (graded.winner, graded.flipped, plain.preference) == (plain.winner, plain.flipped, None)
+        assert graded.preference == pytest.approx({"a": 1 - share, "b": share, "tie": 0.5}[graded.winner])
+
+
+class BiasedJudge:
+    """Prefers b to a by so many log-odds, and the first place by so many more."""
+
+    with_probability = True
+
+    def __init__(self, log_odds: float, bias: float, tie: float) -> None:
+        self.log_odds, self.bias, self.tie = log_odds, bias, tie
+
+    def answers(self, questions, description=None):
+        return [self._answer(log_odds) for log_odds in (self.log_odds, -self.log_odds)]
+
+    def _answer(self, log_odds: float) -> Outcome:
+        """Of the place that was called a."""
+        logits = {"a": self.bias - log_odds / 2, "b": log_odds / 2 - self.bias, "tie": self.tie}
+        total = sum(math.exp(value) for value in logits.values())
+        shares = {name: math.exp(value) / total for name, value in logits.items()}
+        return Outcome("ok", {"winner": max(shares, key=shares.__getitem__), "probabilities": shares}, None)
+
+
+@given(log_odds=st.floats(-4, 4), bias=st.floats(-8, 8), tie=st.floats(-6, 2))
+def test_a_preferred_place_cancels(log_odds, bias, tie):
+    (found,) = vote(BiasedJudge(log_odds, bias, tie), [contest(0)], "targets")
+    (unbiased,) = vote(BiasedJudge(log_odds, 0.0, tie), [contest(0)], "targets")
+    assert found.preference == pytest.approx(unbiased.preference, rel=1e-6)
+    (mirrored,) = vote(BiasedJudge(-log_odds, bias, tie), [contest(0)], "targets")
+    assert found.preference + mirrored.preference == pytest.approx(1)
+    if abs(log_odds) / 2 > tie + 1e-3 and abs(log_odds) > 1e-3:
+        assert found.winner == ("b" if log_odds > 0 else "a")
+    if abs(log_odds) / 2 < tie - 1e-3:
+        assert found.winner == "tie"
+
+
+def test_orders_that_exclude_each_other_tie():
+    never = {"a": 1.0, "b": 0.0, "tie": 0.0}
+    sure = SimpleNamespace(
+        with_probability=True,
+        answers=lambda questions, _: [Outcome("ok", {"winner": "a", "probabilities": never}, None)] * 2,
+    )
+    assert vote(sure, [contest(0)], "targets") == [Vote("tie", True, 0.5)]

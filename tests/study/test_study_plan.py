@@ -87,24 +87,27 @@ def test_votes_are_between_cells_of_one_setting_and_seed():
         Setting("no_votes", {"evaluate.vote": False, "rl.kl_coef": 0.01}),
     ]
     plan = make_plan(make_recipe("r", *settings, evaluate=Evaluate(vote=True)))
-    pairs = ("tppo-sft", "tppo-dpo", "dpo-sft")
     assert [job.name for job in plan.votes if job.seed == 0] == [
-        *(f"votes/base-{pair}-s0" for pair in pairs),
-        *(f"votes/kl-{pair}-s0" for pair in pairs[:2]),  # DPO and SFT read no setting of rl: the vote is base's
-        *(f"votes/other_voter-{pair}-s0" for pair in pairs),
+        f"votes/{setting}-s0" for setting in ("base", "kl", "other_voter")
     ]
-    assert plan.vote_of["kl", "dpo", "sft", 1].name == "votes/base-dpo-sft-s1"
     assert not any(setting == "no_votes" for setting, *_ in plan.vote_of)
-    vote = plan.vote_of["kl", "tppo", "sft", 1]
+    vote = plan.vote_of["kl", 1]
     assert vote.recipe.stage_dirs == {
         "prepare": "r/shared/base/prepare",
-        "evaluate_tppo": "r/cells/kl-tppo-s1/evaluate",
         "evaluate_sft": "r/cells/base-sft-s1/evaluate",
+        "evaluate_tppo": "r/cells/kl-tppo-s1/evaluate",
+        "evaluate_dpo": "r/cells/base-dpo-s1/evaluate",  # DPO reads no setting of rl
+        "evaluate_targets": "r/cells/base-sft-s1/evaluate",
+        "evaluate_other_user": "r/cells/base-sft-s1/evaluate",
     }
     assert stage_inputs("vote", vote.recipe) == list(vote.recipe.stage_dirs)
     assert [job.name for job in plan.jobs if vote.needs(job)] == [
-        "shared/base", "cells/base-sft-s1", "cells/kl-tppo-s1",
+        "shared/base", "cells/base-sft-s1", "cells/base-dpo-s1", "cells/kl-tppo-s1",
     ]  # fmt: skip
+    # A setting without a cell of its own shares the votes.
+    same = make_plan(make_recipe("r", Setting("n", {"serve.port": 8001}), evaluate=Evaluate(vote=True)))
+    assert len(same.votes) == 2
+    assert same.vote_of["n", 1] is same.vote_of["base", 1]
     # Votes change no cell: a finished study can be voted on afterwards.
     without = make_plan(make_recipe("r", settings[0]))
     assert [job for job in plan.cells if job.setting in ("base", "kl")] == [

@@ -15,7 +15,7 @@ from tppo.config import Evaluate, LLMJudge, Recipe, Setting, Study
 from tppo.errors import UserError
 from tppo.evaluate.generations import GENERATIONS
 from tppo.run import RunFolder
-from tppo.study.plan import Plan
+from tppo.study.plan import Plan, make_plan
 from tppo.study.run import discard, run_study
 from tppo.tables import write_table
 
@@ -36,12 +36,12 @@ def make_voted(root: Path, port: int, model: str = "m") -> tuple[Recipe, Plan]:
 def test_a_study_votes_once_and_pools_the_seeds(tmp_path: Path):
     with running(Settings()) as server:
         recipe, plan = make_voted(tmp_path / "run", server.port)
-        names = [f"votes/{setting}-tppo-sft-s{seed}" for seed in (0, 1) for setting in ("base", "kl")]
+        names = [f"votes/{setting}-s{seed}" for seed in (0, 1) for setting in ("base", "kl")]
         assert [job.name for job in plan.votes] == names
         run_study(recipe)
         asked = server.stats()["requests"]
         # Both orders of every pair of answers that differ and can be read; equal pairs are one question.
-        assert 0 < asked <= 2 * len(names) * len(EXAMPLES)
+        assert 0 < asked <= 2 * (len(names) + 1) * len(EXAMPLES)  # the references' contests are the same everywhere
         written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/votes").glob("*/vote/*")}
         assert len(written) == 3 * len(names)  # votes.parquet, started.json, manifest.json
         run_study(recipe)
@@ -56,11 +56,15 @@ def test_a_study_votes_once_and_pools_the_seeds(tmp_path: Path):
 
 def check_report(folder: Path) -> None:
     votes = [row for row in pq.read_table(folder / "votes.parquet").to_pylist() if row["setting"] == "base"]
-    assert len(votes) == 2 * len(EXAMPLES)
+    # The references are voted on as well: what the votes are worth.
+    of_references = [row for row in votes if row["model"] == "targets"]
+    assert {row["than"] for row in of_references} == {"other_user"}
+    votes = [row for row in votes if row["model"] != "targets"]
+    assert len(votes) == len(of_references) == 2 * len(EXAMPLES)
     assert {row["judge"] for row in votes} == {"llm/m/token-v1"}
     wins = [row for row in json.loads((folder / "metrics.json").read_text())["wins"] if row["by"] == "vote"]
     assert [(row["scope"], row["model"], row["than"]) for row in wins] == [
-        (scope, "tppo", "sft") for scope in ("all", "eval1", "eval2")
+        (scope, *pair) for scope in ("all", "eval1", "eval2") for pair in (("tppo", "sft"), ("targets", "other_user"))
     ]
     won, lost, undecided = (sum(row["winner"] == side for row in votes) for side in ("a", "b", "tie"))
     pooled = wins[0]
@@ -74,7 +78,9 @@ def check_report(folder: Path) -> None:
     page, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
     for text in (page, summary):
         assert "llm/m/token-v1; orders disagree: " in text
-    assert page.count("by vote<small>") == 4  # three evaluation sets of the recipe itself, one of the setting
+    assert (
+        page.count("by vote<small>") == 8
+    )  # two pairs; three evaluation sets of the recipe itself, one of the setting
 
 
 def test_votes_follow_answers_made_anew_and_a_judge_is_needed_before_anything_runs(tmp_path: Path):
@@ -88,7 +94,7 @@ def test_votes_follow_answers_made_anew_and_a_judge_is_needed_before_anything_ru
     assert all(job.finished() for job in plan.votes)
     of_sft = next(job for job in plan.cells if job.name == "cells/base-tppo-s0")
     discard(Plan(cells=[of_sft], votes=plan.votes), ["evaluate"])
-    assert [job.name for job in plan.votes if job.run.manifest("vote") is None] == ["votes/base-tppo-sft-s0"]
+    assert [job.name for job in plan.votes if job.run.manifest("vote") is None] == ["votes/base-s0"]
 
 
 def test_a_vote_that_cannot_be_is_refused(tmp_path: Path):
@@ -112,3 +118,37 @@ def test_a_vote_that_cannot_be_is_refused(tmp_path: Path):
     alone = replace(vote, stage_dirs={"prepare": vote.stage_dirs["prepare"]}, run_dir=str(tmp_path / "alone"))
     with pytest.raises(UserError, match="vote compares two of"):
         run_one(alone, "vote")
+
+
+def test_votes_on_some_examples_by_probability(tmp_path: Path):
+    with running(Settings()) as server:
+        recipe, _ = make_voted(tmp_path / "run", server.port)
+        judge = replace(recipe.judge, score="probability", template="sentence")
+        some = replace(recipe, evaluate=replace(recipe.evaluate, vote_examples=2), judge=judge)
+        assert all(job.finished() for job in make_plan(some).cells), "votes change no cell"
+        run_study(some)
+    votes = pq.read_table(tmp_path / "run/study/votes.parquet").to_pylist()
+    chosen = {row["example_id"] for row in votes}
+    assert len(chosen) == 4, "two of each set, the same for every pair, setting and seed"
+    assert len(votes) == 4 * 2 * 2 * 2
+    graded = [row for row in votes if row["flipped"] is not None]
+    assert graded
+    assert {row["winner"]: row["preference"] > 0.5 for row in graded if row["winner"] != "tie"} == {
+        "a": True,
+        "b": False,
+    }
+    assert {row["preference"] for row in votes if row["flipped"] is None} == {None}
+    assert {row["judge"] for row in votes} == {"llm/m/sentence-v1-probability"}
+
+
+def test_a_reference_that_one_set_lacks_is_not_voted_on_there(tmp_path: Path):
+    with running(Settings()) as server:
+        _, plan = make_voted(tmp_path / "run", server.port)
+        cell = next(job for job in plan.cells if job.name == "cells/base-sft-s0")
+        path = cell.run.path("evaluate") / "generations.parquet"
+        kept = [r for r in pq.read_table(path).to_pylist() if (r["model"], r["split"]) != ("other_user", "eval2")]
+        write_table(path, kept, GENERATIONS)
+        run_one(plan.votes[0].recipe, "vote")
+    votes = pq.read_table(tmp_path / "run/votes/base-s0/vote/votes.parquet").to_pylist()
+    splits = {pair: {row["split"] for row in votes if row["model"] == pair} for pair in ("tppo", "targets")}
+    assert splits == {"tppo": {"eval1", "eval2"}, "targets": {"eval1"}}

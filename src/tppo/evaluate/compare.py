@@ -40,7 +40,7 @@ DISPLAY = {
     "targets": "True next queries",
     "other_user": "Another user's next queries",
 }
-REFERENCES = ("targets", "other_user")
+REFERENCES: tuple[str, str] = ("targets", "other_user")
 """The scale of a judge: queries that are as good as can be, and queries of somebody else."""
 BASELINES = ("untuned", "best_of_n", "frequent_next", "repeat_last", "repeat_recent", "nearest")
 """What every policy is compared with, besides the other policies."""
@@ -51,6 +51,12 @@ def model_pairs(models: Collection[str]) -> list[tuple[str, str]]:
     """Which of the models are compared: each with those after it in `MODEL_ORDER`, the farthest first."""
     compared = [model for model in MODEL_ORDER if model in models]
     return [(a, b) for number, a in enumerate(compared) for b in reversed(compared[number + 1 :])]
+
+
+def voted_pairs(models: Collection[str]) -> list[tuple[str, str]]:
+    """The pairs that are voted on: `model_pairs`, and the references, whose vote says what the judge's votes are worth:
+    the user's true next queries should win against somebody else's."""
+    return [*model_pairs(models), *([REFERENCES] if set(models) >= set(REFERENCES) else [])]
 
 
 def baseline_pairs(models: Collection[str]) -> list[tuple[str, str]]:
@@ -125,7 +131,7 @@ def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: Boo
 
 
 def _add_votes(result: dict[str, Any], scope: str, votes: Rows, rows: Rows, bootstrap: UserBootstrap) -> None:
-    """Win-tie-lose by vote: a winner in both orders wins, anything else ties; abstentions are left out."""
+    """Win-tie-lose by vote, as the votes were counted (`tppo.judge.vote`); abstentions are left out."""
     questions = list(dict.fromkeys(_question(row) for row in rows))
     for a, b in dict.fromkeys((row["model"], row["than"]) for row in votes):
         found = {_question(row): row for row in votes if (row["model"], row["than"]) == (a, b)}

@@ -92,7 +92,7 @@ class Metrics:
         return [pair for pair in self._compared(scope) if pair[1] in BASELINES]
 
     def _compared(self, scope: str) -> list[tuple[str, str]]:
-        found = [(row["model"], row["than"]) for row in self.data["wins"] if row["scope"] == scope]
+        found = [(row["model"], row["than"]) for row in self.data["differences"] if row["scope"] == scope]
         return list(dict.fromkeys(found))
 
     def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:

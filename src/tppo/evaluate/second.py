@@ -2,8 +2,7 @@
 
 `evaluate` may have a second judge beside the first (`evaluate.second_judge`). The stage `rejudge` asks it afterwards,
 about evaluations of one or several run folders, such as the cells of a study: it takes each over under the name
-`evaluate_<model>`. All answers to one history are asked about in a row: a server that keeps what it computed for the
-beginning that two prompts share reads the history once, not once for each model.
+`evaluate_<model>`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from typing import Any
 
 from tppo.config import Recipe
 from tppo.errors import UserError
-from tppo.evaluate.compare import DISPLAY, REFERENCES
+from tppo.evaluate.examples import answered_examples, read_answers
 from tppo.evaluate.generations import RUBRICS, VERDICTS, verdict_columns
-from tppo.evaluate.stage import choose_second_judge, second_asked
-from tppo.evaluate.votes import answered_examples, model_answers
+from tppo.evaluate.stage import choose_second_judge
 from tppo.judge.record import JudgeItem, Verdict
-from tppo.progress import console
 from tppo.run import EVALUATION, RunFolder, taken_models
 from tppo.tables import Example, write_table
 
@@ -39,19 +36,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"rejudge reads evaluations of {models} with evaluate.second_judge={recipe.evaluate.second_judge}: name a "
             f"judge, and in stage_dirs `{EVALUATION}<model>: folder` for each model, and `prepare`"
         )
-    answers = {model: _answers(run, model) for model in models}
-    answers = {model: rows for model, rows in answers.items() if rows}
-    examples = answered_examples(run, answers)
+    answers = read_answers(run, models)
+    examples = answered_examples(recipe, run, answers, recipe.evaluate.second_judge_examples)
     judge = choose_second_judge(recipe, run, _first_judges(run, models))
     assert judge is not None, "there is one: it was checked above"
-    chosen = [
-        example
-        for split, found in examples.items()
-        for example, asked in zip(found, second_asked(recipe, split, found), strict=True)
-        if asked
+    read = [
+        (example, rows[example.example_id])
+        for example in examples
+        for rows in answers.values()
+        if example.example_id in rows
     ]
-    indexed = {(model, row["example_id"]): row for model, rows in answers.items() for row in rows}
-    read = [(example, indexed[model, example.example_id]) for example in chosen for model in answers]
     items = [JudgeItem(example.history, example.targets, row["response"]) for example, row in read]
     verdicts = {rubric: judge.judge(items, rubric, f"second judge, rubric {rubric}") for rubric in judge.rubrics}
     rows = [
@@ -60,19 +54,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     ]
     write_table(folder / "verdicts.parquet", rows, VERDICTS)
     abstained = Counter(rubric for rubric, found in verdicts.items() for verdict in found if verdict.status != "ok")
-    return {"judge": judge.name, "answers": len(rows), "examples": len(chosen), "abstained": dict(abstained)}
-
-
-def _answers(run: RunFolder, model: str) -> list[dict[str, Any]]:
-    """The rows of one model; none of a reference that the evaluation could not have (one user only)."""
-    folder = run.require(EVALUATION + model)
-    try:
-        return model_answers(folder, model)
-    except UserError:
-        if model not in REFERENCES:
-            raise
-        console.print(f"rejudge: {folder} has no row '{DISPLAY[model]}'", soft_wrap=True)
-        return []
+    return {"judge": judge.name, "answers": len(rows), "examples": len(examples), "abstained": dict(abstained)}
 
 
 def _first_judges(run: RunFolder, models: list[str]) -> set[str]:

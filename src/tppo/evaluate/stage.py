@@ -25,6 +25,7 @@ from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.evaluate.answers import Answers, embed_texts, make_answerer
 from tppo.evaluate.compare import REFERENCES, build_metrics
+from tppo.evaluate.examples import asked_about, by_model, choose_examples
 from tppo.evaluate.generations import GENERATIONS, RUBRICS, verdict_columns
 from tppo.evaluate.metrics import form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
@@ -32,7 +33,6 @@ from tppo.judge.choose import make_judge, saved_judge
 from tppo.judge.embedding import Encoder
 from tppo.judge.record import Judge, JudgeItem, Verdict
 from tppo.run import RunFolder, evaluated_baselines, write_json
-from tppo.seeding import draw
 from tppo.tables import Example, load_examples, read_table, write_table
 from tppo.text import parse_response
 
@@ -52,8 +52,9 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
+    asked = {e.example_id for e in asked_about(recipe, examples, recipe.evaluate.second_judge_examples)}
     readers = {
-        split: Readers(judge, second, second_asked(recipe, split, chosen), encoder)
+        split: Readers(judge, second, [e.example_id in asked for e in chosen], encoder)
         for split, chosen in examples.items()
     }
     facts = _write_parts(recipe, run, examples, readers, parts)
@@ -64,7 +65,9 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     write_table(folder / "generations.parquet", generations, GENERATIONS)
     votes = None
     if recipe.evaluate.vote:
-        votes = vote_rows(recipe, examples, generations.to_pylist())
+        votes = vote_rows(
+            recipe, asked_about(recipe, examples, recipe.evaluate.vote_examples), by_model(generations.to_pylist())
+        )
         write_table(folder / "votes.parquet", votes, VOTES)
     metrics = build_metrics(generations.to_pylist(), recipe, votes)
     metrics["judge"] = judge.name
@@ -213,25 +216,6 @@ def choose_second_judge(recipe: Recipe, run: RunFolder, first: Collection[str]) 
             "another, or none"
         )
     return second
-
-
-def second_asked(recipe: Recipe, split: str, examples: Sequence[Example]) -> list[bool]:
-    """Which examples the second judge reads: `evaluate.second_judge_examples`, drawn with the seed (0: all)."""
-    indices = range(len(examples))
-    limit = recipe.evaluate.second_judge_examples or None
-    chosen = set(draw(indices, limit, recipe.data_seed, "second judge", split))
-    return [index in chosen for index in indices]
-
-
-def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
-    """`evaluate.max_examples` examples of a split, drawn with the seed, in file order (0: all)."""
-    examples = load_examples(run.require("prepare"), split)
-    if not examples:
-        raise UserError(
-            f"{run.path('prepare')}/examples.parquet has no example of split '{split}': raise "
-            f"prepare.{split}_share or take the split out of evaluate.splits"
-        )
-    return draw(examples, recipe.evaluate.max_examples or None, recipe.data_seed, "evaluate", split)
 
 
 def _part(parts: Path, split: str, model: str) -> Path:

@@ -6,7 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 from tppo.errors import UserError
-from tppo.judge.probability import sentence_probability
+from tppo.judge.probability import verdict_probabilities
 from tppo.judge.reply import check_reply
 from tppo.judge.templates import Question
 
@@ -72,5 +72,6 @@ def check_completion(question: Question, completion: Completion) -> dict[str, An
         )
     verdict = check_reply(question, completion.content, completion.finish_reason).model_dump()
     if question.with_probability:
-        verdict["probability"] = sentence_probability(completion.content or "", completion.logprobs)
+        found = verdict_probabilities(question.template, completion.content or "", completion.logprobs)
+        verdict |= {"probabilities": found} if question.template == "pair" else {"probability": found["1"]}
     return verdict

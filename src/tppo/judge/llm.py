@@ -63,11 +63,16 @@ class LLMJudge:
         ]
 
     def answers(self, questions: Sequence[Question], description: str | None = None) -> list[Outcome]:
-        """Outcome of every question, in order: from the ledger where it is finished, else from the server."""
+        """Outcome of every question, in order: from the ledger where it is finished, else from the server.
+
+        The server is asked in the order of the texts: those that begin alike come in a row, so that a server that keeps
+        what it computed for a common beginning reads a history once, not once for each answer to it.
+        """
         by_key = {question.key(self.settings.model): question for question in questions}
         with JudgeLedger(self.ledger_path) as ledger:
             known = ledger.outcomes(by_key)
             missing = [(key, question) for key, question in by_key.items() if key not in known]
+            missing.sort(key=lambda entry: (entry[1].system, entry[1].user))
             if missing:
                 with _progress(description or "judging", len(missing), len(known)) as show:
                     asyncio.run(Asker(self.settings, ledger, self.api_key, show).ask(missing))

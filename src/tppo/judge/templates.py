@@ -90,7 +90,7 @@ class Question:
     words: tuple[str, ...]
     """The words to be scored, in order; empty unless the template is `token`."""
     with_probability: bool = False
-    """Ask for the token log probabilities as well, for the probability of the sentence's 1."""
+    """Ask for the token log probabilities as well, for those of the verdict on the whole."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -120,12 +120,17 @@ def judge_question(
 
 
 def pair_question(
-    history: Sequence[Event], targets: Sequence[str], response_a: str, response_b: str, rubric: Rubric
+    history: Sequence[Event],
+    targets: Sequence[str],
+    response_a: str,
+    response_b: str,
+    rubric: Rubric,
+    with_probability: bool = False,
 ) -> Question:
     """Compare two responses to one history, in the order given."""
     data = _situation(history, targets, rubric)
     data |= {"returned_queries_a": _lines(response_a), "returned_queries_b": _lines(response_b)}
-    return Question("pair", rubric, _system("pair", rubric), render_data(data), ())
+    return Question("pair", rubric, _system("pair", rubric), render_data(data), (), with_probability)
 
 
 def reply_schema(template: Template) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 A judge model tends to prefer the place an answer stands in. Every pair is therefore asked in both orders; when the
 two answers disagree the vote is a tie, and how often that happens (the flip rate) is reported beside the result.
+
+A small judge may prefer one place so much that nearly every vote flips. With `judge.score: probability` the vote goes
+by the probabilities of a, b and tie instead, as the geometric mean of both orders: a liking for a place multiplies the
+odds of a by some factor in one order and divides them by it in the other, so it cancels, and what is left is the
+answers' (balanced position calibration, Wang et al., ACL 2024; in log space as in Zheng et al., ICLR 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +23,7 @@ from tppo.judge.templates import pair_question
 from tppo.text import Event
 
 Winner = Literal["a", "b", "tie"]
-_MIRRORED: dict[str, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+_MIRRORED: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Vote:
 
     winner: Winner | None
     flipped: bool | None
+    preference: float | None = None
+    """Probability that a is better, half that of a tie added: in [0, 1]. Only of a judge that was asked for it."""
 
 
 def vote(judge: LLMJudge, contests: Sequence[Contest], rubric: Rubric, description: str | None = None) -> list[Vote]:
@@ -45,8 +53,9 @@ def vote(judge: LLMJudge, contests: Sequence[Contest], rubric: Rubric, descripti
     and so do equal ones.
     """
     asked = [(c, c.a, c.b) for c in contests if _decided(c) is None and c.a is not None and c.b is not None]
-    questions = [pair_question(c.history, c.targets, a, b, rubric) for c, a, b in asked]
-    questions += [pair_question(c.history, c.targets, b, a, rubric) for c, a, b in asked]
+    probable = judge.with_probability
+    questions = [pair_question(c.history, c.targets, a, b, rubric, probable) for c, a, b in asked]
+    questions += [pair_question(c.history, c.targets, b, a, rubric, probable) for c, a, b in asked]
     outcomes = judge.answers(questions, description)
     votes = iter(_count(*both) for both in zip(outcomes[: len(asked)], outcomes[len(asked) :], strict=True))
     return [_decided(contest) or next(votes) for contest in contests]
@@ -66,4 +75,18 @@ def _count(forward: Outcome, backward: Outcome) -> Vote:
         return Vote(None, None)
     first: Winner = forward.verdict["winner"]
     second = _MIRRORED[backward.verdict["winner"]]
+    if "probabilities" in forward.verdict:
+        shares = _balanced(forward.verdict["probabilities"], backward.verdict["probabilities"])
+        best = [winner for winner, share in shares.items() if share == max(shares.values())]
+        winner = best[0] if len(best) == 1 else "tie"
+        return Vote(winner, first != second, shares["a"] + shares["tie"] / 2)
     return Vote(first, False) if first == second else Vote("tie", True)
+
+
+def _balanced(forward: Mapping[Winner, float], backward: Mapping[Winner, float]) -> dict[Winner, float]:
+    """Shares of a, b and tie: the geometric mean of both orders, normalised."""
+    means: dict[Winner, float] = {w: math.sqrt(forward[w] * backward[other]) for w, other in _MIRRORED.items()}
+    total = sum(means.values())
+    if not total:  # each order rules out what the other one says
+        return {"a": 0.0, "b": 0.0, "tie": 1.0}
+    return {winner: mean / total for winner, mean in means.items()}

@@ -23,7 +23,12 @@ from tppo.study.collect import Collected
 from tppo.study.plan import BASE, Plan, varied
 from tppo.study.present import PlainTable, with_interval
 
-CHANGE_NO_ANSWER = ("evaluate.vote", "evaluate.second_judge", "evaluate.second_judge_examples")
+CHANGE_NO_ANSWER = (
+    "evaluate.vote",
+    "evaluate.vote_examples",
+    "evaluate.second_judge",
+    "evaluate.second_judge_examples",
+)
 FORM_MEASURES = ("queries_written", "response_tokens")
 """Shown beside the relevance: what a setting may trade it for."""
 

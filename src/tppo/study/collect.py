@@ -98,7 +98,7 @@ class Collected:
 
     def votes_of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
         """Rows of every vote that stands for this setting."""
-        names = [job.name for (name, *_), job in plan.vote_of.items() if name == setting and job.name in self.votes]
+        names = [job.name for (name, _), job in plan.vote_of.items() if name == setting and job.name in self.votes]
         return [row for name in names for row in self.votes[name]]
 
 

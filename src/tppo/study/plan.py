@@ -17,16 +17,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tppo.config import Recipe, Setting, Study, TuningAlgorithm
 from tppo.errors import UserError
-from tppo.evaluate.compare import REFERENCES, model_pairs
+from tppo.evaluate.compare import REFERENCES
 from tppo.rl.pairs import check_samples
 from tppo.run import EVALUATION, RunFolder, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
 BASE = "base"
 SFT = "sft"
+READER_FOLDERS = {"vote": "votes", "rejudge": "second"}
+"""Where the stages stand that read the answers of several cells."""
 _FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study")
 """What no setting can override: the study sets it."""
 
@@ -67,13 +69,13 @@ class Plan:
     shared: list[Job] = field(default_factory=list)
     cells: list[Job] = field(default_factory=list)
     votes: list[Job] = field(default_factory=list)
-    """Votes of the LLM judge between the answers of two cells."""
+    """Votes of the LLM judge between the answers of all cells of a setting and seed."""
     readings: list[Job] = field(default_factory=list)
     """The second judge's readings of the answers of all cells of a setting and seed."""
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
-    vote_of: dict[tuple[str, str, str, int], Job] = field(default_factory=dict)
-    """The vote on a (setting, model, other model, seed)."""
+    vote_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The votes on a (setting, seed)."""
     reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
     """The second judge's reading of a (setting, seed)."""
 
@@ -106,8 +108,8 @@ def make_plan(recipe: Recipe) -> Plan:
                 asked = model == SFT or model in algorithms
                 _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
     recipes = {name: variant for name, (variant, _) in variants.items()}
-    _plan_votes(plan, Path(recipe.run_dir), recipes)
-    _plan_readings(plan, Path(recipe.run_dir), recipes)
+    _plan_readers("vote", recipes, plan, plan.votes, plan.vote_of)
+    _plan_readers("rejudge", recipes, plan, plan.readings, plan.reading_of)
     return plan
 
 
@@ -153,49 +155,35 @@ def _plan_cell(
         plan.cell_of[key] = cells[evaluation]
 
 
-def _plan_votes(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
-    """Add a vote for each pair of models with the same setting and seed, where the setting's recipe asks for votes.
-
-    A vote stands to the right of the two cells whose answers it reads. Settings with the same two cells, the same judge
-    and the same rubric share it.
-    """
-    made: dict[tuple[str, ...], Job] = {}
-    for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
-        for setting, variant in variants.items():
-            if not variant.evaluate.vote:
-                continue
-            cells = _cells_of(plan, setting, seed)
-            for a, b in model_pairs(cells):
-                name = f"votes/{setting}-{a}-{b}-s{seed}"
-                recipe = reader_recipe(variant, {a: cells[a], b: cells[b]}, root / name)
-                key = (cells[a].name, cells[b].name, json.dumps(stage_config("vote", recipe), default=str))
-                if key not in made:
-                    made[key] = Job(name, setting, recipe, ["vote"])
-                    plan.votes.append(made[key])
-                plan.vote_of[setting, a, b, seed] = made[key]
-
-
-def _plan_readings(plan: Plan, root: Path, variants: Mapping[str, Recipe]) -> None:
-    """Add the second judge's reading of each setting and seed, where the setting's recipe names such a judge.
+def _plan_readers(
+    stage: Literal["vote", "rejudge"],
+    variants: Mapping[str, Recipe],
+    plan: Plan,
+    jobs: list[Job],
+    job_of: dict[tuple[str, int], Job],
+) -> None:
+    """Add the job of a stage that reads all cells of a setting and seed, where the setting's recipe asks for it.
 
     It reads the policies and the two references; simple baselines are left to the first judge, since every answer
-    costs a request.
+    costs a request. Settings with the same cells, the same judge and the same questions share the job.
     """
     made: dict[tuple[str, ...], Job] = {}
     for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
         for setting, variant in variants.items():
             cells = _cells_of(plan, setting, seed)
-            if variant.evaluate.second_judge == "none" or SFT not in cells:
+            wanted = {
+                "vote": variant.evaluate.vote and len(cells) > 1,
+                "rejudge": variant.evaluate.second_judge != "none",
+            }
+            if not wanted[stage] or SFT not in cells:
                 continue
-            name = f"second/{setting}-s{seed}"
-            recipe = reader_recipe(variant, cells | dict.fromkeys(REFERENCES, cells[SFT]), root / name)
-            recipe = replace(recipe, evaluate=replace(variant.evaluate, vote=False))
-            names = (job.name for job in cells.values())
-            key = (*names, json.dumps(stage_config("rejudge", recipe), default=str))
+            name = f"{READER_FOLDERS[stage]}/{setting}-s{seed}"
+            recipe = reader_recipe(variant, cells | dict.fromkeys(REFERENCES, cells[SFT]), name)
+            key = (*(job.name for job in cells.values()), json.dumps(stage_config(stage, recipe), default=str))
             if key not in made:
-                made[key] = Job(name, setting, recipe, ["rejudge"])
-                plan.readings.append(made[key])
-            plan.reading_of[setting, seed] = made[key]
+                made[key] = Job(name, setting, recipe, [stage])
+                jobs.append(made[key])
+            job_of[setting, seed] = made[key]
 
 
 def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
@@ -203,15 +191,16 @@ def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
     return {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
 
 
-def reader_recipe(variant: Recipe, cells: Mapping[str, Job], folder: Path) -> Recipe:
-    """The recipe of a stage that reads the answers which these cells wrote, by model."""
+def reader_recipe(variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
+    """The recipe of a stage that reads the answers which these cells wrote, by model; its folder has this name."""
     first = next(iter(cells.values()))
     taken = {"prepare": first.run.path("prepare")}
     taken |= {EVALUATION + model: job.run.path("evaluate") for model, job in cells.items()}
     return replace(
         cell_recipe(variant, SFT, first.seed),
-        run_dir=str(folder),
-        stage_dirs={name: str(path) for name, path in taken.items()},
+        run_dir=str(Path(variant.run_dir) / name),
+        stage_dirs={stage: str(path) for stage, path in taken.items()},
+        evaluate=variant.evaluate,
     )
 
 
@@ -224,9 +213,14 @@ def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
         shared_seed=variant.data_seed,
         algorithms=algorithms,
         # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: both
-        # are jobs of their own (`_plan_votes`, `_plan_readings`).
+        # are jobs of their own (`_plan_readers`).
         evaluate=replace(
-            variant.evaluate, tuned_only=model != SFT, vote=False, second_judge="none", second_judge_examples=0
+            variant.evaluate,
+            tuned_only=model != SFT,
+            vote=False,
+            vote_examples=0,
+            second_judge="none",
+            second_judge_examples=0,
         ),
         study=Study(),
     )
