@@ -41,6 +41,7 @@ COMMANDS = {
     "evaluate": "judge SFT and every tuned policy on users never trained on",
     "vote": "the LLM judge votes between the answers of two evaluations, in both orders (`tppo study` does it for you)",
     "rejudge": "a second judge reads the answers of finished evaluations (`tppo study` does it for you)",
+    "distance": "KL of every tuned policy from SFT on evaluation users, in nats (`tppo study` does it for you)",
     "report": "one self-contained HTML page: verdict, tables, curves, samples",
     "serve": "suggestions over HTTP, with a page that shows the models beside each other",
     "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
@@ -58,6 +59,7 @@ MODULES = {
     "evaluate": "tppo.evaluate.stage",
     "vote": "tppo.evaluate.votes",
     "rejudge": "tppo.evaluate.second",
+    "distance": "tppo.evaluate.distance",
     "report": "tppo.evaluate.report",
 }
 ACTIONS = {
@@ -70,8 +72,9 @@ ACTIONS = {
 WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
 ALSO_SHOWN = {
-    **dict.fromkeys(("label", "evaluate", "vote", "ledger"), ("judge",)),
-    "rejudge": ("judge", "evaluate"),
+    **dict.fromkeys(("label", "evaluate", "ledger"), ("judge",)),
+    **dict.fromkeys(("vote", "rejudge"), ("judge", "evaluate")),
+    "distance": ("evaluate",),
 }
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
@@ -89,6 +92,7 @@ EXAMPLES = {
     "rejudge": "tppo rejudge --run_dir runs/second --evaluate.second_judge llm --evaluate.second_judge_examples 100\\\n"
     "    --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1 --judge.template sentence\\\n"
     "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
+    "distance": "tppo distance --config recipes/demo.yaml --evaluate.distance_examples 50",
     "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
     "agreement": "tppo agreement --config recipes/demo.yaml\n"

@@ -521,6 +521,9 @@ class Evaluate:
     vote_examples: int = 0
     """Examples of each set voted on, the same for every pair of models; 0 means all. When as many are asked for as
     `second_judge_examples` says, they are the same ones."""
+    distance_examples: int = 0
+    """Examples of each set on which the KL of every algorithm from SFT is measured (`tppo distance`; a study does so
+    for its cells); 0 means not at all."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 

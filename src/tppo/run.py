@@ -73,6 +73,7 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
         "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
         "vote": ["prepare", *evaluations],
         "rejudge": ["prepare", *evaluations],
+        "distance": ["prepare", "sft", *rl_stages],
     }
     if split_stage(stage)[0] == "dpo":
         return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
@@ -107,8 +108,10 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config[section] = asdict(getattr(recipe, section))
     if uses_llm_judge(stage, recipe):
         config["judge"] = judge_identity(recipe.judge)
-    if stage == "evaluate" and not recipe.evaluate.vote:
-        del config["evaluate"]["vote_examples"]
+    if stage == "evaluate":
+        del config["evaluate"]["distance_examples"]
+        if not recipe.evaluate.vote:
+            del config["evaluate"]["vote_examples"]
     if stage == "vote":
         config |= {"rubric": recipe.reward.rubric, "vote_examples": recipe.evaluate.vote_examples}
         config["shared_seed"] = recipe.shared_seed  # it chooses the examples
@@ -118,6 +121,10 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
         config["shared_seed"] = recipe.shared_seed  # it chooses the examples
         if evaluate.second_judge == "embedding":
             config["label"] = asdict(recipe.label)  # how it is calibrated
+    if stage == "distance":
+        evaluate, config["precision"] = recipe.evaluate, recipe.rl.precision
+        config |= {name: getattr(evaluate, name) for name in ("splits", "max_examples", "distance_examples")}
+        config["shared_seed"] = recipe.shared_seed  # it chooses the examples; `seed` draws the answers
     if section == "rl":
         config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
     if section == "check_reward":

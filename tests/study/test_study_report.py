@@ -14,7 +14,7 @@ import pytest
 
 from tppo.config import Agreement, Prepare, Recipe, Setting, Study
 from tppo.errors import UserError
-from tppo.evaluate.generations import GENERATIONS, VERDICTS, read_generations
+from tppo.evaluate.generations import DISTANCES, GENERATIONS, VERDICTS, read_generations
 from tppo.evaluate.metrics import PER_RESPONSE
 from tppo.judge.agreement import run_action
 from tppo.run import EVALUATION, taken_models, write_json
@@ -45,7 +45,7 @@ def make_study(
     if second_judge:
         recipe = replace(recipe, evaluate=replace(recipe.evaluate, second_judge="embedding"))
     plan = make_plan(recipe)
-    for job in (*plan.shared, *plan.cells, *(plan.readings if second_judge else [])):
+    for job in (*plan.shared, *plan.cells, *(plan.readings if second_judge else []), *plan.distances):
         for stage in [] if job.name == skip else job.stages:
             with job.run.stage(stage) as (folder, _):
                 if stage == "prepare":
@@ -62,6 +62,8 @@ def make_study(
                     rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
                     write_table(folder / "generations.parquet", rows, GENERATIONS)
                     write_json(folder / "metrics.json", fake_run.JUDGE)
+                elif stage == "distance":
+                    write_table(folder / "distance.parquet", distance_rows(job.recipe), DISTANCES)
                 elif stage == "rejudge":
                     cells = {m: job.run.require(EVALUATION + m) for m in taken_models(job.recipe)}
                     rows = [row for m, cell in cells.items() for row in read_generations(cell) if row["model"] == m]
@@ -72,6 +74,20 @@ def make_study(
                         folder / "verdicts.parquet", [{n: r[n] for n in VERDICTS.names} for r in rows], VERDICTS
                     )
     return recipe, plan
+
+
+def distance_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    """Made-up KL: 2 nats for each algorithm after the first, and a tenth for each seed, at every example."""
+    return [
+        {
+            **{name: getattr(example, name) for name in ("example_id", "user_id", "split")},
+            "model": model,
+            "sampled_tokens": 9,
+            "kl_from_sft": 2.0 * (number + 1) + 0.1 * recipe.seed,
+        }
+        for number, model in enumerate(recipe.algorithms)
+        for example in EXAMPLES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +322,40 @@ def test_changed_settings_are_not_mixed_in(tmp_path: Path):
     assert "dpo" not in metrics["models"]
     with pytest.raises(UserError, match=r"--redo \['rl'\]: this study makes"):
         run_study(recipe, ["rl"])
+
+
+def test_the_distance_from_sft_stands_beside_the_gain(tmp_path: Path):
+    evaluate = fake_run.make_recipe(tmp_path, []).evaluate
+    recipe, plan = make_study(tmp_path / "run", evaluate=replace(evaluate, distance_examples=3))
+    assert [job.name for job in plan.distances] == [
+        f"distance/{setting}-s{seed}" for seed in (0, 1, 2) for setting in ("base", "kl")
+    ]
+    measured = plan.distance_of["kl", 1].recipe
+    assert measured.stage_dirs == {
+        "prepare": str(plan.shared[0].run.path("prepare")),
+        "sft": str(plan.shared[0].run.path("sft")),
+        "rl_tppo": f"{recipe.run_dir}/cells/kl-tppo-s1/rl_tppo",
+        "rl_dpo": f"{recipe.run_dir}/cells/base-dpo-s1/rl_dpo",
+    }
+    run_study(recipe)
+    folder = tmp_path / "run/study"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    cells = {(row["model"], row["metric"]): row for row in metrics["rows"] if row["scope"] == "all"}
+    for number, model in enumerate(("tppo", "ppo", "dpo")):
+        found = cells[model, "kl_from_sft"]
+        assert found["value"] == pytest.approx(2 * (number + 1) + 0.1)
+        assert (found["examples"], found["seeds"]) == (3 * len(EXAMPLES), 3)
+        assert found["low"] <= found["value"] <= found["high"]
+    assert cells["sft", "kl_from_sft"]["value"] is None
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    (kl,) = {row["kl_from_sft"] for row in rows if (row["model"], row["seed"]) == ("dpo", 2)}
+    assert kl == pytest.approx(6.2)
+    table = (folder / "summary.md").read_text().split("## Distance from SFT on the evaluation users")[1]
+    shown = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:4]
+    assert [line[0] for line in shown] == ["| DPO", "| PPO", "| TPPO"]
+    gain = next(
+        row["value"] for row in metrics["differences"]
+        if (row["scope"], row["model"], row["than"], row["metric"]) == ("all", "tppo", "sft", metrics["headline"])
+    )  # fmt: skip
+    assert float(shown[2][3]) == pytest.approx(100 * gain / 2.1, abs=0.01)
+    assert "Distance from SFT on the evaluation users" in (folder / "report.html").read_text()

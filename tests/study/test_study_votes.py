@@ -73,6 +73,8 @@ def check_report(folder: Path) -> None:
         assert pooled[name] == pytest.approx(count / len(votes))
     assert (pooled["net"]["examples"], pooled["net"]["seeds"]) == (len(votes), 2)
     assert pooled["net"]["low"] < pooled["net"]["value"] < pooled["net"]["high"]
+    assert pooled["net"]["p_holm"] == pooled["net"]["p_value"] is not None  # one pair of models; references apart
+    assert "p_holm" not in next(row for row in wins if row["model"] == "targets")["net"]
     by_seed = [[row for row in votes if row["seed"] == seed] for seed in (0, 1)]
     assert [row["winner"] for row in by_seed[0]] != [row["winner"] for row in by_seed[1]]
     page, summary = (folder / "report.html").read_text(), (folder / "summary.md").read_text()

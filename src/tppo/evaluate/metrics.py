@@ -161,7 +161,14 @@ SECOND = tuple(
     for metric in (*RELEVANCE, *SCORES)
 )
 """The same by `evaluate.second_judge`."""
-PER_RESPONSE = (*RELEVANCE, *SECOND, *TRUTH, *FORM)
+KL = Metric(
+    "kl_from_sft",
+    "KL from SFT, nats",
+    "number",
+    "neither",
+    "log ratio to SFT of a response of its own, sampled anew at this prompt (`tppo distance`), mean",
+)
+PER_RESPONSE = (*RELEVANCE, *SECOND, *TRUTH, *FORM, KL)
 BY_NAME = {metric.name: metric for metric in (*PER_RESPONSE, *CORPUS)}
 
 

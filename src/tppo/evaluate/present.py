@@ -119,6 +119,13 @@ def number(value: float | None, unit: str = "number") -> str:
     return f"{100 * value:.1f}" if unit == "rate" else f"{value:.2f}"
 
 
+def p_text(p: float | None) -> str:
+    """ "0.012", or "< 0.001"."""
+    if p is None:
+        return NOT_MEASURED
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def interval(estimate: IntervalEstimate, unit: str = "number", signed: bool = False) -> str:
     """ "[55.0, 68.2]", or an empty string when there is none."""
     if estimate.low is None or estimate.high is None:
@@ -347,7 +354,9 @@ def votes_note(row: dict[str, Any]) -> str:
     """Beside a win-tie-lose row by vote: who voted, how often the two orders disagreed, and how often nobody knew."""
     flips = number(row["flip_rate"], "rate") + ("" if row["flip_rate"] is None else "%")
     abstained = f"; {row['abstained']} abstentions left out" if row["abstained"] else ""
-    return f"{row['judge']}; orders disagree: {flips} of {row['asked']} asked{abstained}"
+    corrected = row["net"].get("p_holm")  # of a study
+    p = "" if corrected is None else f"; corrected p {p_text(corrected)}"
+    return f"{row['judge']}; orders disagree: {flips} of {row['asked']} asked{abstained}{p}"
 
 
 def training_markdown(

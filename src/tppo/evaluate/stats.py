@@ -154,7 +154,7 @@ def win_tie_lose(
     """Compare paired scores: higher wins, equal within `tie` ties, an unmeasured score is no comparison."""
     difference_N = _as_float(a_N) - _as_float(b_N)
     sign_N = np.where(np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= tie, 0, difference_N)))
-    net = bootstrap.mean(sign_N)
+    net = bootstrap.difference(sign_N, np.zeros_like(sign_N))
     compared = sign_N[~np.isnan(sign_N)]
     if not len(compared):
         return WinTieLose(None, None, None, net)

@@ -26,6 +26,7 @@ from tppo.study.present import PlainTable, with_interval
 CHANGE_NO_ANSWER = (
     "evaluate.vote",
     "evaluate.vote_examples",
+    "evaluate.distance_examples",
     "evaluate.second_judge",
     "evaluate.second_judge_examples",
 )

@@ -6,7 +6,7 @@ None of them holds text of the log; example and user ids are those of the prepar
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from dataclasses import field as field_of
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from tppo.errors import UserError
-from tppo.evaluate.generations import RUBRICS, VERDICTS, read_generations
-from tppo.evaluate.metrics import PER_RESPONSE
+from tppo.evaluate.generations import DISTANCES, RUBRICS, VERDICTS, read_generations
+from tppo.evaluate.metrics import KL, PER_RESPONSE
 from tppo.evaluate.votes import VOTES
 from tppo.judge.record import RELEVANT
 from tppo.run import read_jsonl, rl_stage
@@ -76,24 +76,27 @@ class Collected:
     judge_labelled_training: dict[str, bool]
     """Whether the cell's judge is the one whose labels trained the reward models, by the name of the cell."""
     missing: list[str]
-    """Cells, votes and second readings that are not finished."""
+    """Cells, and jobs that read them, that are not finished."""
     votes: dict[str, list[dict[str, Any]]]
     """Rows of votes.parquet with `setting` and `seed`, by the name of the vote."""
     readings: dict[str, list[dict[str, Any]]] = field_of(default_factory=dict)
     """Rows of verdicts.parquet with `seed`, by the name of the second judge's reading."""
+    distances: dict[str, list[dict[str, Any]]] = field_of(default_factory=dict)
+    """Rows of distance.parquet with `seed`, by the name of the measurement."""
 
     def of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
         """Rows of every cell that stands for this setting, also when it was made for another one, with what the
-        setting's second judge said of them."""
+        setting's second judge said of them and the KL measured at their prompts."""
         names = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting and job.name in self.rows]
-        readings = [self.readings.get(job.name, []) for (name, _), job in plan.reading_of.items() if name == setting]
-        second = {(row["seed"], row["model"], row["example_id"]): row for rows in readings for row in rows}
+        second = _by_answer(self.readings, plan.reading_of, setting)
+        distances = _by_answer(self.distances, plan.distance_of, setting)
         judge = next((row["judge"] for row in second.values()), None)
         found = []
         for row in (row for name in names for row in self.rows[name]):
-            said = second.get((row["seed"], row["model"], row["example_id"]), {})
-            columns = {name: value for name, value in said.items() if name.startswith("second_")}
-            found.append({**row, "second_judge": judge, **columns})
+            answer = (row["seed"], row["model"], row["example_id"])
+            columns = {name: value for name, value in second.get(answer, {}).items() if name.startswith("second_")}
+            kl = distances.get(answer, {}).get(KL.name)
+            found.append({**row, "second_judge": judge, **columns, KL.name: kl})
         return found
 
     def votes_of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
@@ -102,19 +105,27 @@ class Collected:
         return [row for name in names for row in self.votes[name]]
 
 
+def _by_answer(
+    found: Mapping[str, list[dict[str, Any]]], job_of: Mapping[tuple[str, int], Job], setting: str
+) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """The rows that the jobs of a setting wrote, by seed, model and example."""
+    names = [job.name for (name, _), job in job_of.items() if name == setting]
+    return {(row["seed"], row["model"], row["example_id"]): row for name in names for row in found.get(name, [])}
+
+
 def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     """Read the finished cells.
 
     Args:
         left_out: names of cells not to read: what they hold is not of this study's settings.
     """
-    cells, votes, readings = (
+    cells, votes, readings, distances = (
         [job for job in jobs if job.name not in left_out and job.finished()]
-        for jobs in (plan.cells, plan.votes, plan.readings)
+        for jobs in (plan.cells, plan.votes, plan.readings, plan.distances)
     )
-    finished = {job.name for job in (*cells, *votes, *readings)}
-    wanted = (*plan.cells, *plan.votes, *plan.readings)
-    found = Collected({}, [], {}, [job.name for job in wanted if job.name not in finished], {}, {})
+    finished = {job.name for job in (*cells, *votes, *readings, *distances)}
+    wanted = (*plan.cells, *plan.readers)
+    found = Collected({}, [], {}, [job.name for job in wanted if job.name not in finished], {})
     for job in cells:
         folder = job.run.require("evaluate")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -129,6 +140,9 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     for job in readings:
         rows = read_table(job.run.require("rejudge") / "verdicts.parquet", VERDICTS).to_pylist()
         found.readings[job.name] = [{**row, "seed": job.seed} for row in rows]
+    for job in distances:
+        rows = read_table(job.run.require("distance") / "distance.parquet", DISTANCES).to_pylist()
+        found.distances[job.name] = [{**row, "seed": job.seed} for row in rows]
     return found
 
 

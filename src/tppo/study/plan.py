@@ -4,8 +4,8 @@ A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run fold
 when their settings and those of all stages to their left are: such a stage is made once, in the run folder
 that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
-not concern an algorithm adds no cell of it. Votes of the LLM judge and the second judge's readings stand to the right
-of the cells whose answers they read, each in a run folder of its own.
+not concern an algorithm adds no cell of it. Votes of the LLM judge, the second judge's readings and the KL from SFT
+stand to the right of the cells that they read, each in a run folder of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tppo.run import EVALUATION, RunFolder, rl_stage, shared_stages, split_stage
 
 BASE = "base"
 SFT = "sft"
-READER_FOLDERS = {"vote": "votes", "rejudge": "second"}
-"""Where the stages stand that read the answers of several cells."""
+Reader = Literal["vote", "rejudge", "distance"]
+READERS: dict[Reader, str] = {"vote": "votes", "rejudge": "second", "distance": "distance"}
+"""The stages that read several cells, and the folder in which theirs stand."""
 _FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study")
 """What no setting can override: the study sets it."""
 
@@ -72,16 +73,25 @@ class Plan:
     """Votes of the LLM judge between the answers of all cells of a setting and seed."""
     readings: list[Job] = field(default_factory=list)
     """The second judge's readings of the answers of all cells of a setting and seed."""
+    distances: list[Job] = field(default_factory=list)
+    """The KL from SFT of all policies of a setting and seed."""
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
     vote_of: dict[tuple[str, int], Job] = field(default_factory=dict)
     """The votes on a (setting, seed)."""
     reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
     """The second judge's reading of a (setting, seed)."""
+    distance_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The KL measured on a (setting, seed)."""
 
     @property
     def jobs(self) -> list[Job]:
-        return [*self.shared, *self.cells, *self.votes, *self.readings]
+        return [*self.shared, *self.cells, *self.readers]
+
+    @property
+    def readers(self) -> list[Job]:
+        """Jobs that read several cells."""
+        return [*self.votes, *self.readings, *self.distances]
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
@@ -110,6 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
     recipes = {name: variant for name, (variant, _) in variants.items()}
     _plan_readers("vote", recipes, plan, plan.votes, plan.vote_of)
     _plan_readers("rejudge", recipes, plan, plan.readings, plan.reading_of)
+    _plan_readers("distance", recipes, plan, plan.distances, plan.distance_of)
     return plan
 
 
@@ -156,29 +167,26 @@ def _plan_cell(
 
 
 def _plan_readers(
-    stage: Literal["vote", "rejudge"],
-    variants: Mapping[str, Recipe],
-    plan: Plan,
-    jobs: list[Job],
-    job_of: dict[tuple[str, int], Job],
+    stage: Reader, variants: Mapping[str, Recipe], plan: Plan, jobs: list[Job], job_of: dict[tuple[str, int], Job]
 ) -> None:
     """Add the job of a stage that reads all cells of a setting and seed, where the setting's recipe asks for it.
 
-    It reads the policies and the two references; simple baselines are left to the first judge, since every answer
-    costs a request. Settings with the same cells, the same judge and the same questions share the job.
+    Settings with the same cells and the same questions share the job.
     """
     made: dict[tuple[str, ...], Job] = {}
     for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
         for setting, variant in variants.items():
             cells = _cells_of(plan, setting, seed)
+            evaluate = variant.evaluate
             wanted = {
-                "vote": variant.evaluate.vote and len(cells) > 1,
-                "rejudge": variant.evaluate.second_judge != "none",
+                "vote": evaluate.vote and len(cells) > 1,
+                "rejudge": evaluate.second_judge != "none",
+                "distance": evaluate.distance_examples > 0 and len(cells) > 1,
             }
             if not wanted[stage] or SFT not in cells:
                 continue
-            name = f"{READER_FOLDERS[stage]}/{setting}-s{seed}"
-            recipe = reader_recipe(variant, cells | dict.fromkeys(REFERENCES, cells[SFT]), name)
+            name = f"{READERS[stage]}/{setting}-s{seed}"
+            recipe = reader_recipe(stage, variant, cells, name)
             key = (*(job.name for job in cells.values()), json.dumps(stage_config(stage, recipe), default=str))
             if key not in made:
                 made[key] = Job(name, setting, recipe, [stage])
@@ -191,15 +199,24 @@ def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
     return {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
 
 
-def reader_recipe(variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
-    """The recipe of a stage that reads the answers which these cells wrote, by model; its folder has this name."""
-    first = next(iter(cells.values()))
-    taken = {"prepare": first.run.path("prepare")}
-    taken |= {EVALUATION + model: job.run.path("evaluate") for model, job in cells.items()}
+def reader_recipe(stage: Reader, variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
+    """The recipe of a stage that reads what these cells, by model, made; its folder has this name.
+
+    The LLM judge reads the policies and the two references; simple baselines are left to the first judge, since every
+    answer costs a request.
+    """
+    sft = cells[SFT]
+    tuned = {model: job for model, job in cells.items() if model != SFT}
+    if stage == "distance":
+        taken = {"sft": sft.run.path("sft")} | {rl_stage(m): job.run.path(rl_stage(m)) for m, job in tuned.items()}
+    else:
+        read = {**cells, **dict.fromkeys(REFERENCES, sft)}
+        taken = {EVALUATION + model: job.run.path("evaluate") for model, job in read.items()}
     return replace(
-        cell_recipe(variant, SFT, first.seed),
+        cell_recipe(variant, SFT, sft.seed),
         run_dir=str(Path(variant.run_dir) / name),
-        stage_dirs={stage: str(path) for stage, path in taken.items()},
+        algorithms=[name for name in variant.algorithms if name in tuned],
+        stage_dirs={"prepare": str(sft.run.path("prepare")), **{key: str(path) for key, path in taken.items()}},
         evaluate=variant.evaluate,
     )
 
@@ -212,13 +229,14 @@ def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
         seed=seed,
         shared_seed=variant.data_seed,
         algorithms=algorithms,
-        # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: both
+        # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: these
         # are jobs of their own (`_plan_readers`).
         evaluate=replace(
             variant.evaluate,
             tuned_only=model != SFT,
             vote=False,
             vote_examples=0,
+            distance_examples=0,
             second_judge="none",
             second_judge_examples=0,
         ),
@@ -296,9 +314,13 @@ def describe(plan: Plan) -> list[str]:
         left.update(missing)
         lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
     counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
-    votes = f", {len(plan.votes)} votes" if plan.votes else ""
-    readings = f", {len(plan.readings)} readings of a second judge" if plan.readings else ""
-    return [*lines, f"{len(plan.cells)} cells{votes}{readings}; stages: {counts}"]
+    readers = (
+        (plan.votes, "votes"),
+        (plan.readings, "readings of a second judge"),
+        (plan.distances, "KL measurements"),
+    )
+    read = "".join(f", {len(jobs)} {what}" for jobs, what in readers if jobs)
+    return [*lines, f"{len(plan.cells)} cells{read}; stages: {counts}"]
 
 
 def settings_tried(plan: Plan) -> dict[str, list[str]]:

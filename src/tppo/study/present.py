@@ -10,7 +10,7 @@ from typing import Any
 from tppo.evaluate import present
 from tppo.evaluate.compare import DISPLAY
 from tppo.evaluate.costs import cost_rows, model_costs
-from tppo.evaluate.metrics import BY_NAME
+from tppo.evaluate.metrics import BY_NAME, KL
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import IntervalEstimate
 from tppo.judge.agreement import RESULT
@@ -41,12 +41,6 @@ class PlainTable:
         return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows), ""])
 
 
-def p_text(p: float | None) -> str:
-    if p is None:
-        return present.NOT_MEASURED
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def with_interval(found: IntervalEstimate, unit: str) -> str:
     """ "62.1 [55.0, 68.2]"."""
     return f"{present.number(found.value, unit)} {present.interval(found, unit)}".strip()
@@ -75,7 +69,7 @@ def claims(metrics: Metrics, scope: str) -> list[str]:
         shift = present.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
         count = metrics.data["distinct_examples"][scope]
-        p = p_text(row["p_holm"])
+        p = present.p_text(row["p_holm"])
         p = p if p.startswith("<") else f"= {p}"
         sentences.append(f"{display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
     return sentences
@@ -96,7 +90,7 @@ def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
             found = metrics.difference(scope, model, than, name)
             shift = present.signed_number(found.value, BY_NAME[name].unit)
             interval = present.interval(found, BY_NAME[name].unit, signed=True)
-            cells += [f"{shift} {interval}".strip(), p_text(row["p_value"]), p_text(row["p_holm"])]
+            cells += [f"{shift} {interval}".strip(), present.p_text(row["p_value"]), present.p_text(row["p_holm"])]
         rows.append(cells)
     title = f"Corrected for {len(rows)} comparisons, {present.SCOPES[scope]}"
     note = (
@@ -111,6 +105,27 @@ def _mean_text(found: SeedMean, signed: bool = False) -> str:
     if found.low is None or found.high is None:
         return f"{found.value:{sign}.3f} (one seed)"
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def distance_tables(metrics: Metrics) -> list[PlainTable]:
+    """How far each policy went from SFT, and for what; none where no KL was measured on the evaluation users."""
+    scope, headline = metrics.scopes[0], BY_NAME[metrics.data["headline"]]
+    rows = []
+    for model in metrics.policies:
+        kl = metrics.cell(scope, model, KL.name)
+        if kl.value is None:
+            continue
+        gain = metrics.difference(scope, model, SFT, headline.name)
+        rate = 100 * gain.value / kl.value if gain.value is not None and kl.value > 0 else None
+        shown = [with_interval(kl, KL.unit), present.shift(gain, headline), present.number(rate)]
+        rows.append([DISPLAY[model], *shown, str(kl.examples)])
+    note = (
+        "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
+        "sampled anew at temperature 1; interval over users and seeds. The headline's gain over SFT beside it, and the "
+        "gain for a nat, which flatters a policy that stayed near: the first nats are the cheapest."
+    )
+    heads = ["Model", KL.label, f"{headline.label}, over SFT", "Points for a nat", "Responses"]
+    return [PlainTable("distance", "Distance from SFT on the evaluation users", note, heads, rows)] if rows else []
 
 
 def equal_kl_table(curves: Curves) -> PlainTable:

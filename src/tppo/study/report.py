@@ -39,6 +39,7 @@ from tppo.study.present import (
     claims,
     corrected_table,
     cost_table,
+    distance_tables,
     equal_kl_table,
     point_cost_table,
     reach_table,
@@ -115,6 +116,7 @@ def page_context(
         **answers_shown(recipe, plan, collected, metrics),
         "tables": [
             agreement_table(evaluated.run),
+            *distance_tables(metrics),
             equal_kl_table(curves),
             reach_table(curves),
             steadiness_table(curves),
@@ -183,7 +185,13 @@ def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
     """What a reader has to know of jobs that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    for what, jobs in (("cells", plan.cells), ("votes", plan.votes), ("second judge's readings", plan.readings)):
+    groups = {
+        "cells": plan.cells,
+        "votes": plan.votes,
+        "second judge's readings": plan.readings,
+        "KL measurements": plan.distances,
+    }
+    for what, jobs in groups.items():
         missing = [job.name for job in jobs if job.name in collected.missing]
         lost = [name for name in missing if name in failed]
         still_open = [name for name in missing if name not in failed]

@@ -83,7 +83,7 @@ def discard(plan: Plan, redo: Sequence[str]) -> None:
     for job in plan.jobs:
         for stage in redo:
             job.run.discard_from(stage)
-    for job in (*plan.votes, *plan.readings) if redo else ():
+    for job in plan.readers if redo else ():
         if any(job.run.manifest(name) is None for name in job.recipe.stage_dirs):
             job.run.discard_from(*job.stages)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tppo.config import Recipe
-from tppo.evaluate.compare import BASELINES, MODEL_ORDER, Rows, build_metrics
+from tppo.evaluate.compare import BASELINES, MODEL_ORDER, REFERENCES, Rows, build_metrics
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import UserBootstrap
 from tppo.seeding import stream_seed
@@ -22,7 +22,7 @@ MEASURES = {
 
 
 def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool, votes: Rows | None = None) -> Metrics:
-    """metrics.json of all seeds together; differences also hold `p_value` and `p_holm`.
+    """metrics.json of all seeds together; differences, and `net` of wins, also hold `p_value` and `p_holm`.
 
     `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
     a policy and a simple baseline, each for itself.
@@ -45,6 +45,10 @@ def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool, vot
     families: dict[tuple[str, str, bool], Rows] = {}
     for row in data["differences"]:
         families.setdefault((row["scope"], row["metric"], row["than"] in BASELINES), []).append(row)
+    for row in data["wins"]:
+        if row["model"] not in REFERENCES:
+            what = f"wins by {row['by']}, {row['rubric']}"
+            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
     for family in families.values():
         for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
             row["p_holm"] = corrected
