@@ -13,7 +13,7 @@ from tppo import estimate
 from tppo.config import DPO, SFT, Recipe
 from tppo.errors import UserError
 from tppo.estimate import GIB, Machine, ModelSize
-from tppo.evaluate.compare import REFERENCES
+from tppo.evaluate.compare import REFERENCES, voted_pairs
 from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.evaluate.stage import evaluated_models
 from tppo.judge.label import check_settings as check_label
@@ -274,8 +274,8 @@ class Planner:
             asked = count * by_first
             if settings.second_judge == "llm":
                 asked += sum(min(c, settings.second_judge_examples or c) for c in counts)
-            pairs = len(self.recipe.algorithms) * (len(self.recipe.algorithms) + 1) // 2
-            requests = asked * len(names) * len(self.recipe.judge.rubrics) + 2 * pairs * count * settings.vote
+            voted = sum(min(c, settings.vote_examples or c) for c in counts) * settings.vote
+            requests = asked * len(names) * len(self.recipe.judge.rubrics) + 2 * len(voted_pairs(names)) * voted
             notes = [f"evaluate: at most {requests:,} requests to {self.recipe.judge.model}"]
         return StagePlan("evaluate", does, memory, self._generate(generated, settings.batch_size, precision), notes)
 
