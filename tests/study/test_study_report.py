@@ -358,4 +358,5 @@ def test_the_distance_from_sft_stands_beside_the_gain(tmp_path: Path):
         if (row["scope"], row["model"], row["than"], row["metric"]) == ("all", "tppo", "sft", metrics["headline"])
     )  # fmt: skip
     assert float(shown[2][3]) == pytest.approx(100 * gain / 2.1, abs=0.01)
+    assert float(shown[2][4]) == pytest.approx(100 * gain / 2.1**0.5, abs=0.01)
     assert "Distance from SFT on the evaluation users" in (folder / "report.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,15 +117,19 @@ def distance_tables(metrics: Metrics) -> list[PlainTable]:
         if kl.value is None:
             continue
         gain = metrics.difference(scope, model, SFT, headline.name)
-        rate = 100 * gain.value / kl.value if gain.value is not None and kl.value > 0 else None
-        shown = [with_interval(kl, KL.unit), present.shift(gain, headline), present.number(rate)]
+        rates: list[float | None] = [None, None]
+        if gain.value is not None and kl.value > 0:
+            rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
+        shown = [with_interval(kl, KL.unit), present.shift(gain, headline), *map(present.number, rates)]
         rows.append([DISPLAY[model], *shown, str(kl.examples)])
     note = (
         "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
         "sampled anew at temperature 1; interval over users and seeds. The headline's gain over SFT beside it, and the "
-        "gain for a nat, which flatters a policy that stayed near: the first nats are the cheapest."
+        "gain for a nat, which flatters a policy that stayed near since the first nats are the cheapest, and for the "
+        "square root of the nats, against which Gao et al. (ICML 2023) fit gains."
     )
-    heads = ["Model", KL.label, f"{headline.label}, over SFT", "Points for a nat", "Responses"]
+    gained = f"{headline.label}, over SFT"
+    heads = ["Model", KL.label, gained, "Points for a nat", "Points for √nats", "Responses"]
     return [PlainTable("distance", "Distance from SFT on the evaluation users", note, heads, rows)] if rows else []
 
 
