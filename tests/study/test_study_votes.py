@@ -95,7 +95,7 @@ def test_votes_follow_answers_made_anew_and_a_judge_is_needed_before_anything_ru
     discard(plan, [])
     assert all(job.finished() for job in plan.votes)
     of_sft = next(job for job in plan.cells if job.name == "cells/base-tppo-s0")
-    discard(Plan(cells=[of_sft], votes=plan.votes), ["evaluate"])
+    discard(Plan(cells=[of_sft], vote_of=plan.vote_of), ["evaluate"])
     assert [job.name for job in plan.votes if job.run.manifest("vote") is None] == ["votes/base-s0"]
 
 

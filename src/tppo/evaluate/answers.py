@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tppo.config import Recipe
 from tppo.errors import UserError
@@ -22,6 +21,7 @@ from tppo.judge.embedding import Encoder
 from tppo.judge.record import other_user_items
 from tppo.models import load_policy
 from tppo.policy.generate import Generation, encode_examples, generate
+from tppo.precision import generation_dtype
 from tppo.progress import console, track
 from tppo.run import RunFolder, rl_stage
 from tppo.seeding import stream_seed
@@ -117,7 +117,7 @@ def _policy(name: str, recipe: Recipe, run: RunFolder) -> Answerer:
     source: str | Path = recipe.sft.model
     if name != "untuned":
         source = run.require("sft" if name in ("sft", "best_of_n") else rl_stage(name)) / "model"
-    dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
+    dtype = generation_dtype(recipe.rl.precision)
     model, tokenizer = load_policy(source, dtype=dtype)
 
     def draw(split: str, examples: Sequence[Example], stream: str) -> tuple[list[Generation], int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from tppo.evaluate.examples import asked_about, choose_examples
 from tppo.evaluate.generations import DISTANCES
 from tppo.models import load_policy
 from tppo.policy.generate import Generation, encode_examples, generate
+from tppo.precision import generation_dtype
 from tppo.progress import track
 from tppo.rl.kl import kl_estimate
 from tppo.rl.policy import response_logprobs
 from tppo.rl.rollout import pad_batch
-from tppo.run import RunFolder, rl_stage, write_json
+from tppo.run import RunFolder, rl_stage
 from tppo.seeding import stream_seed
 from tppo.tables import Example, write_table
 
@@ -45,7 +47,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         )
     by_split: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     examples = asked_about(recipe, by_split, recipe.evaluate.distance_examples)
-    dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32  # as `evaluate` samples
+    dtype = generation_dtype(recipe.rl.precision)  # as `evaluate` samples
     sft, tokenizer = load_policy(run.require("sft") / "model", dtype=dtype)
     prompts, _ = encode_examples(tokenizer, examples, recipe.task)
     rows: list[dict[str, Any]] = []
@@ -67,8 +69,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             for example, generation, ratio in zip(examples, generations, ratios, strict=True)
         ]
     write_table(folder / "distance.parquet", rows, DISTANCES)
-    means = {name: _mean([row["kl_from_sft"] for row in rows if row["model"] == name]) for name in recipe.algorithms}
-    write_json(folder / "metrics.json", {"kl_from_sft": means, "examples": len(examples)})
+    means = {name: fmean(row["kl_from_sft"] for row in rows if row["model"] == name) for name in recipe.algorithms}
     return {"examples": len(examples), "kl_from_sft": means}
 
 
@@ -91,7 +92,3 @@ def log_ratios(
 def _row(example: Example, model: str, generation: Generation, ratio: float) -> dict[str, Any]:
     own = {"example_id": example.example_id, "user_id": example.user_id, "split": example.split, "model": model}
     return {**own, "sampled_tokens": len(generation.response_ids), "kl_from_sft": ratio}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

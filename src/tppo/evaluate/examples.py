@@ -58,10 +58,10 @@ def read_answers(run: RunFolder, models: Sequence[str]) -> Answered:
     Raises:
         UserError: an evaluation is not finished or does not hold its model, or two models answered different examples.
     """
-    answers: Answered = {}
-    for model in models:
-        folder = run.require(EVALUATION + model)
-        answers[model] = by_model(read_generations(folder)).get(model, {})
+    folders = {model: run.require(EVALUATION + model) for model in models}
+    read = {folder: by_model(read_generations(folder)) for folder in dict.fromkeys(folders.values())}
+    answers = {model: read[folder].get(model, {}) for model, folder in folders.items()}
+    for model, folder in folders.items():
         if not answers[model]:
             if model not in REFERENCES:
                 raise UserError(f"{folder} holds no answer of {model}: stage_dirs has to name an evaluation of it")
@@ -69,8 +69,8 @@ def read_answers(run: RunFolder, models: Sequence[str]) -> Answered:
     answered = {model: rows.keys() for model, rows in answers.items() if rows and model not in REFERENCES}
     for model, ids in answered.items():
         if ids != next(iter(answered.values())):
-            folders = ", ".join(str(run.path(EVALUATION + name)) for name in answered)
-            raise UserError(f"{folders}: {model} answered other examples than the first; name equal evaluations")
+            named = ", ".join(str(run.path(EVALUATION + name)) for name in answered)
+            raise UserError(f"{named}: {model} answered other examples than the first; name equal evaluations")
     return {model: rows for model, rows in answers.items() if rows}
 
 

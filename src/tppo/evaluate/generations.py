@@ -77,14 +77,12 @@ VERDICTS = pa.schema(
 """One row for each answer that a second judge read: verdicts.parquet of the stage `rejudge`."""
 DISTANCES = pa.schema(
     [
-        field("example_id", pa.string(), "example whose prompt was answered"),
-        field("user_id", pa.string(), "keyed hash of the user"),
-        field("split", pa.string(), "eval1 or eval2"),
-        field("model", pa.string(), "algorithm"),
+        *(GENERATIONS.field(name) for name in ("example_id", "user_id", "split", "model")),
         field("sampled_tokens", pa.int32(), "tokens of the response, end-of-sequence included"),
         field("kl_from_sft", pa.float64(), "log pi - log pi_sft of the response, in nats; it may be negative"),
     ]
 )
+"""One row for each response that the stage `distance` samples: distance.parquet."""
 
 
 def read_generations(folder: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tppo.config import Recipe, Task
 from tppo.models import load_policy
 from tppo.policy.generate import Generation, encode_examples, generate
+from tppo.precision import generation_dtype
 from tppo.progress import console
 from tppo.run import RunFolder
 from tppo.seeding import draw, stream_seed
@@ -25,7 +24,7 @@ from tppo.text import parse_response
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
     settings = recipe.sample
-    dtype = torch.bfloat16 if recipe.sft.precision == "bf16" else torch.float32
+    dtype = generation_dtype(recipe.sft.precision)
     model, tokenizer = load_policy(run.require("sft") / "model", dtype=dtype)
     prepared = run.require("prepare")
     examples = [

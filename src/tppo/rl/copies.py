@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tppo.config import RL
 from tppo.models import lora_config
-from tppo.precision import autocast
+from tppo.precision import autocast, generation_dtype
 from tppo.rl.policy import TokenBatch, response_logprobs
 from tppo.seeding import stream_seed
 
@@ -26,7 +26,7 @@ _ADAPTER = "default"
 
 def rollout_copy(lm: Any, config: RL) -> Any:
     """A frozen copy of the language model to sample with, in the rollout's precision."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = generation_dtype(config.precision)
     return copy.deepcopy(lm).to(dtype).eval().requires_grad_(False)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
@@ -22,6 +21,7 @@ from tppo.config import Recipe, Task, TuningAlgorithm
 from tppo.evaluate.compare import DISPLAY
 from tppo.models import load_policy
 from tppo.policy.generate import generate
+from tppo.precision import generation_dtype
 from tppo.progress import console
 from tppo.run import RunFolder, rl_stage
 from tppo.serve.http import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
@@ -179,7 +179,7 @@ def serve(recipe: Recipe) -> None:
                 "can use the models. There is no password and no encryption; --serve.host 127.0.0.1 keeps it "
                 "to yourself."
             )
-        dtype = torch.bfloat16 if recipe.rl.precision == "bf16" else torch.float32
+        dtype = generation_dtype(recipe.rl.precision)
         models = {name: load_policy(folder, dtype=dtype) for name, folder in folders.items()}
         hosts = [*LOOPBACK_NAMES, recipe.serve.host] if loopback else ["*"]
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)

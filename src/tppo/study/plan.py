@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -69,24 +69,30 @@ class Plan:
 
     shared: list[Job] = field(default_factory=list)
     cells: list[Job] = field(default_factory=list)
-    votes: list[Job] = field(default_factory=list)
-    """Votes of the LLM judge between the answers of all cells of a setting and seed."""
-    readings: list[Job] = field(default_factory=list)
-    """The second judge's readings of the answers of all cells of a setting and seed."""
-    distances: list[Job] = field(default_factory=list)
-    """The KL from SFT of all policies of a setting and seed."""
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
     vote_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The votes on a (setting, seed)."""
+    """The LLM judge's votes between the answers of all cells of a (setting, seed); settings may share them."""
     reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The second judge's reading of a (setting, seed)."""
+    """The second judge's reading of the answers of all cells of a (setting, seed)."""
     distance_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The KL measured on a (setting, seed)."""
+    """The KL from SFT of all policies of a (setting, seed)."""
 
     @property
     def jobs(self) -> list[Job]:
         return [*self.shared, *self.cells, *self.readers]
+
+    @property
+    def votes(self) -> list[Job]:
+        return _distinct(self.vote_of.values())
+
+    @property
+    def readings(self) -> list[Job]:
+        return _distinct(self.reading_of.values())
+
+    @property
+    def distances(self) -> list[Job]:
+        return _distinct(self.distance_of.values())
 
     @property
     def readers(self) -> list[Job]:
@@ -95,6 +101,11 @@ class Plan:
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
+
+
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each job once, in order."""
+    return list({job.name: job for job in jobs}.values())
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -118,9 +129,9 @@ def make_plan(recipe: Recipe) -> Plan:
                 asked = model == SFT or model in algorithms
                 _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
     recipes = {name: variant for name, (variant, _) in variants.items()}
-    _plan_readers("vote", recipes, plan, plan.votes, plan.vote_of)
-    _plan_readers("rejudge", recipes, plan, plan.readings, plan.reading_of)
-    _plan_readers("distance", recipes, plan, plan.distances, plan.distance_of)
+    _plan_readers("vote", recipes, plan, plan.vote_of)
+    _plan_readers("rejudge", recipes, plan, plan.reading_of)
+    _plan_readers("distance", recipes, plan, plan.distance_of)
     return plan
 
 
@@ -167,7 +178,7 @@ def _plan_cell(
 
 
 def _plan_readers(
-    stage: Reader, variants: Mapping[str, Recipe], plan: Plan, jobs: list[Job], job_of: dict[tuple[str, int], Job]
+    stage: Reader, variants: Mapping[str, Recipe], plan: Plan, job_of: dict[tuple[str, int], Job]
 ) -> None:
     """Add the job of a stage that reads all cells of a setting and seed, where the setting's recipe asks for it.
 
@@ -188,10 +199,7 @@ def _plan_readers(
             name = f"{READERS[stage]}/{setting}-s{seed}"
             recipe = reader_recipe(stage, variant, cells, name)
             key = (*(job.name for job in cells.values()), json.dumps(stage_config(stage, recipe), default=str))
-            if key not in made:
-                made[key] = Job(name, setting, recipe, [stage])
-                jobs.append(made[key])
-            job_of[setting, seed] = made[key]
+            job_of[setting, seed] = made.setdefault(key, Job(name, setting, recipe, [stage]))
 
 
 def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
