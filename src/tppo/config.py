@@ -9,7 +9,8 @@ Rubric = Literal["targets", "history"]
 Algorithm = Literal["tppo", "ppo", "ppo_sum"]
 TuningAlgorithm = Literal["tppo", "ppo", "ppo_sum", "dpo"]
 """What makes a tuned policy from the SFT model: the algorithms of the `rl` stage, and DPO."""
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
+"""auto: bf16 where the device multiplies it faster than fp32, else fp32 (`tppo.precision`)."""
 JudgeKind = Literal["embedding", "llm"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Pooling = Literal["mean", "cls", "max"]
@@ -114,8 +115,8 @@ class SFT:
     """Examples in a forward pass; lower it when memory runs out."""
     warmup_share: float = 0.05
     """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "bf16"
-    """bf16: float32 weights under bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 50
     """Steps between resumable checkpoints."""
 
@@ -255,8 +256,9 @@ class Reward:
     """Peak learning rate (paper: 1e-5 with a Longformer)."""
     batch_size: int = 32
     """Responses in an optimiser step."""
-    precision: Precision = "fp32"
-    """Of training; bf16: float32 weights under bf16 autocast. Rewards are always scored in float32."""
+    precision: Precision = "auto"
+    """Of training; bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster
+    than fp32. Rewards are always scored in float32."""
     dropout: float | None = None
     """Dropout everywhere in the encoder while it is trained; null: as the encoder's own config says."""
     local_weight: float = 0.4
@@ -420,8 +422,9 @@ class RL:
     """Tokens before the limit over which `overlong_penalty` rises from 0."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
-    precision: Precision = "bf16"
-    """bf16: float32 weights under bf16 autocast; rollouts use a bf16 copy."""
+    precision: Precision = "auto"
+    """bf16: float32 weights under bf16 autocast, rollouts use a bf16 copy; fp32; auto: bf16 where the device multiplies
+    it faster than fp32. `evaluate`, `distance` and `serve` sample in it, too."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """sdpa: torch's fused attention; eager: two matrix products and a softmax, faster on a CPU and short texts, but its
     memory grows with the square of the length. auto: eager on a CPU up to 512 tokens, else sdpa."""
@@ -476,8 +479,8 @@ class DPO:
     """Pairs in a forward pass, two sequences each; lower it when memory runs out."""
     warmup_share: float = 0.05
     """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "bf16"
-    """bf16: float32 weights under bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 10
     """Steps between resumable checkpoints."""
 

@@ -7,7 +7,7 @@ response is taken at its token limit; formulas and sources are in `tppo.estimate
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tppo import estimate
 from tppo.config import DPO, SFT, Recipe
@@ -28,7 +28,7 @@ from tppo.reward.train import KINDS
 from tppo.reward.train import check_settings as check_reward
 from tppo.rl.pairs import check_samples
 from tppo.rl.setup import check_config
-from tppo.run import RunFolder, all_stages, split_stage, uses_llm_judge
+from tppo.run import PRECISION_OF, RunFolder, all_stages, split_stage, uses_llm_judge
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Planner:
     """Plans of the stages of one recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = _on_the_assumed_device(recipe)
         plan = recipe.plan
         for name in ("tflops", "utilisation", "bandwidth", "device_memory"):
             if getattr(plan, name) <= 0:
@@ -306,6 +306,16 @@ class Planner:
         }
 
 
+def _on_the_assumed_device(recipe: Recipe) -> Recipe:
+    """The recipe with `precision: auto` as bf16, which any device worth a plan multiplies in hardware."""
+    auto = {
+        section: replace(settings, precision="bf16")
+        for section in set(PRECISION_OF.values())
+        if (settings := getattr(recipe, section)).precision == "auto"
+    }
+    return replace(recipe, **auto)
+
+
 def plan_text(recipe: Recipe) -> str:
     """The plan as text.
 
@@ -342,7 +352,7 @@ def plan_text(recipe: Recipe) -> str:
     lines += ["", *(note for plan in stages for note in plan.notes)]
     lines += [
         f"Assumed: {machine.tflops:g} TFLOP/s at {machine.utilisation:.0%} (plan.tflops, plan.utilisation), "
-        f"{machine.bandwidth:g} TB/s (plan.bandwidth), one device.",
+        f"{machine.bandwidth:g} TB/s (plan.bandwidth), one device; precision: auto counts as bf16.",
         "Time: 6 N per trained token (4 N with LoRA), 2 N per token read, N the parameters; a generated token also",
         "takes at least one reading of weights and cache. Formulas and sources: src/tppo/estimate.py.",
     ]

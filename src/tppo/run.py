@@ -27,6 +27,11 @@ from tppo.errors import UserError
 MANIFEST = "manifest.json"
 EVALUATION = "evaluate_"
 """With a model behind it: the name under which `vote` and `rejudge` take that model's evaluation over."""
+PRECISION_OF = {
+    **{stage: stage for stage in ("sft", "reward", "rl", "dpo")},
+    **{"sample": "sft", "evaluate": "rl", "distance": "rl"},
+}
+"""Section of a stage -> the section whose `precision` its matrix products have. The other stages have no choice."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
@@ -258,7 +263,8 @@ class RunFolder:
         manifest = self.manifest(stage)
         if manifest is None:
             return False
-        changed = _differences(manifest["config"], stage_config(stage, self.recipe))
+        used = (manifest.get("numerics") or {}).get("precision")
+        changed = _differences(manifest["config"], stage_config(stage, self.recipe), used=used)
         if changed:
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
@@ -290,6 +296,33 @@ class RunFolder:
         for name in stale - self.recipe.stage_dirs.keys():
             shutil.rmtree(self.path(name), ignore_errors=True)
 
+    def _choose_numerics(self, stage: str) -> dict[str, str] | None:
+        """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
+        section = PRECISION_OF.get(split_stage(stage)[0])
+        if section is None:
+            return None
+        from tppo.precision import (
+            choose,
+            stage_device,
+        )  # torch takes seconds to import, and a finished stage needs none
+
+        return asdict(choose(getattr(self.recipe, section).precision, stage_device(stage)))
+
+    def settled_recipe(self, stage: str) -> Recipe:
+        """The recipe as a started stage reads it: its precision is the one fixed when it started. Says which it is."""
+        started = json.loads((self.path(stage) / "started.json").read_text(encoding="utf-8"))
+        if not started["numerics"]:
+            return self.recipe
+        from tppo.precision import Numerics, warn_of_slow_bf16
+        from tppo.progress import console
+
+        numerics, section = Numerics(**started["numerics"]), PRECISION_OF[split_stage(stage)[0]]
+        console.print(f"{stage}: {numerics}", soft_wrap=True, markup=False, highlight=False)
+        if warning := warn_of_slow_bf16(numerics, f"{section}.precision"):
+            console.print(f"[bold red]WARNING[/]: {warning}", soft_wrap=True, highlight=False)
+        settings = replace(getattr(self.recipe, section), precision=numerics.precision)
+        return replace(self.recipe, **{section: settings})
+
     @contextmanager
     def stage(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Do a stage's work inside: yields its folder and a dict of facts for the manifest.
@@ -306,12 +339,14 @@ class RunFolder:
         folder = self.path(stage)
         started = {"config": stage_config(stage, self.recipe), "inputs": inputs}
         started_path = folder / "started.json"
-        if folder.exists() and (
-            not started_path.exists() or json.loads(started_path.read_text(encoding="utf-8")) != _plain(started)
-        ):
+        before = json.loads(started_path.read_text(encoding="utf-8")) if started_path.exists() else {}
+        goes_on = {name: before.get(name) for name in started} == _plain(started)
+        if folder.exists() and not goes_on:
             shutil.rmtree(folder)
+        # Fixed when the stage starts: one that is resumed on another machine must not change its arithmetic halfway.
+        numerics = before["numerics"] if goes_on and "numerics" in before else self._choose_numerics(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(started_path, started)
+        write_json(started_path, {**started, "numerics": numerics})
         facts: dict[str, Any] = {}
         start = time.monotonic()
         yield folder, facts
@@ -321,6 +356,7 @@ class RunFolder:
             {
                 "stage": stage,
                 **started,
+                "numerics": numerics,
                 "facts": facts,
                 "outputs": {str(p.relative_to(folder)): sha256_file(p) for p in files},
                 "seconds": round(time.monotonic() - start, 1),
@@ -338,7 +374,7 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
     if run.is_done(stage):
         return False
     with run.stage(stage) as (folder, facts):
-        facts.update(work(recipe, run, folder))
+        facts.update(work(run.settled_recipe(stage), run, folder))
     return True
 
 
@@ -346,11 +382,18 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _differences(old: Any, new: Any, prefix: str = "", *, used: str | None = None) -> list[str]:
+    """Settings that differ, as "name: old -> new".
+
+    Args:
+        used: the precision that a stage was made in. `auto` agrees with whatever was chosen, on whichever machine.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             difference
             for key in sorted(old.keys() | new.keys())
-            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key, used=used)
         ]
+    if prefix.rpartition(".")[2] == "precision" and (new == "auto" or (old == "auto" and new == used)):
+        return []
     return [] if old == _plain(new) else [f"{prefix}: {old!r} -> {new!r}"]

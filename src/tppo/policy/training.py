@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tppo.config import DPO, SFT
 from tppo.errors import UserError
 from tppo.models import save_model
+from tppo.precision import resolved, trainer_device
 from tppo.progress import console, progress_bar
 from tppo.seeding import stream_seed
 
@@ -42,11 +43,12 @@ def training_arguments(settings: SFT | DPO, seed: int, steps: int, output_dir: P
         steps: optimiser steps of the whole training, of which `settings.warmup_share` warm up.
         output_dir: folder of the checkpoints.
     """
-    on_cpu = not torch.accelerator.is_available()
+    device = trainer_device()
+    on_cpu = device == "cpu"
     return {
         "output_dir": str(output_dir),
         "use_cpu": on_cpu,
-        "bf16": settings.precision == "bf16",
+        "bf16": resolved(settings.precision, device) == "bf16",
         "fp16": False,
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.micro_batch_size,
@@ -104,7 +106,7 @@ def save_trained(trainer: Any, tokenizer: Any, settings: SFT | DPO, folder: Path
     model = trainer.accelerator.unwrap_model(trainer.model)
     if settings.tuning == "lora":
         model = model.merge_and_unload()
-    if settings.precision == "bf16":
+    if trainer.args.bf16:
         model = model.to(torch.bfloat16)
     save_model(model, tokenizer, folder, card)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tppo.config import RL
 from tppo.models import lora_config
-from tppo.precision import autocast, generation_dtype
+from tppo.precision import autocast, generation_dtype, resolved
 from tppo.rl.policy import TokenBatch, response_logprobs
 from tppo.seeding import stream_seed
 
@@ -37,7 +37,7 @@ def reference_copy(lm: Any, config: RL) -> Any:
     (and output layers tied to them) and norms are used in float32, and stay so.
     """
     reference = copy.deepcopy(lm).eval().requires_grad_(False)
-    if config.precision == "bf16":
+    if resolved(config.precision) == "bf16":
         tied = {id(module.weight) for module in reference.modules() if isinstance(module, nn.Embedding)}
         for module in reference.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in tied:

@@ -53,9 +53,9 @@ class PolicyOutput(NamedTuple):
     hidden: Tensor | None
     """(B, T, D) float32, what a probe reads; 0 outside the response. Only when scoring with a probe."""
 
-    def row(self, index: int) -> PolicyOutput:
-        """One response, as a batch of one, without gradients."""
-        logprobs, *others = (None if tensor is None else tensor[index : index + 1].detach() for tensor in self)
+    def rows(self, index: Tensor) -> PolicyOutput:
+        """Some responses, without gradients."""
+        logprobs, *others = (None if tensor is None else tensor[index].detach() for tensor in self)
         assert logprobs is not None
         return PolicyOutput(logprobs, *others)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tppo.config import RL
 from tppo.models import load_policy
+from tppo.precision import resolved
 from tppo.rl import guards
 from tppo.rl.copies import copy_weights, reference_copy, reference_logprobs, rollout_copy, with_adapters
 from tppo.rl.kept import KeptPolicies
@@ -36,6 +37,9 @@ from tppo.rl.rollout import Rollout, roll_out
 from tppo.rl.setup import check_config, encode_prompts, make_optimizer, require_float32, set_attention
 from tppo.rl.value import ProbeState, ValueProbe
 from tppo.seeding import rng, stream_seed
+
+Minibatch = tuple[Tensor, ...]
+"""The micro-batches of an optimiser step: rows of the rollout, each (B_micro,)."""
 
 
 class Experience(NamedTuple):
@@ -91,7 +95,8 @@ class TokenPPOTrainer:
         max_response_tokens: int = 32,
         seed: int = 0,
     ) -> None:
-        self.config = config = config or RL()
+        config = config or RL()
+        self.config = config = replace(config, precision=resolved(config.precision))
         check_config(config, max_response_tokens)
         if isinstance(policy, str | Path):
             policy, tokenizer = load_policy(policy)
@@ -128,14 +133,15 @@ class TokenPPOTrainer:
         with guards.out_of_memory_named(self.config, "scoring"):
             rewards = self._reward(rollout)
             rewarded = time.perf_counter()
-            experience, probe, metrics = self._experience(rollout, rewards.rewards)
+            minibatches = self._minibatches()
+            experience, probe, metrics = self._experience(rollout, rewards.rewards, minibatches)
         metrics |= rewards.metrics
         if self.config.max_kl and metrics["kl"] > self.config.max_kl:
             raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], self.config.max_kl)
         self.kept.see(self.update, metrics, self.rollout_model)
         scored = time.perf_counter()
         with guards.out_of_memory_named(self.config, "update"):
-            metrics |= self._optimize(experience)
+            metrics |= self._optimize(experience, minibatches)
         done = time.perf_counter()
         if probe is not None:
             assert isinstance(self.policy.value_head, ValueProbe)
@@ -204,14 +210,14 @@ class TokenPPOTrainer:
 
     @torch.no_grad()
     def _experience(
-        self, rollout: Rollout, rewards_BT: Tensor
+        self, rollout: Rollout, rewards_BT: Tensor, minibatches: Sequence[Minibatch]
     ) -> tuple[Experience, ProbeState | None, dict[str, float]]:
         """Log-probabilities of old and reference, KL into the rewards, GAE.
 
         Returns the experience, the value probe as this rollout would leave it, and the metrics.
         """
         config, mask_BT = self.config, rollout.batch.response_mask
-        old, ref_logprobs_BT = self._score_tokens(rollout.batch)
+        old, ref_logprobs_BT = self._score_tokens(rollout.batch, minibatches)
         assert old.values is not None
         assert old.entropy is not None
         self._check("log-probability of the policy", old.logprobs, rollout)
@@ -234,35 +240,33 @@ class TokenPPOTrainer:
         self._check("advantage", advantages_BT, rollout)
         return Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT), probe, metrics
 
-    def _score_tokens(self, batch: TokenBatch) -> tuple[PolicyOutput, Tensor]:
-        """The old policy's output and the reference's log-probabilities, micro-batch by micro-batch."""
+    def _score_tokens(self, batch: TokenBatch, minibatches: Sequence[Minibatch]) -> tuple[PolicyOutput, Tensor]:
+        """The old policy's output and the reference's log-probabilities, in the micro-batches that are trained on."""
         config = self.config
+        parts = [rows for minibatch in minibatches for rows in minibatch]
         old_parts: list[PolicyOutput] = []
         ref_parts: list[Tensor] = []
-        for start in range(0, config.batch_size, config.micro_batch_size):
-            rows = batch.rows(slice(start, start + config.micro_batch_size))
-            old_parts.append(self.policy(rows, config.temperature, config.precision, scoring=True))
-            ref_parts.append(reference_logprobs(self.policy.lm, self.reference, rows, config))
-        return PolicyOutput.cat(old_parts), torch.cat(ref_parts)
+        for rows in parts:
+            part = batch.rows(rows)
+            old_parts.append(self.policy(part, config.temperature, config.precision, scoring=True))
+            ref_parts.append(reference_logprobs(self.policy.lm, self.reference, part, config))
+        as_in_batch = torch.cat(parts).argsort()
+        return PolicyOutput.cat(old_parts).rows(as_in_batch), torch.cat(ref_parts)[as_in_batch]
 
-    def _optimize(self, experience: Experience) -> dict[str, float]:
+    def _optimize(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
         """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps. All or nothing."""
         config = self.config
         warmup = min(1.0, (self.update + 1) / max(1, config.warmup_updates))
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * warmup
-        minibatches = [
-            minibatch
-            for epoch in range(config.ppo_epochs)
-            for minibatch in self._order(epoch).split(config.minibatch_size)
-        ]
+        steps = [minibatches[i] for epoch in range(config.ppo_epochs) for i in self._order(epoch, len(minibatches))]
         # A single step changes nothing before its last check; only a second one needs the way back.
-        snapshot = guards.Snapshot(self.policy, self.optimizer) if len(minibatches) > 1 else None
+        snapshot = guards.Snapshot(self.policy, self.optimizer) if len(steps) > 1 else None
         totals: dict[str, float] = {}
         try:
-            for number, minibatch in enumerate(minibatches):
-                for name, value in self._minibatch_step(experience.rows(minibatch), first=number == 0).items():
-                    totals[name] = totals.get(name, 0.0) + value / len(minibatches)
+            for number, minibatch in enumerate(steps):
+                for name, value in self._minibatch_step(experience, minibatch, first=number == 0).items():
+                    totals[name] = totals.get(name, 0.0) + value / len(steps)
         except BaseException:
             if snapshot is not None:
                 snapshot.restore()
@@ -271,34 +275,46 @@ class TokenPPOTrainer:
             self.optimizer.zero_grad(set_to_none=True)
         return totals | {"learning_rate": config.learning_rate * warmup}
 
-    def _order(self, epoch: int) -> Tensor:
-        """Rows of the rollout in the order of a pass; as they are when a minibatch is the whole rollout."""
-        size = self.config.batch_size
-        if self.config.minibatch_size == size:
-            return torch.arange(size)
-        return torch.from_numpy(rng(self.seed, "minibatch", self.update, epoch).permutation(size))
+    def _minibatches(self) -> list[Minibatch]:
+        """The rollout's rows in minibatches, each in micro-batches; drawn once an update, before anything is scored.
 
-    def _minibatch_step(self, minibatch: Experience, first: bool) -> dict[str, float]:
+        In bf16 a row's log-probabilities depend on the rows and the padding beside it, by up to tenths of a nat. So the
+        ratio is 1 where nothing was trained only if the old policy is scored in the micro-batches that are trained on.
+        """
+        config = self.config
+        rows = torch.arange(config.batch_size)
+        if config.minibatch_size < config.batch_size:
+            rows = torch.from_numpy(rng(self.seed, "minibatch", self.update).permutation(config.batch_size))
+        # The rollout's rows are sorted by the length of their prompts: in that order micro-batches have little padding.
+        return [part.sort().values.split(config.micro_batch_size) for part in rows.split(config.minibatch_size)]
+
+    def _order(self, epoch: int, count: int) -> list[int]:
+        """Order of the minibatches in a pass: as drawn, then shuffled."""
+        return (
+            list(range(count)) if epoch == 0 else rng(self.seed, "pass", self.update, epoch).permutation(count).tolist()
+        )
+
+    def _minibatch_step(self, experience: Experience, minibatch: Minibatch, first: bool) -> dict[str, float]:
         """Gradients accumulated over micro-batches with one global denominator, then one optimiser step."""
-        config, samples = self.config, minibatch.rollout.samples
-        num_tokens = minibatch.rollout.batch.response_mask.sum()
+        config = self.config
+        num_tokens = experience.rollout.batch.response_mask[torch.cat(minibatch)].sum()
         sums: dict[str, float] = {}
-        # Sorted rows keep prompts of like length side by side.
-        order = torch.tensor(sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids)))
-        for rows in order.split(config.micro_batch_size):
-            part = minibatch.rows(rows)
+        for rows in minibatch:
+            part = experience.rows(rows)
             output = self.policy(part.rollout.batch, config.temperature, config.precision)
             self._check("log-probability of the policy", output.logprobs.detach(), part.rollout)
             if first:
                 log_ratio_BT = output.logprobs.detach() - part.old_logprobs
-                guards.check_first_ratio(log_ratio_BT, self.policy, config, self.update + 1)
+                guards.check_first_ratio(
+                    log_ratio_BT, part.rollout.batch.response_mask, self.policy, config, self.update + 1
+                )
             loss, terms = self._loss(output, part, num_tokens)
             if not loss.isfinite():
                 self._name_bad_loss(output, part, num_tokens)
             loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        sums["grad_norm"] = self._clip_gradients(samples)
+        sums["grad_norm"] = self._clip_gradients([experience.rollout.samples[i] for i in torch.cat(minibatch).tolist()])
         if self.update < config.critic_warmup:
             for parameter in self.policy.lm.parameters():
                 parameter.grad = None  # the optimizer then passes it over, moments included
@@ -355,8 +371,8 @@ class TokenPPOTrainer:
     def _name_bad_loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> None:
         """Raise GuardError for the first sample whose own loss is no number."""
         losses = [
-            self._loss(output.row(row), part.rows(torch.tensor([row])), num_tokens)[0].item()
-            for row in range(len(part.rollout.samples))
+            self._loss(output.rows(index), part.rows(index), num_tokens)[0].item()
+            for index in torch.arange(len(part.rollout.samples)).split(1)
         ]
         self._check("loss", torch.tensor(losses)[:, None], part.rollout)
         raise guards.GuardError(f"the loss of update {self.update + 1} is infinite in sum; the weights are unchanged")
