@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tppo import cli
+from tppo.config import Scratch
+from tppo.models import load_encoder_path
+from tppo.policy.scratch import llama_config, make_policy, train_tokenizer
 from tppo.rl.loop import TIME_COLUMNS
 from tppo.run import read_jsonl
 
@@ -46,25 +48,12 @@ VOCABULARY = 330
 def make_models(folder: Path) -> tuple[Path, Path]:
     """Folders of a random policy (two Llama layers) and a random encoder (two BERT layers)."""
     policy, encoder = folder / "policy", folder / "encoder"
-    make_policy(
-        policy,
-        byte_level_tokenizer(CORPUS, VOCABULARY, **POLICY_TOKENS),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    tokenizer = byte_level_tokenizer(
-        CORPUS,
-        VOCABULARY,
-        cls_token="<s>",
-        bos_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
+    tokenizer = train_tokenizer(CORPUS, VOCABULARY)
+    sizes = Scratch(hidden_size=48, intermediate_size=96, layers=2, heads=4)
+    make_policy(llama_config(sizes, len(tokenizer), positions=512), seed=0).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    tokenizer = AutoTokenizer.from_pretrained(load_encoder_path("minilm"))
+    torch.manual_seed(0)
     BertModel(
         BertConfig(
             vocab_size=len(tokenizer),

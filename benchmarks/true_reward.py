@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tiny_models import POLICY_TOKENS, byte_level_tokenizer, make_policy
 
 from tppo.config import RL, SFT, Recipe, Sample, Synthetic, Task
-from tppo.logs import prepare, synthetic
-from tppo.logs.privacy import UserHasher
-from tppo.models import load_policy
+from tppo.logs import prepare, synthetic, truth
+from tppo.models import SCRATCH, load_policy
 from tppo.policy import sample, sft
 from tppo.policy.generate import encode_examples
 from tppo.reward.align import IRRELEVANT, RELEVANT, classes_from_words
@@ -34,7 +32,6 @@ from tppo.rl.rewards import RewardScale
 from tppo.rl.trainer import TokenPPOTrainer
 from tppo.run import RunFolder, run_stage, write_json
 from tppo.tables import RESPONSES, Example, load_examples, read_table
-from tppo.text import Word, normalise_query, parse_response, render_prompt, render_response
 
 Row = dict[str, float]
 Runs = dict[str, list[list[Row]]]
@@ -43,34 +40,15 @@ WINDOW = 5
 """Updates averaged for a final score, and before a score counts as reached: one rollout is a small sample."""
 
 
-class Truth:
+class Truth(truth.Truth):
     """The true relevance of words and responses, as a scorer for `QueryReward`.
 
-    A word is relevant when its user could have written it in that query (`synthetic.relevant_words`); a query that
-    repeats a search of the history or of the same response is not new, so none of its words is. A response is
-    relevant when at least `response_share` of its words are.
+    A response is relevant when at least `response_share` of its words are.
     """
 
     def __init__(self, config: Synthetic, seed: int, response_share: float = 1.0) -> None:
+        super().__init__(config, seed)
         self.response_share = response_share
-        hasher = UserHasher(prepare.SYNTHETIC_KEY)
-        self.interests = {
-            f"{hasher.hash(synthetic.user_name(user)):016x}": synthetic.user_interests(
-                user, config.events_per_user, seed
-            )
-            for user in range(config.users)
-        }
-
-    def words(self, example: Example, response: str) -> tuple[list[Word], list[bool]]:
-        """The words of a response and whether each is relevant."""
-        parsed = parse_response(response, finished=True, num_queries=1)
-        seen = {normalise_query(event.text) for event in example.history if event.kind == "search"}
-        marks: list[bool] = []
-        for query, words in zip(parsed.queries, parsed.query_words, strict=True):
-            known = synthetic.relevant_words([word.lower() for word in words], self.interests[example.user_id])
-            marks += [mark and query not in seen for mark in known]
-            seen.add(query)
-        return parsed.words, marks
 
     def __call__(self, examples: list[Example], samples: list[Response]) -> Relevance:
         found = [self.words(example, sample.response) for example, sample in zip(examples, samples, strict=True)]
@@ -81,14 +59,14 @@ class Truth:
         return Relevance(
             [np.eye(3, dtype=np.float32)[np.array(row, dtype=np.int64)] for row in classes],
             [float(self.is_relevant(marks)) for _, marks in found],
-            self._shares([marks for _, marks in found]),
+            self._mean_shares([marks for _, marks in found]),
         )
 
-    def shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
+    def mean_shares(self, examples: Sequence[Example], responses: Sequence[str]) -> dict[str, float]:
         """Share of the words, and share of the responses, that are relevant; relevant words per response."""
-        return self._shares([self.words(*pair)[1] for pair in zip(examples, responses, strict=True)])
+        return self._mean_shares([self.words(*pair)[1] for pair in zip(examples, responses, strict=True)])
 
-    def _shares(self, marks: Sequence[Sequence[bool]]) -> dict[str, float]:
+    def _mean_shares(self, marks: Sequence[Sequence[bool]]) -> dict[str, float]:
         return {
             "words_relevant": sum(map(sum, marks)) / max(1, sum(map(len, marks))),
             "responses_relevant": sum(map(self.is_relevant, marks)) / len(marks),
@@ -139,7 +117,7 @@ def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
         task=Task(num_queries=3, history_events=6, max_prompt_tokens=160, max_response_tokens=40),
         synthetic=Synthetic(users=arguments.users),
         sft=SFT(
-            model=str(root / "start"),
+            model=SCRATCH,
             max_examples=0,
             max_eval_examples=100,
             learning_rate=2e-3,
@@ -155,28 +133,23 @@ def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
     run_stage(recipe, "synthetic", synthetic.run)
     run_stage(recipe, "prepare", prepare.run)
     examples = load_examples(run.require("prepare"), "train")
-    if not (root / "start").exists():
-        corpus = [render_prompt(e.history, 3) + render_response(e.targets) for e in examples]
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-        make_policy(root / "start", byte_level_tokenizer(corpus, 1500, **POLICY_TOKENS), **sizes, **heads)
     run_stage(recipe, "sft", sft.run)
     run_stage(recipe, "sample", sample.run)
-    truth = Truth(recipe.synthetic, recipe.seed, arguments.response_share)
-    shares = _sample_shares(run, truth, examples)
+    known = Truth(recipe.synthetic, recipe.seed, arguments.response_share)
+    shares = _sample_shares(run, known, examples)
     if not shares["responses_relevant"]:
         print("the SFT policy writes no relevant response, so ppo has nothing to learn from: lower --response_share")
     model = run.require("sft") / "model"
     length = median_suggested_length(run.require("sample"), load_policy(model)[1], recipe.task)
     scale = RewardScale(length, shares["words_relevant"], shares["responses_relevant"])
-    return Base(recipe, model, examples, truth, scale, shares | {"sft_eval_loss": run.facts("sft")["eval_loss"]})
+    return Base(recipe, model, examples, known, scale, shares | {"sft_eval_loss": run.facts("sft")["eval_loss"]})
 
 
-def _sample_shares(run: RunFolder, truth: Truth, examples: Sequence[Example]) -> dict[str, float]:
+def _sample_shares(run: RunFolder, known: Truth, examples: Sequence[Example]) -> dict[str, float]:
     by_id = {example.example_id: example for example in examples}
     table = read_table(run.require("sample") / "responses.parquet", RESPONSES).to_pylist()
     rows = [row for row in table if row["example_id"] in by_id]
-    shares = truth.shares([by_id[row["example_id"]] for row in rows], [row["response"] for row in rows])
+    shares = known.mean_shares([by_id[row["example_id"]] for row in rows], [row["response"] for row in rows])
     return shares | {"unparseable": sum(row["problem"] is not None for row in rows) / len(rows)}
 
 

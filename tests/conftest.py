@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import uvicorn
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from tppo.config import Recipe
+from tppo.config import Recipe, Scratch
+from tppo.policy.scratch import llama_config, make_policy, train_tokenizer
 from tppo.run import RunFolder, run_stage
 from tppo.serve.http import listen
 from tppo.tables import EXAMPLES, Example, write_table
@@ -51,7 +49,6 @@ TOPICS = {
         "concert tickets",
     ],
 }
-EOS, UNK = "<|end|>", "<|unk|>"
 
 
 def make_examples(count: int, split: str = "train", first_user: int = 0) -> list[Example]:
@@ -69,40 +66,17 @@ def make_examples(count: int, split: str = "train", first_user: int = 0) -> list
 
 def make_tokenizer(vocab_size: int = 400) -> Any:
     """A byte-level BPE tokenizer trained on the made-up queries; its end-of-sequence token also pads."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS, UNK],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    return train_tokenizer(
+        (render_prompt(e.history, 3) + render_response(e.targets) for e in make_examples(12)), vocab_size
     )
-    texts = [render_prompt(e.history, 3) + render_response(e.targets) for e in make_examples(12)]
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token=UNK, padding_side="left"
-    )
+
+
+TINY = Scratch(hidden_size=48, intermediate_size=96, layers=2, heads=4)
 
 
 def make_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     """Two layers, random weights large enough for a distribution that is far from uniform."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_policy(llama_config(TINY, vocab_size, 512, num_key_value_heads=2, initializer_range=0.3), seed)
 
 
 @pytest.fixture(scope="session")

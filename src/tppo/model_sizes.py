@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification, LlamaConfig, LongformerConfig, MistralConfig
 
-from tppo.config import Reward
+from tppo.config import Recipe, Reward
 from tppo.errors import UserError
 from tppo.estimate import ModelSize, model_size
-from tppo.models import MINILM, SMOLLM2, load_encoder_path
+from tppo.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
+from tppo.policy.scratch import check_settings as check_scratch
+from tppo.policy.scratch import llama_config
 from tppo.reward.longformer import to_longformer
+from tppo.reward.models import first_layers
 from tppo.run import cache_dir
 
 
@@ -65,27 +68,46 @@ def config_of(name: str, setting: str) -> Any:
         ) from None
 
 
+def shape_of(name: str, setting: str, layers: int = 0) -> Any:
+    """The config of a model that keeps its first `layers` layers (0: all)."""
+    config = config_of(name, setting)
+    for field, value in first_layers(config, name, layers).items():
+        setattr(config, field, value)
+    return config
+
+
 @cache
-def size_of(name: str, setting: str, num_labels: int = 0) -> ModelSize:
+def size_of(name: str, setting: str, num_labels: int = 0, layers: int = 0) -> ModelSize:
     """The size of a model by its name, counted once; `setting` is what messages call it by."""
-    return model_size(config_of(name, setting), num_labels)
+    return model_size(shape_of(name, setting, layers), num_labels)
 
 
 @cache
-def longformer_size(name: str, max_length: int, attention_window: int) -> ModelSize:
+def longformer_size(name: str, max_length: int, attention_window: int, layers: int = 0) -> ModelSize:
     """The size of the Longformer that `reward.to_longformer` makes of the encoder called `name`.
 
     Raises:
         UserError: it cannot be made one (see `tppo.reward.longformer`).
     """
     with torch.device("meta"):
-        short = AutoModelForTokenClassification.from_config(config_of(name, "reward.encoder"))
+        short = AutoModelForTokenClassification.from_config(shape_of(name, "reward.encoder", layers))
         config = to_longformer(short, max_length, attention_window).config
     return model_size(config, num_labels=3)
+
+
+def policy_size(recipe: Recipe) -> ModelSize:
+    """The size of the policy; that of one made from scratch with all the tokens its tokenizer may have."""
+    sft, task = recipe.sft, recipe.task
+    if sft.model != SCRATCH:
+        return size_of(sft.model, "sft.model")
+    check_scratch(sft.scratch)
+    return model_size(
+        llama_config(sft.scratch, sft.scratch.vocabulary, task.max_prompt_tokens + task.max_response_tokens)
+    )
 
 
 def encoder_size(reward: Reward) -> ModelSize:
     """The size of a reward model."""
     if reward.to_longformer:
-        return longformer_size(reward.encoder, reward.max_length, reward.attention_window)
-    return size_of(reward.encoder, "reward.encoder", num_labels=3)
+        return longformer_size(reward.encoder, reward.max_length, reward.attention_window, reward.encoder_layers)
+    return size_of(reward.encoder, "reward.encoder", num_labels=3, layers=reward.encoder_layers)

@@ -26,6 +26,8 @@ from tppo.run import cache_dir, write_json
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
+SCRATCH = "scratch"
+"""`sft.model: scratch` is made by `tppo.policy.scratch`, not loaded."""
 _WAY_OUT = f"give a local Hugging Face folder, or the bundled '{SMOLLM2}' (policy) or '{MINILM}' (encoder)"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_PROBE_SECONDS = 10
@@ -45,6 +47,8 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
         UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without
             end-of-sequence token or with more tokens than the model has embeddings.
     """
+    if str(name_or_path) == SCRATCH:
+        raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
     source = str(smollm2_folder()) if str(name_or_path) == SMOLLM2 else _checked_source(name_or_path)
     tokenizer = _load_tokenizer(source)
     try:

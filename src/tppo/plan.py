@@ -20,7 +20,7 @@ from tppo.judge.label import check_settings as check_label
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import PROBES
 from tppo.logs.prepare import check_settings as check_prepare
-from tppo.model_sizes import encoder_size, size_of
+from tppo.model_sizes import encoder_size, policy_size
 from tppo.policy.training import check_batch_sizes
 from tppo.reward.check import check_settings as check_gate
 from tppo.reward.fit import settings_for
@@ -109,7 +109,7 @@ class Planner:
             if getattr(plan, name) <= 0:
                 raise UserError(f"plan.{name}={getattr(plan, name)}: give a number above 0")
         self.machine = Machine(plan.tflops * 1e12 * plan.utilisation, plan.bandwidth * 1e12)
-        self.policy = size_of(recipe.sft.model, "sft.model")
+        self.policy = policy_size(recipe)
         self.encoder = encoder_size(recipe.reward)
         check(recipe, self.policy, self.encoder)
         self.prompt, self.response = recipe.task.max_prompt_tokens, recipe.task.max_response_tokens

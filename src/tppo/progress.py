@@ -1,15 +1,20 @@
-"""Progress bars and the console everything human-readable goes to (stderr; stdout is for results)."""
+"""Progress bars and the console everything human-readable goes to (stderr; stdout is for results).
+
+Without a terminal (a log file, CI) a bar becomes a line with the time left every few seconds.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,13 +25,46 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
-def progress_bar(note: bool = False) -> Progress:
-    """A bar with counts, elapsed and remaining time; silent when stderr is no terminal.
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
+
+
+class _Lines(Progress):
+    """A hidden bar that says how far it is now and then."""
+
+    said = 0.0
+
+    def start(self) -> None:
+        self.said = time.monotonic()
+        super().start()
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        if time.monotonic() - self.said < LINE_SECONDS:
+            return
+        self.said = time.monotonic()
+        task = next(task for task in self.tasks if task.id == task_id)
+        left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+        total = "?" if task.total is None else f"{task.total:.0f}"
+        console.print(f"{task.description}: {task.completed:.0f} of {total}{left}", soft_wrap=True, markup=False)
+
+
+def progress_bar(note: bool = False, lines: bool = True) -> Progress:
+    """A bar with counts, elapsed and remaining time; lines instead when stderr is no terminal.
 
     Args:
         note: show the task's field `note` at the end of the line (give it to `add_task`).
+        lines: False for a caller that prints lines of its own when there is no terminal.
     """
-    return Progress(
+    kind = _Lines if lines and not console.is_terminal else Progress
+    return kind(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -39,10 +77,13 @@ def progress_bar(note: bool = False) -> Progress:
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar. Without a terminal, one line at the start instead."""
+    """Iterate with a progress bar. Without a terminal, one line at the start, then one every few seconds."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if not console.is_terminal:
         console.print(f"{description} ({total if total is not None else '?'})")
     with progress_bar() as bar:
-        yield from bar.track(iterable, total=total, description=description)
+        task = bar.add_task(description, total=total)
+        for item in iterable:
+            yield item
+            bar.advance(task)

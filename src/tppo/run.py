@@ -264,7 +264,9 @@ class RunFolder:
         if manifest is None:
             return False
         used = (manifest.get("numerics") or {}).get("precision")
-        changed = _differences(manifest["config"], stage_config(stage, self.recipe), used=used)
+        # A setting that there was not yet: its default does what was done without it.
+        old = _with_defaults(manifest["config"], _plain(stage_config(stage, Recipe())))
+        changed = _differences(old, stage_config(stage, self.recipe), used=used)
         if changed:
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
@@ -380,6 +382,13 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
+
+
+def _with_defaults(old: Any, defaults: Any) -> Any:
+    """`old` with what only `defaults` have, section by section."""
+    if not isinstance(old, dict) or not isinstance(defaults, dict):
+        return old
+    return defaults | {name: _with_defaults(value, defaults.get(name)) for name, value in old.items()}
 
 
 def _differences(old: Any, new: Any, prefix: str = "", *, used: str | None = None) -> list[str]:

@@ -117,6 +117,17 @@ def parse_response(text: str, finished: bool, num_queries: int) -> ParsedRespons
     return ParsedResponse(queries, words, problem)
 
 
+def repeated_queries(history: Sequence[Event], queries: Sequence[str]) -> set[int]:
+    """Numbers of the queries (normalised) that are not new: equal to a search of the history or to an earlier one."""
+    seen = {normalise_query(event.text) for event in history if event.kind == "search"}
+    repeated = set()
+    for number, query in enumerate(queries):
+        if query in seen:
+            repeated.add(number)
+        seen.add(query)
+    return repeated
+
+
 def encode_prompt(tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int) -> tuple[list[int], int]:
     """Token ids of the prompt and the number of oldest events dropped to fit into `max_tokens`.
 

@@ -37,19 +37,34 @@ def test_events_per_user_kinds_and_times() -> None:
 
 @pytest.mark.parametrize("user", range(12))
 def test_true_interests_hold_what_the_user_searches_but_for_the_noise(user: int) -> None:
-    interests = synthetic.user_interests(user, 60, seed=0)
-    queries = [row[3].split() for row in synthetic.user_rows(user, 60, seed=0) if row[2] == "search" and len(row) == 4]
-    known = [all(synthetic.relevant_words(query, interests)) for query in queries if query]
-    assert 1 <= len(interests) <= 3
+    possible = synthetic.user_queries(user, Synthetic(), seed=0)
+    queries = [
+        row[3].split() for row in synthetic.user_rows(user, Synthetic(), seed=0) if row[2] == "search" and len(row) == 4
+    ]
+    known = [all(synthetic.relevant_words(query, possible)) for query in queries if query]
+    # Noise may be a part of what the user could search ("weather"), so a word can be known where the query is not.
+    assert all(known[i] for i, query in enumerate(filter(None, queries)) if tuple(query) in possible)
+    assert mean(tuple(query) in possible for query in queries if query) > 0.75
+    # One to three interests of three to five things; six questions, each as it is or refined in four ways.
+    assert 3 * 6 * 5 <= len(possible) <= 3 * 5 * 6 * 5
+    assert len(set(possible)) == len(possible)
     assert mean(known) > 0.75
 
 
 def test_words_of_another_interest_or_thing_are_irrelevant() -> None:
-    interests = [frozenset(["flights", "to", "rome", "cheap"]), frozenset(["yoga", "for", "beginners", "shoes"])]
-    marks = synthetic.relevant_words(["cheap", "flights", "to", "paris", "yoga"], interests)
+    possible = [("cheap", "flights", "to", "rome"), ("flights", "to", "rome"), ("yoga", "shoes")]
+    marks = synthetic.relevant_words(["cheap", "flights", "to", "paris", "yoga"], possible)
     assert marks == [True, True, True, False, False]
-    assert synthetic.relevant_words(["paris"], interests) == [False]
-    assert synthetic.relevant_words([], interests) == []
+    assert synthetic.relevant_words(["paris"], possible) == [False]
+    assert synthetic.relevant_words([], possible) == []
+    assert synthetic.relevant_words(["rome"], []) == [False]
+
+
+def test_a_word_pays_as_often_as_the_query_holds_it() -> None:
+    """What a policy paid for a set of words learnt to write: "do in do in do"."""
+    possible = [("things", "to", "do", "in", "rome"), ("best", "best", "laptop")]
+    assert synthetic.relevant_words(["do", "in", "do", "in", "do"], possible) == [True, True, False, False, False]
+    assert synthetic.relevant_words(["best", "best", "best", "laptop"], possible) == [True, True, False, True]
 
 
 def test_written_file_equals_generated_rows(tmp_path) -> None:
@@ -61,7 +76,23 @@ def test_written_file_equals_generated_rows(tmp_path) -> None:
     assert count == len(lines) - 1
 
 
+def test_fewer_topics_make_a_smaller_world() -> None:
+    first = sorted(synthetic.TOPICS)[:3]
+    words = {word for name in first for thing in synthetic.TOPICS[name].things for word in thing.split()}
+    config = Synthetic(users=30, topics=3)
+    for user in range(config.users):
+        possible = synthetic.user_queries(user, config, seed=0)
+        assert all(words & set(query) for query in possible)
+    # All twelve are the log there always was.
+    assert list(synthetic.generate_rows(Synthetic(users=3), 0)) == list(
+        synthetic.generate_rows(Synthetic(users=3, topics=12), 0)
+    )
+
+
 def test_settings() -> None:
+    for topics in (0, 13):
+        with pytest.raises(UserError, match=f"synthetic.topics={topics} must be between 1 and 12"):
+            next(synthetic.generate_rows(Synthetic(topics=topics), seed=0))
     with pytest.raises(UserError, match="at least 1"):
         next(synthetic.generate_rows(Synthetic(users=0), seed=0))
 

@@ -69,6 +69,7 @@ def make_run(root: Path, encoder: Path, rows: int = 160, held_out: int = 40, rel
     recipe = Recipe(run_dir=str(root / "run"))
     recipe.reward.encoder = str(encoder)
     recipe.reward.max_length = 64
+    recipe.reward.precision = "fp32"
     recipe.reward.learning_rate = 3e-3
     recipe.reward.epochs = 3
     recipe.reward.batch_size = 16

@@ -22,9 +22,9 @@ from tppo.text import Event
 def setting():
     """The truth about user 0, an example of theirs, and two of their queries that are not in its history."""
     truth = true_reward.Truth(Synthetic(users=1, events_per_user=60), seed=0)
-    (user_id,) = truth.interests
-    rows = [row for row in synthetic.user_rows(0, 60, 0) if row[2] == "search" and len(row) == 4]
-    known = [r[3] for r in rows if all(synthetic.relevant_words(r[3].split(), truth.interests[user_id]))]
+    (user_id,) = truth.users
+    rows = [row for row in synthetic.user_rows(0, Synthetic(), 0) if row[2] == "search" and len(row) == 4]
+    known = [r[3] for r in rows if all(synthetic.relevant_words(r[3].split(), truth.possible(user_id)))]
     old, *new = dict.fromkeys(known)
     example = Example("e", user_id, "train", [Event("search", old)], new[:2], datetime(2026, 1, 5))
     return truth, example, old, new
@@ -39,7 +39,7 @@ def test_only_new_queries_of_the_users_interests_are_relevant(setting):
     repeated = truth.words(example, f"{first}\n{first}")[1]
     assert repeated == [True] * len(first.split()) + [False] * len(first.split())
     assert truth.words(example, f"{first} zzz")[1] == [True] * len(first.split()) + [False]
-    shares = truth.shares([example] * 2, [first, f"{first}\n{old}"])
+    shares = truth.mean_shares([example] * 2, [first, f"{first}\n{old}"])
     assert shares["responses_relevant"] == 0.5
     assert shares["relevant_words"] == len(first.split())
     assert not truth.is_relevant([])

@@ -13,6 +13,8 @@ from tppo.evaluate.compare import DISPLAY
 from tppo.run import RunFolder, read_jsonl, rl_stage
 
 RL_CHARTS = (
+    ("known_words", "Truly relevant words (synthetic log)"),
+    ("known_queries", "Truly relevant queries (synthetic log)"),
     ("sentence_reward_mean", "Relevance by the sentence reward model"),
     ("token_relevance", "Relevance by the token reward model"),
     ("kl", "KL from SFT, nats per response"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tppo.config import Rubric
 from tppo.judge.record import IRRELEVANT, RELEVANT, Verdict
@@ -29,6 +30,7 @@ def _rubric_fields(rubric: str, against: str, prefix: str = "") -> list[pa.Field
     ]
 
 
+KNOWN_COLUMNS = ("known_queries", "known_words")
 GENERATIONS = pa.schema(
     [
         field("example_id", pa.string(), "example answered"),
@@ -63,6 +65,7 @@ GENERATIONS = pa.schema(
                 "copied_words",
                 "repeated_queries",
                 "repeated_words",
+                *KNOWN_COLUMNS,
             )
         ],
     ]
@@ -91,7 +94,12 @@ def read_generations(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: no such file, or no such table.
     """
-    return read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
+    path = folder / "generations.parquet"
+    if path.exists() and not set(KNOWN_COLUMNS) <= set(pq.read_schema(path).names):
+        # An evaluation from before these two were measured: there they are what they are without a known truth.
+        old = pa.schema([column for column in GENERATIONS if column.name not in KNOWN_COLUMNS])
+        return [{**row, **dict.fromkeys(KNOWN_COLUMNS)} for row in read_table(path, old).to_pylist()]
+    return read_table(path, GENERATIONS).to_pylist()
 
 
 def verdict_columns(verdict: Verdict | None, rubric: str, usable: bool, prefix: str) -> dict[str, Any]:

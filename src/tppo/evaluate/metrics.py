@@ -89,6 +89,24 @@ TRUTH = (
         "mean over the true next queries of the largest cosine to a written query (evaluate.encoder)",
     ),
 )
+KNOWN = (
+    Metric(
+        "known_queries",
+        "Truly relevant queries",
+        "rate",
+        "higher",
+        "share of the queries asked for that are new and that the user of the synthetic log could have searched; no "
+        "judge: known from how the log is made",
+    ),
+    Metric(
+        "known_words",
+        "Truly relevant words",
+        "rate",
+        "higher",
+        "share of the words written that the user of the synthetic log could have searched in a new query; no judge",
+    ),
+)
+"""Only measured where the log is synthetic (`tppo.logs.truth`)."""
 FORM = (
     Metric(
         "unparseable",
@@ -168,7 +186,7 @@ KL = Metric(
     "neither",
     "log ratio to SFT of a response of its own, sampled anew at this prompt (`tppo distance`), mean",
 )
-PER_RESPONSE = (*RELEVANCE, *SECOND, *TRUTH, *FORM, KL)
+PER_RESPONSE = (*RELEVANCE, *SECOND, *KNOWN, *TRUTH, *FORM, KL)
 BY_NAME = {metric.name: metric for metric in (*PER_RESPONSE, *CORPUS)}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tppo.evaluate.compare import BASELINES, DISPLAY, POOLED
-from tppo.evaluate.metrics import BY_NAME, FORM, RELEVANCE, SECOND, TRUTH, Metric
+from tppo.evaluate.metrics import BY_NAME, FORM, KNOWN, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.stats import FEW_USERS, Estimate, IntervalEstimate, verdict
 
 NOT_MEASURED = "not measured"
@@ -76,6 +76,11 @@ class Metrics:
     @property
     def baselines(self) -> list[str]:
         return [model for model in self.data["models"] if model in BASELINES]
+
+    @property
+    def knows_truth(self) -> bool:
+        """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
+        return self.cell(self.scopes[0], "sft", "known_words").value is not None
 
     def cell(self, scope: str, model: str, metric: str) -> Estimate:
         return _find(self.data["rows"], scope=scope, model=model, metric=metric)
@@ -172,7 +177,8 @@ def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
             if second.value is not None:
                 label = f"Second judge, {AGAINST[headline.name]}{what}"
                 others.append((label, shift(second, BY_NAME[name]), verdict(second)))
-        for name in ("hit", "token_f1"):
+        known = ("known_words", "known_queries") if metrics.knows_truth else ()
+        for name in (*known, "hit", "token_f1"):
             found = metrics.difference(scope, model, than, name)
             others.append((f"{BY_NAME[name].label}, no judge", shift(found, BY_NAME[name]), verdict(found)))
         entries.append(
@@ -209,7 +215,22 @@ def lead(metrics: Metrics, scope: str) -> list[str]:
             than = [e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome]
             if than:
                 sentences.append(f"{DISPLAY[model]} {words} {_listed([DISPLAY[name] for name in than])}.")
+    if metrics.knows_truth:
+        sentences += _known_truth(metrics, scope)
     return [*sentences, *baseline_verdicts(metrics, scope), f"Answers {against}: {', '.join(shares)}."]
+
+
+def _known_truth(metrics: Metrics, scope: str) -> list[str]:
+    """What the synthetic log itself says of each pair, with no judge between."""
+    sentences = []
+    for model, than in metrics.pairs(scope):
+        said = [
+            f"{BY_NAME[name].label.lower()} {shift(found, BY_NAME[name])} ({verdict(found)})"
+            for name in ("known_words", "known_queries")
+            if (found := metrics.difference(scope, model, than, name)).value is not None
+        ]
+        sentences.append(f"By what the synthetic log knows, {DISPLAY[model]} minus {DISPLAY[than]}: {', '.join(said)}.")
+    return sentences
 
 
 def baseline_verdicts(metrics: Metrics, scope: str) -> list[str]:
@@ -313,7 +334,9 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
     lines += [f"- {name}: {value}" for name, value in facts]
     for part in metrics.scopes:
         second = [("Relevance by the second judge", SECOND)] if metrics.data.get("second_judge") else []
-        for title, group in (("Relevance", RELEVANCE), *second, ("True next queries", TRUTH), ("Form", FORM)):
+        known = [("True relevance, known of the synthetic log", KNOWN)] if metrics.knows_truth else []
+        groups = (("Relevance", RELEVANCE), *second, *known, ("True next queries", TRUTH), ("Form", FORM))
+        for title, group in groups:
             lines += ["", f"## {title}, {SCOPES[part]}", "", *_markdown_table(metrics, part, group)]
         lines += ["", f"## Differences, {SCOPES[part]}", ""]
         lines += ["| | headline | check | hit | word F1 |", "|---|---|---|---|---|"]

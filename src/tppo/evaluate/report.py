@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import uniplot
 import yaml
 from markupsafe import Markup
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from tppo.config import Recipe
 from tppo.errors import UserError
@@ -26,6 +29,7 @@ from tppo.evaluate.charts import Interval, interval_chart
 from tppo.evaluate.compare import DISPLAY
 from tppo.evaluate.costs import cost_markdown, cost_rows, model_costs
 from tppo.evaluate.curves import (
+    column,
     dpo_charts,
     reward_charts,
     rl_charts,
@@ -34,7 +38,7 @@ from tppo.evaluate.curves import (
     sft_chart,
 )
 from tppo.evaluate.generations import read_generations
-from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, RELEVANCE, SECOND, TRUTH, Metric
+from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, KNOWN, RELEVANCE, SECOND, TRUTH, Metric
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.reward_check import reward_check_section
 from tppo.evaluate.stats import verdict
@@ -44,6 +48,8 @@ from tppo.run import RunFolder, all_stages, read_jsonl, rl_stage
 from tppo.seeding import draw
 from tppo.tables import load_examples
 
+CURVE_WINDOW = 10
+"""Updates averaged in the terminal's curve: one rollout is a small sample."""
 SAMPLES = 12
 TOKEN_SAMPLES = 4
 
@@ -87,7 +93,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "counts": (run.manifest("evaluate") or {}).get("facts", {}),
         "bootstrap_samples": recipe.evaluate.bootstrap_samples,
         "temperature": recipe.evaluate.temperature,
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *TRUTH, *FORM, *CORPUS)},
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *KNOWN, *TRUTH, *FORM, *CORPUS)},
     }
     (folder / "report.html").write_text(render(context), encoding="utf-8")
     facts = [
@@ -131,12 +137,17 @@ def load_metrics(run: RunFolder) -> Metrics:
 
 
 def print_summary(run: RunFolder) -> None:
-    """The headline of a finished run on the console."""
+    """The headline of a finished run on the console: a table, the curve of RL, and what the intervals allow to say."""
     metrics = load_metrics(run)
     scope = metrics.scopes[0]
     headline, check = metrics.data["headline"], metrics.data["check"]
     heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %",
              "unparseable": "unparseable %"}  # fmt: skip
+    with_interval = [headline]
+    if metrics.knows_truth:
+        heads = {headline: "judged relevant %", "known_words": "truly: words %", "known_queries": "truly: queries %",
+                 "unparseable": "unparseable %"}  # fmt: skip
+        with_interval += ["known_words", "known_queries"]
     table = Table(
         title=f"{present.SCOPES[scope]}: {present.AGAINST[headline]}; check: {present.AGAINST[check]}",
         title_justify="left",
@@ -150,12 +161,39 @@ def print_summary(run: RunFolder) -> None:
         texts = []
         for name in heads:
             cell, unit = metrics.cell(scope, model, name), BY_NAME[name].unit
-            shown = present.interval(cell, unit) if name == headline and model in metrics.policies else ""
+            shown = present.interval(cell, unit) if name in with_interval and model in metrics.policies else ""
             texts.append(f"{present.number(cell.value, unit)} {shown}".strip().replace("[", "\\["))
         table.add_row(DISPLAY[model], *texts)
     console.print(table)
+    if curve := terminal_curve(run, rollout_policies(metrics.policies)):
+        console.print(Text.from_ansi(curve))
     for sentence in present.lead(metrics, scope)[:-1]:
         console.print(sentence)
+
+
+def terminal_curve(run: RunFolder, policies: Sequence[str]) -> str | None:
+    """Relevance of the rollouts over the updates, drawn in characters: the true one where the log knows it, else by the
+    token reward model. Without a terminal's colours each policy has a letter."""
+    rows = {model: found for model in policies if (found := rl_rows(run, model))}
+    name = "known_words" if all("known_words" in found[0] for found in rows.values()) else "token_relevance"
+    if not rows or any(len(found) < CURVE_WINDOW for found in rows.values()):
+        return None
+    smooth = np.full(CURVE_WINDOW, 1 / CURVE_WINDOW)
+    ys = [100 * np.convolve(column(found, name), smooth, mode="valid") for found in rows.values()]
+    what = "Truly relevant words, %" if name == "known_words" else "Relevance by the token reward model, %"
+    lines = uniplot.plot_to_string(
+        xs=[np.arange(CURVE_WINDOW, CURVE_WINDOW + len(y)) for y in ys],
+        ys=ys,
+        lines=True,
+        width=64,
+        height=10,
+        title=f"{what}, of rollouts (mean of {CURVE_WINDOW} updates)",
+        legend_labels=[DISPLAY[model] for model in rows],
+        color=console.is_terminal,
+        character_set="block" if console.is_terminal else "ascii",
+        force_ascii_characters=[DISPLAY[model][0] if model != "ppo_sum" else "S" for model in rows],
+    )
+    return "\n".join(lines) if isinstance(lines, list) else lines
 
 
 def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
@@ -189,6 +227,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "users": count.users,
         "relevance": table(metrics, scope, _headline_first(metrics)),
         "second": table(metrics, scope, SECOND) if metrics.data.get("second_judge") else None,
+        "known": table(metrics, scope, KNOWN) if metrics.knows_truth else None,
         "truth": table(metrics, scope, TRUTH),
         "form": table(metrics, scope, FORM[:4]),
         "variety": table(metrics, scope, (*FORM[4:], *CORPUS)),

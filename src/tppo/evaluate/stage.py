@@ -26,17 +26,20 @@ from tppo.errors import UserError
 from tppo.evaluate.answers import Answers, embed_texts, make_answerer
 from tppo.evaluate.compare import REFERENCES, build_metrics
 from tppo.evaluate.examples import asked_about, by_model, choose_examples
-from tppo.evaluate.generations import GENERATIONS, RUBRICS, verdict_columns
+from tppo.evaluate.generations import GENERATIONS, KNOWN_COLUMNS, RUBRICS, verdict_columns
 from tppo.evaluate.metrics import form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import VOTES, vote_rows
 from tppo.judge.choose import make_judge, saved_judge
 from tppo.judge.embedding import Encoder
 from tppo.judge.record import Judge, JudgeItem, Verdict
+from tppo.logs.truth import Truth, known_truth
+from tppo.models import SCRATCH
 from tppo.run import RunFolder, evaluated_baselines, write_json
 from tppo.tables import Example, load_examples, read_table, write_table
 from tppo.text import parse_response
 
 NOT_MEASURED = {"similarity_written": None, "similarity_true": None}
+NOT_KNOWN = dict.fromkeys(KNOWN_COLUMNS)
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -48,13 +51,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     check_settings(recipe)
     judge = choose_judge(recipe, run)
     second = choose_second_judge(recipe, run, {judge.name})
-    encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
+    encoder, truth = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder"), known_truth(run)
     examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
     asked = {e.example_id for e in asked_about(recipe, examples, recipe.evaluate.second_judge_examples)}
     readers = {
-        split: Readers(judge, second, [e.example_id in asked for e in chosen], encoder)
+        split: Readers(judge, second, [e.example_id in asked for e in chosen], encoder, truth)
         for split, chosen in examples.items()
     }
     facts = _write_parts(recipe, run, examples, readers, parts)
@@ -162,6 +165,8 @@ def check_settings(recipe: Recipe) -> None:
     for is_wrong, words in wrong:
         if is_wrong:
             raise UserError(f"evaluate.{words}")
+    if settings.untuned and recipe.sft.model == SCRATCH:
+        raise UserError(f"evaluate.untuned asks for answers of random weights (sft.model={SCRATCH}): leave it out")
 
 
 def evaluated_models(recipe: Recipe) -> list[str]:
@@ -232,6 +237,8 @@ class Readers:
     """Of each example; read only with a second judge."""
     encoder: Encoder | None = None
     """Of the embedding similarity, which is null without it."""
+    truth: Truth | None = None
+    """Of a synthetic log; what it says is null without it."""
 
     def verdicts(self, items: Sequence[JudgeItem], model: str) -> list[dict[str, Verdict]]:
         """Of each item the verdicts by rubric; the second judge's have the prefix `second_`."""
@@ -291,6 +298,10 @@ def response_rows(
             row |= similarity_metrics(written, true, usable)
         else:
             row |= NOT_MEASURED
+        row |= NOT_KNOWN
+        if readers.truth:
+            known = readers.truth.shares(example, answers.responses[i], num_queries)
+            row |= dict(zip(KNOWN_COLUMNS, known if usable else (0.0, 0.0), strict=True))
         row |= form_metrics(parsed.queries, example.history)
         rows.append(row)
     return rows

@@ -12,12 +12,13 @@ hardly any event.
 
 A user depends on the seed and the user's number only: a log of more users begins with the log of fewer.
 
-Since the log is made, it is known what a user may search next: `user_interests` and `relevant_words` are the true
+Since the log is made, it is known what a user may search next: `user_queries` and `relevant_words` are the true
 relevance that no judge is needed for.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -155,7 +156,7 @@ _NOISE = (  # Share of searches that are preceded by one of these.
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Write log.tsv (header user_id, time, kind, text; users one after the other)."""
     rows = write_log(recipe.synthetic, recipe.seed, folder / "log.tsv")
-    return {"rows": rows, "users": recipe.synthetic.users, "topics": len(TOPICS)}
+    return {"rows": rows, "users": recipe.synthetic.users, "topics": recipe.synthetic.topics}
 
 
 def write_log(config: Synthetic, seed: int, path: Path) -> int:
@@ -166,7 +167,7 @@ def write_log(config: Synthetic, seed: int, path: Path) -> int:
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write("\t".join(HEADER) + "\n")
         for user in track(range(config.users), "synthetic users", config.users):
-            lines = ["\t".join(row) + "\n" for row in user_rows(user, config.events_per_user, seed)]
+            lines = ["\t".join(row) + "\n" for row in user_rows(user, config, seed)]
             file.writelines(lines)
             rows += len(lines)
     temporary.replace(path)
@@ -176,19 +177,21 @@ def write_log(config: Synthetic, seed: int, path: Path) -> int:
 def _check(config: Synthetic) -> None:
     if config.users < 1 or config.events_per_user < 1:
         raise UserError("synthetic.users and synthetic.events_per_user must be at least 1")
+    if not 1 <= config.topics <= len(TOPICS):
+        raise UserError(f"synthetic.topics={config.topics} must be between 1 and {len(TOPICS)}")
 
 
 def generate_rows(config: Synthetic, seed: int) -> Iterator[tuple[str, ...]]:
     """Rows (user_id, time, kind, text) of all users, streaming; a few are broken on purpose."""
     _check(config)
     for user in range(config.users):
-        yield from user_rows(user, config.events_per_user, seed)
+        yield from user_rows(user, config, seed)
 
 
-def user_rows(user: int, events_per_user: int, seed: int) -> list[tuple[str, ...]]:
+def user_rows(user: int, config: Synthetic, seed: int) -> list[tuple[str, ...]]:
     """Rows of one user, oldest first."""
     random = _user_random(user, seed)
-    count, interests = _draw_user(random, events_per_user)
+    count, interests = _draw_user(random, config)
     missions: list[list[tuple[str, str]]] = []
     searched: list[str] = []
     left = count
@@ -211,40 +214,54 @@ def user_name(user: int) -> str:
     return f"user{user:06d}"
 
 
-def user_interests(user: int, events_per_user: int, seed: int) -> list[frozenset[str]]:
-    """Every word that a user's searches about each of their interests can hold, one set per interest.
+def user_queries(user: int, config: Synthetic, seed: int) -> list[tuple[str, ...]]:
+    """Every search about their interests that a user can make, as words, sorted.
 
-    Known from how the log is made, not from the log: the words of the interest's questions, of the user's own things
-    and of the user's own refinements. Typos, site names and personal data are noise and belong to none.
+    Known from how the log is made, not from the log: a question of the interest about one of the user's own things, as
+    it is or refined in one of the user's own ways. Typos, site names and personal data are noise and not among them.
     """
-    interests = _draw_user(_user_random(user, seed), events_per_user)[1]
-    return [
-        frozenset(word for part in (i.things, i.topic.questions, i.habits) for text in part for word in text.split())
-        - {"{}"}
-        for i in interests
-    ]
+    interests = _draw_user(_user_random(user, seed), config)[1]
+    return sorted(
+        {
+            tuple(refinement.format(question.format(thing)).split())
+            for interest in interests
+            for question in interest.topic.questions
+            for thing in interest.things
+            for refinement in ("{}", *interest.habits)
+        }
+    )
 
 
-def relevant_words(query: Sequence[str], interests: Sequence[frozenset[str]]) -> list[bool]:
+def relevant_words(query: Sequence[str], possible: Sequence[tuple[str, ...]]) -> list[bool]:
     """Which words (lower case) of a query its user could have written in it.
 
-    A query is about one interest, the one that holds most of its words; the words which that interest holds are
-    relevant, so mixing interests within a query does not pay.
+    A query is read as the one of the user's possible queries that it shares the most words with (the shortest of
+    those), and the shared words are relevant, each as often as it stands there. So it does not pay to mix what belongs
+    to several queries, nor to say a word again.
     """
-    marks = [[word in interest for word in query] for interest in interests]
-    return max(marks, key=sum)
+    written = Counter(query)
+    best: tuple[tuple[int, int], tuple[str, ...]] = ((0, 0), ())
+    for other in possible:
+        shared = sum(min(count, other.count(word)) for word, count in written.items())
+        best = max(best, ((shared, -len(other)), other), key=lambda entry: entry[0])
+    left = Counter(best[1])
+    marks = []
+    for word in query:
+        marks.append(left[word] > 0)
+        left[word] -= 1
+    return marks
 
 
 def _user_random(user: int, seed: int) -> Random:
     return Random(f"synthetic/{seed}/{user}")
 
 
-def _draw_user(random: Random, events_per_user: int) -> tuple[int, list[_Interest]]:
+def _draw_user(random: Random, config: Synthetic) -> tuple[int, list[_Interest]]:
     """Number of events and interests of a user: the first draws of their stream."""
     # One user in 25 hardly shows up; the mean of the others makes up for it.
     rare = random.random() < 0.04
-    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, events_per_user / 4))
-    names = random.sample(sorted(TOPICS), random.choice((1, 2, 2, 3)))
+    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, config.events_per_user / 4))
+    names = random.sample(sorted(TOPICS)[: config.topics], min(random.choice((1, 2, 2, 3)), config.topics))
     return count, [_Interest(random, TOPICS[name]) for name in names]
 
 

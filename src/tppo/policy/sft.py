@@ -38,8 +38,9 @@ from trl import SFTConfig, SFTTrainer
 
 from tppo.config import SFT, Recipe, Task
 from tppo.errors import UserError
-from tppo.models import load_policy, lora_config
+from tppo.models import SCRATCH, load_policy, lora_config
 from tppo.policy.generate import encode_examples
+from tppo.policy.scratch import start_from_scratch
 from tppo.policy.training import (
     EpochSampler,
     ProgressCallback,
@@ -98,7 +99,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     prepared = run.require("prepare")
     train = draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "sft", "train")
     held_out = draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "sft", "eval")
-    model, tokenizer = load_policy(settings.model, dtype=torch.float32)
+    if settings.model == SCRATCH:
+        weights_seed = stream_seed(recipe.seed, "sft", "scratch")
+        model, tokenizer = start_from_scratch(settings.scratch, train, recipe.task, weights_seed)
+    else:
+        model, tokenizer = load_policy(settings.model, dtype=torch.float32)
     train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (train, held_out))
     if not train_set.rows:
         raise UserError(
@@ -121,8 +126,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     seconds = time.monotonic() - start
     final_eval = _final_eval_loss(trainer) if eval_set.rows else None
     callback.write(trainer.state)
+    base = f"Base model: `{settings.model}`"
+    if settings.model == SCRATCH:
+        base = (
+            f"Made from scratch ({model.num_parameters():,} random weights, a tokenizer of {len(tokenizer):,} tokens "
+            "trained on the same examples) for demos, tests and controlled studies: it knows nothing but this log"
+        )
     card = (
-        f"# Query suggestions: supervised start\n\nBase model: `{settings.model}`, {settings.tuning} tuning "
+        f"# Query suggestions: supervised start\n\n{base}; {settings.tuning} tuning "
         f"on {len(train_set.rows)} examples by tppo's `sft` stage. Writes a user's next searches, one per "
         "line, after the prompt of `tppo.text.render_prompt`.\n"
     )

@@ -62,6 +62,7 @@ class RewardModel:
         longformer_window: int | None = None,
         global_attention: GlobalAttention = "history",
         dropout: float | None = None,
+        layers: int = 0,
     ) -> Self:
         """A model to be trained: the encoder at this path or name with a fresh head.
 
@@ -69,6 +70,7 @@ class RewardModel:
             longformer_window: make a Longformer with this attention window and `max_length` positions of it.
             global_attention: which tokens of a Longformer have it; other encoders have no use for it.
             dropout: every rate of dropout in the encoder's config; None leaves them as they are.
+            layers: keep the first so many of the encoder; 0: all.
 
         Raises:
             UserError: no model of tokens or no fast tokenizer, `max_length` beyond what the encoder can read, or an
@@ -81,6 +83,7 @@ class RewardModel:
             model = AutoModelForTokenClassification.from_pretrained(
                 encoder,
                 **({} if dropout is None else _dropout_rates(config, dropout)),
+                **first_layers(config, encoder, layers),
                 num_labels=len(cls.classes),
                 id2label=dict(enumerate(cls.classes)),
                 label2id={name: i for i, name in enumerate(cls.classes)},
@@ -289,6 +292,22 @@ def sentence_probabilities(pairs: Sequence[Pair], logits_N: np.ndarray) -> np.nd
 def softmax(logits_TC: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits_TC - logits_TC.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def first_layers(config: Any, encoder: str, layers: int) -> dict[str, int]:
+    """The entry of a config that keeps the first `layers` layers; nothing for 0.
+
+    Raises:
+        UserError: more than there are, or a family whose config says more of each layer than their number.
+    """
+    if not layers:
+        return {}
+    if config.model_type == "longformer" or not 1 <= layers <= config.num_hidden_layers:
+        raise UserError(
+            f"reward.encoder_layers={layers}: {encoder} has {config.num_hidden_layers} layers"
+            f"{', and a Longformer keeps them all' if config.model_type == 'longformer' else ''}; 0 keeps all"
+        )
+    return {"num_hidden_layers": layers}
 
 
 def _dropout_rates(config: Any, rate: float) -> dict[str, float]:

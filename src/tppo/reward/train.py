@@ -117,6 +117,7 @@ def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed:
         longformer_window=settings.attention_window if settings.to_longformer else None,
         global_attention=settings.global_attention,
         dropout=settings.dropout,
+        layers=settings.encoder_layers,
     )
     if isinstance(reward_model, SentenceRewardModel):
         reward_model.use_pooling(settings.sentence_pooling)
@@ -161,6 +162,7 @@ def check_settings(settings: Reward) -> None:
         ("batch_size", 1),
         ("evals_per_epoch", 1),
         ("patience", 0),
+        ("encoder_layers", 0),
     ):
         value = getattr(settings, name)
         if value is not None and value < least:

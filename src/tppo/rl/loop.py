@@ -53,7 +53,7 @@ def train(
         console.print(f"resuming {folder.name} after update {trainer.update}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_rows_after(folder / name, trainer.update)
-    with open_trackers(config, folder) as trackers, progress_bar() as bar:
+    with open_trackers(config, folder) as trackers, progress_bar(lines=False) as bar:
         task = bar.add_task(folder.name, total=config.updates, completed=trainer.update)
         while trainer.update < config.updates:
             try:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from tppo.config import RL, Task
 from tppo.errors import UserError
+from tppo.logs.truth import Truth
 from tppo.reward.align import query_lengths, token_spans
 from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.reward_function import Sample, Scores
 from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
 from tppo.tables import RESPONSES, Example, read_table
-from tppo.text import ParsedResponse, parse_response
+from tppo.text import ParsedResponse, parse_response, repeated_queries
 
 
 class Relevance(NamedTuple):
@@ -63,21 +64,32 @@ class QueryReward:
     """Reward function of the RL stage (see `tppo.rl.reward_function`)."""
 
     def __init__(
-        self, scorer: RelevanceScorer, examples: Sequence[Example], config: RL, task: Task, scale: RewardScale
+        self,
+        scorer: RelevanceScorer,
+        examples: Sequence[Example],
+        config: RL,
+        task: Task,
+        scale: RewardScale,
+        truth: Truth | None = None,
     ) -> None:
+        """`truth` of a synthetic log pays nothing: what it says of a rollout stands in the metrics."""
         self.scorer = scorer
         self.examples = examples
         self.config = config
         self.task = task
         self.scale = scale
+        self.truth = truth
 
     def __call__(self, samples: list[Sample]) -> Scores:
-        relevance = self.scorer([self.examples[sample.prompt_index] for sample in samples], samples)
+        examples = [self.examples[sample.prompt_index] for sample in samples]
+        relevance = self.scorer(examples, samples)
         length_B = torch.tensor([len(sample.response_ids) for sample in samples])
         mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+        parsed = [parse_response(sample.response, sample.finished, self.task.num_queries) for sample in samples]
+        if self.config.repeats_irrelevant:
+            relevance = without_repeats(relevance, examples, samples, parsed)
         class_probs_BT3 = pad_class_probs(relevance.class_probs, mask_BT)
         sentence_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
-        parsed = [parse_response(sample.response, sample.finished, self.task.num_queries) for sample in samples]
         rewards_BT = token_level_rewards(
             self.config,
             class_probs_BT3,
@@ -97,7 +109,38 @@ class QueryReward:
             "unparseable": float(np.mean([response.problem is not None for response in parsed])),
             **relevance.metrics,
         }
+        if self.truth:
+            metrics |= self._known(self.truth, samples, parsed)
         return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
+
+    def _known(self, truth: Truth, samples: list[Sample], parsed: list[ParsedResponse]) -> dict[str, float]:
+        """Shares truly relevant: of the queries asked for, and of the words. An unparseable response counts as none."""
+        shares = [
+            truth.shares(self.examples[sample.prompt_index], sample.response, self.task.num_queries)
+            for sample, found in zip(samples, parsed, strict=True)
+            if found.problem is None
+        ]
+        return {
+            "known_queries": sum(queries for queries, _ in shares) / len(samples),
+            "known_words": sum(words for _, words in shares) / len(samples),
+        }
+
+
+def without_repeats(
+    relevance: Relevance, examples: Sequence[Example], samples: Sequence[Sample], parsed: Sequence[ParsedResponse]
+) -> Relevance:
+    """The relevance with every query that is not new as irrelevant (`rl.repeats_irrelevant`)."""
+    class_probs, sentence_scores = [], []
+    rows = zip(relevance.class_probs, relevance.sentence_scores, examples, samples, parsed, strict=True)
+    for probs_T3, score, example, sample, response in rows:
+        old = repeated_queries(example.history, response.queries)
+        places = [(word.start, word.end) for word in response.words if word.query in old]
+        hit_T = np.array([any(a < end and start < b for start, end in places) for a, b in sample.spans], dtype=bool)
+        # What a token shows of separators stays class 0.
+        irrelevant_T3 = np.stack([probs_T3[:, 0], 1 - probs_T3[:, 0], np.zeros(len(probs_T3))], axis=1)
+        class_probs.append(np.where(hit_T[:, None], irrelevant_T3, probs_T3).astype(np.float32))
+        sentence_scores.append(score * (1 - len(old) / max(1, len(response.queries))))
+    return relevance._replace(class_probs=class_probs, sentence_scores=sentence_scores)
 
 
 def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:

@@ -10,6 +10,7 @@ import torch
 
 from tppo.config import RL, Algorithm, Recipe
 from tppo.errors import UserError
+from tppo.logs.truth import known_truth
 from tppo.models import load_policy, save_model
 from tppo.policy.generate import encode_examples
 from tppo.reward.gate import require_passed
@@ -94,4 +95,5 @@ def query_reward(recipe: Recipe, run: RunFolder, config: RL, examples: list[Exam
         config,
         recipe.task,
         scale,
+        known_truth(run),
     )

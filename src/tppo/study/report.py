@@ -16,7 +16,7 @@ import yaml
 from tppo.config import Recipe, Setting
 from tppo.evaluate import present
 from tppo.evaluate.curves import reward_charts
-from tppo.evaluate.metrics import CORPUS, FORM, RELEVANCE, SECOND, TRUTH
+from tppo.evaluate.metrics import CORPUS, FORM, KNOWN, RELEVANCE, SECOND, TRUTH
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.report import (
     difference_chart,
@@ -135,7 +135,7 @@ def page_context(
         "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
         "python": manifest.get("python"),
         "versions": manifest.get("versions", {}),
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *TRUTH, *FORM, *CORPUS)},
+        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *KNOWN, *TRUTH, *FORM, *CORPUS)},
     }
 
 

@@ -1,0 +1,80 @@
+"""The true relevance of queries to the users of a synthetic log: known from how the log is made, judged by nobody.
+
+A query is relevant when it is new and its user could have made it, word for word (`tppo.logs.synthetic.user_queries`).
+A word is relevant when it stands in a new query that could have held it (`relevant_words`). A query that repeats a
+search of the history or of the same response is not new.
+"""
+
+from __future__ import annotations
+
+from tppo.config import Synthetic
+from tppo.logs.prepare import SYNTHETIC_KEY
+from tppo.logs.privacy import UserHasher
+from tppo.logs.synthetic import relevant_words, user_name, user_queries
+from tppo.run import MANIFEST, RunFolder, sha256_file
+from tppo.tables import Example
+from tppo.text import Word, parse_response, repeated_queries
+
+
+class Truth:
+    """What is relevant to the users of one synthetic log.
+
+    Args:
+        config: the log's settings.
+        seed: the log's.
+    """
+
+    def __init__(self, config: Synthetic, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        hasher = UserHasher(SYNTHETIC_KEY)
+        self.users = {f"{hasher.hash(user_name(user)):016x}": user for user in range(config.users)}
+        self._possible: dict[str, list[tuple[str, ...]]] = {}
+
+    def possible(self, user_id: str) -> list[tuple[str, ...]]:
+        """What a user of examples.parquet can search, as words."""
+        if user_id not in self._possible:
+            self._possible[user_id] = user_queries(self.users[user_id], self.config, self.seed)
+        return self._possible[user_id]
+
+    def words(self, example: Example, response: str) -> tuple[list[Word], list[bool]]:
+        """The words of a response and whether each is relevant."""
+        parsed = parse_response(response, finished=True, num_queries=1)
+        return parsed.words, [
+            mark for marks in self._marks(example, parsed.queries, parsed.query_words) for mark in marks
+        ]
+
+    def shares(self, example: Example, response: str, num_queries: int) -> tuple[float, float]:
+        """Share of the `num_queries` asked for that are relevant, and share of the words written that are.
+
+        A query that was not written is not relevant, so that saying less does not pay; those beyond the number asked
+        for do not count.
+        """
+        parsed = parse_response(response, finished=True, num_queries=num_queries)
+        marks = self._marks(example, parsed.queries, parsed.query_words)
+        possible = set(self.possible(example.user_id))
+        # A query with every word marked is new, but may still be half of one, or in another order.
+        relevant = [
+            all(found) and tuple(query.split()) in possible for query, found in zip(parsed.queries, marks, strict=True)
+        ]
+        flat = [mark for query in marks for mark in query]
+        return sum(relevant[:num_queries]) / num_queries, sum(flat) / len(flat) if flat else 0.0
+
+    def _marks(self, example: Example, queries: list[str], query_words: list[list[str]]) -> list[list[bool]]:
+        old = repeated_queries(example.history, queries)
+        possible = self.possible(example.user_id)
+        marks: list[list[bool]] = []
+        for number, words in enumerate(query_words):
+            known = relevant_words([word.lower() for word in words], possible)
+            marks.append([mark and number not in old for mark in known])
+        return marks
+
+
+def known_truth(run: RunFolder) -> Truth | None:
+    """The truth about the examples of a run, or None: they were not prepared from the run's own synthetic log."""
+    made, prepared = run.manifest("synthetic"), run.manifest("prepare")
+    if made is None or prepared is None:
+        return None
+    if prepared["inputs"].get("synthetic") != sha256_file(run.path("synthetic") / MANIFEST):
+        return None
+    return Truth(Synthetic(**made["config"]["synthetic"]), made["config"]["seed"])
