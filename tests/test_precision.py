@@ -170,3 +170,26 @@ class TestStages:
             section for section in Recipe.__dataclass_fields__ if hasattr(getattr(Recipe(), section), "precision")
         }
         assert RL().precision == "auto"
+
+
+class TestNewSettings:
+    """A setting that a finished stage was made without: its default does what was done then."""
+
+    def finished(self, folder: Path, remove: str) -> None:
+        recipe = Recipe(run_dir=str(folder))
+        run_stage(recipe, "synthetic", lambda recipe, run, folder: {})
+        path = folder / "synthetic" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["config"]["synthetic"][remove]
+        path.write_text(json.dumps(manifest))
+
+    def test_its_default_makes_nothing_stale(self, tmp_path):
+        self.finished(tmp_path, "topics")
+        assert RunFolder(Recipe(run_dir=str(tmp_path))).is_done("synthetic")
+
+    def test_another_value_does(self, tmp_path):
+        self.finished(tmp_path, "topics")
+        recipe = Recipe(run_dir=str(tmp_path))
+        recipe.synthetic.topics = 3
+        with pytest.raises(UserError, match=r"synthetic\.topics: 12 -> 3"):
+            RunFolder(recipe).is_done("synthetic")

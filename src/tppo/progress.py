@@ -81,7 +81,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if not console.is_terminal:
-        console.print(f"{description} ({total if total is not None else '?'})")
+        console.print(f"{description} ({total if total is not None else '?'})", markup=False)
     with progress_bar() as bar:
         task = bar.add_task(description, total=total)
         for item in iterable:

@@ -102,7 +102,19 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
 @pytest.mark.slow
 def test_real_weights_with_one_command_and_resume(tmp_path):
     """`tppo run` with SmolLM2-135M; a run killed in RL goes on where it stopped, a finished one does nothing."""
-    path = write_recipe(tmp_path, "smollm2", sample={"train_examples": 32, "reward_eval_examples": 16})
+    # As little of everything as still goes down the whole road: without bf16 a pass of these weights takes seconds.
+    path = write_recipe(
+        tmp_path,
+        "smollm2",
+        task={"history_events": 3, "max_prompt_tokens": 96, "max_response_tokens": 24},
+        sft={"max_examples": 16, "max_eval_examples": 2, "batch_size": 8, "micro_batch_size": 8},
+        sample={"train_examples": 20, "reward_eval_examples": 12},
+        check_reward={"allow_failed": True, "max_examples": 12},
+        reward={"epochs": 1, "evals_per_epoch": 1, "encoder_layers": 2},
+        rl={"batch_size": 4, "minibatch_size": 4, "micro_batch_size": 4},
+        dpo={"batch_size": 8, "micro_batch_size": 4, "max_eval_examples": 4},
+        evaluate={"max_examples": 4},
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "tppo", "run", str(path)], start_new_session=True, stderr=subprocess.DEVNULL
     )

@@ -1,5 +1,6 @@
 """The report on a made-up run: everything in it, nothing from outside, log text escaped."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from tppo.config import Recipe
 from tppo.errors import UserError
 from tppo.evaluate import present, report
+from tppo.evaluate.compare import build_metrics
+from tppo.evaluate.generations import read_generations
 from tppo.evaluate.present import Metrics
 from tppo.evaluate.stats import Estimate
 from tppo.run import RunFolder, run_stage
@@ -206,6 +209,41 @@ def test_print_summary_says_the_verdict(finished: tuple[Recipe, RunFolder], caps
     assert "TPPO" in printed
     assert "SFT" in printed
     assert "relevant %" in printed
+
+
+def test_the_truth_of_a_synthetic_log_is_in_summary_and_claims(finished: tuple[Recipe, RunFolder]):
+    """Made-up rows with a known truth; without one nothing of it is shown."""
+    recipe, run = finished
+    rows = read_generations(run.path("evaluate"))
+    assert not report.load_metrics(run).knows_truth
+    for row in rows:
+        row["known_words"] = {"tppo": 0.75, "sft": 0.5}.get(row["model"], 0.25)
+        row["known_queries"] = 0.5
+    metrics = Metrics({**fake_run.JUDGE, **build_metrics(rows, recipe)})
+    assert metrics.knows_truth
+    said = " ".join(present.lead(metrics, metrics.scopes[0]))
+    assert "TPPO minus SFT: truly relevant words +25.0 points [+25.0, +25.0] (an improvement)" in said
+    summary = present.summary_markdown(metrics, [])
+    assert "## True relevance, known of the synthetic log" in summary
+    assert "True relevance" not in present.summary_markdown(report.load_metrics(run), [])
+
+
+def test_the_curve_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = RunFolder(Recipe(run_dir=str(tmp_path)))
+    for model, slope in (("tppo", 0.01), ("ppo", 0.0)):
+        (tmp_path / f"rl_{model}").mkdir()
+        rows = [{"update": u, "token_relevance": 0.5 + slope * u, "known_words": 0.4 + slope * u} for u in range(1, 31)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"rl_{model}" / "metrics.jsonl").write_text(text)
+    curve = report.terminal_curve(run, ["ppo", "tppo"])
+    assert curve is not None
+    assert "Truly relevant words, %" in curve
+    assert "\x1b" not in curve, "no colours where there is no terminal"
+    assert curve.count("T") > 20 < curve.count("P")
+    assert max(map(len, curve.splitlines())) <= 80
+    assert report.terminal_curve(run, []) is None
+    (tmp_path / "rl_ppo" / "metrics.jsonl").write_text('{"update": 1, "token_relevance": 0.5}\n')
+    assert report.terminal_curve(run, ["ppo", "tppo"]) is None, "too few updates for a curve"
 
 
 def make_metrics(**cells: tuple[float, float, float]) -> Metrics:

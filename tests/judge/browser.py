@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from child import end_with_parent
+
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1000,1200 --remote-debugging-pipe"
@@ -29,6 +31,7 @@ class Browser:
             pass_fds=(commands_read, replies_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
         )
         os.close(commands_read)
         os.close(replies_write)

@@ -38,6 +38,8 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+from child import end_with_parent
+
 FAULTS = (
     "429_retry_after",
     "429",
@@ -431,7 +433,8 @@ def running(settings: Settings) -> Iterator[FaultServer]:
 def spawned(settings: Settings) -> Iterator[int]:
     """The server in a process of its own: for measurements and for clients that are killed. Yields the port."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(settings).items()]
-    process = subprocess.Popen([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())

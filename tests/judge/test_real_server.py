@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from child import end_with_parent
 from many_items import make_run
 
 from tppo.cli import main
@@ -23,6 +24,7 @@ from tppo.judge.ledger import JudgeLedger
 from tppo.judge.llm import LLMJudge
 from tppo.judge.record import JudgeItem
 from tppo.models import smollm2_folder
+from tppo.precision import generation_dtype
 from tppo.tables import LABELS, read_table
 from tppo.text import Event
 
@@ -35,11 +37,12 @@ def served(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    dtype = str(generation_dtype("auto")).removeprefix("torch.")
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(smollm2_folder())]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", dtype]
     log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
     try:
         for _ in range(240):
             assert process.poll() is None, log.read_text()[-2000:]
@@ -79,6 +82,30 @@ def test_labels_by_a_real_model(served, tmp_path, template):
     for row in rows:
         tries = [attempt for attempt in attempts if attempt["outcome"] == "ok"]
         assert row["status"] == "abstained" or (tries and row["sentence_label"] in (0, 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_killed_run_leaves_no_server_behind():
+    """A process that started one as above is killed with kill -9; the server is gone a moment later."""
+    program = (
+        "import subprocess, sys, time\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from child import end_with_parent\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
+        "server = subprocess.Popen(command, preexec_fn=end_with_parent)\n"
+        "print(server.pid, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        server = Path("/proc") / run.stdout.readline().strip()
+        assert server.exists()
+        run.kill()
+    for _ in range(100):
+        if not server.exists() or "\nState:\tZ" in (server / "status").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the server outlived the run")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from agreement_run import RESPONSES, fill, labelled
 from browser import Browser
+from child import end_with_parent
 from fastapi.testclient import TestClient
 from test_sheet import key_of
 
@@ -214,6 +215,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent()
+
+
 def test_the_command_serves_a_persons_own_sheet_until_interrupted(prepared_recipe: Any, tmp_path: Path):
     """A blank sheet is made for Anna; what she answered is there after Ctrl+C; the exported one stays blank."""
     recipe = labelled(prepared_recipe())
@@ -222,7 +228,8 @@ def test_the_command_serves_a_persons_own_sheet_until_interrupted(prepared_recip
     blank = (folder / "sheet.csv").read_bytes()
     command = [sys.executable, "-m", "tppo", "agreement", "--run_dir", recipe.run_dir, "--agreement.action", "page"]
     command += ["--agreement.answers", f"[{anna}]", "--agreement.port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that put the tests into the background ignores Ctrl+C for all it starts.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
         watchdog = threading.Timer(300, process.kill)
         watchdog.start()
         said = process.stderr.readline()

@@ -11,7 +11,9 @@ import torch
 from tokenizer_kinds import get_tokenizer
 from transformers import LongformerConfig, LongformerModel
 
+from tppo.config import Reward
 from tppo.errors import UserError
+from tppo.model_sizes import encoder_size
 from tppo.policy.generate import decode_response
 from tppo.reward.align import token_spans
 from tppo.reward.data import collate, encode_pairs, load_labelled, make_items, targets
@@ -311,3 +313,18 @@ def test_longformer_gives_the_history_global_attention(tmp_path):
     # the first event lies outside of the window of the response's last word
     assert np.abs(scores[0][-2] - moved[0][-2]).max() > 0
     np.testing.assert_allclose(scores[2], moved[2], atol=1e-4)
+
+
+def test_the_first_layers_of_an_encoder(tiny_encoder, tmp_path):
+    """As many as asked, with the encoder's own weights; more than it has is an error that says how many it has."""
+    whole, first = (TokenRewardModel.start(str(tiny_encoder), 64, layers=layers) for layers in (0, 1))
+    assert (whole.model.config.num_hidden_layers, first.model.config.num_hidden_layers) == (2, 1)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(whole.model.state_dict()[name], first.model.state_dict()[name])
+    first.save(tmp_path / "saved")
+    assert TokenRewardModel.load(tmp_path / "saved").model.config.num_hidden_layers == 1
+    with pytest.raises(UserError, match=r"reward.encoder_layers=3: .* has 2 layers; 0 keeps all"):
+        TokenRewardModel.start(str(tiny_encoder), 64, layers=3)
+    size = encoder_size(Reward(encoder=str(tiny_encoder), encoder_layers=1))
+    assert size.layers == 1
+    assert size.parameters == sum(p.numel() for p in first.model.parameters())
