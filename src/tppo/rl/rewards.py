@@ -16,6 +16,8 @@ Departures from the paper, each forced by a gap or a trap in it (DESIGN section 
    unparseable, for every algorithm alike. Nobody is shown such a response, and without the weight one endless
    query of relevant words paid best: separators and end-of-sequence are worth 0 and only take up room. (Seen on
    AOL: after 28 updates 97% of the responses were one query that ran into the token limit.)
+5. With `repeats_irrelevant` (off by default) a query that is not new is paid as irrelevant, by the judge's own rule and
+   not by the reward model's guess (`tppo.rl.query_reward.without_repeats`).
 """
 
 from __future__ import annotations
