@@ -74,7 +74,7 @@ def test_numbers_of_the_plan_by_hand():
 
 def test_an_encoder_made_a_longformer_is_counted_as_one():
     flags = ("--reward.encoder", "minilm", "--reward.to_longformer", "true", "--reward.max_length", "2048")
-    planner, short = Planner(load("paper-aol.yaml", *flags)), Planner(load("demo.yaml"))
+    planner, short = Planner(load("paper-aol.yaml", *flags)), Planner(load("tour.yaml"))
     # Per layer three more projections with bias; 2,048 positions and the padding token's in place of 512.
     added = 6 * 3 * (384 * 384 + 384) + (2048 + 1 - 512) * 384
     assert planner.encoder.parameters == short.encoder.parameters + added
