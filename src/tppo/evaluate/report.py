@@ -145,15 +145,12 @@ def print_summary(run: RunFolder) -> None:
              "unparseable": "unparseable %"}  # fmt: skip
     with_interval = [headline]
     if metrics.knows_truth:
-        heads = {headline: "judged relevant %", "known_words": "truly: words %", "known_queries": "truly: queries %",
+        heads = {headline: "judged %", "known_words": "true words %", "known_queries": "true queries %",
                  "unparseable": "unparseable %"}  # fmt: skip
-        with_interval += ["known_words", "known_queries"]
-    table = Table(
-        title=f"{present.SCOPES[scope]}: {present.AGAINST[headline]}; check: {present.AGAINST[check]}",
-        title_justify="left",
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
+        with_interval.append("known_words")
+    checked = "" if metrics.knows_truth else f"; check: {present.AGAINST[check]}"
+    console.print(f"{present.SCOPES[scope]}: {present.AGAINST[headline]}{checked}")
+    table = Table(box=SIMPLE, padding=0, show_edge=False)
     table.add_column("", min_width=15)
     for name in heads:
         table.add_column(heads[name], justify="right", no_wrap=True)
