@@ -302,12 +302,10 @@ class RunFolder:
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
         section = PRECISION_OF.get(split_stage(stage)[0])
-        if section is None:
+        # A stage that multiplies matrices has imported torch by now; no other is worth the seconds that takes.
+        if section is None or "torch" not in sys.modules:
             return None
-        from tppo.precision import (
-            choose,
-            stage_device,
-        )  # torch takes seconds to import, and a finished stage needs none
+        from tppo.precision import choose, stage_device
 
         return asdict(choose(getattr(self.recipe, section).precision, stage_device(stage)))
 
