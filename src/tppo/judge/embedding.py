@@ -45,7 +45,7 @@ from tppo.models import load_encoder_path
 from tppo.progress import track
 from tppo.run import sha256_file, write_json
 from tppo.tables import Example
-from tppo.text import normalise_query
+from tppo.text import normalise_query, repeated_queries
 
 RULE_VERSION = 2
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
@@ -198,12 +198,11 @@ class EmbeddingJudge:
             return Scores(np.zeros(count), np.zeros(count, dtype=bool), 0.0)
         reference_sentences_RD = np.stack([embeddings[text].sentence for text in references])
         reference_words_RD = np.concatenate([embeddings[text].words for text in references])
-        seen = {normalise_query(event.text) for event in item.history if event.kind == "search"}
+        texts = [normalise_query(" ".join(query)) for query in queries]
+        old = repeated_queries(item.history, texts) if self.repeats_irrelevant else set()
         word_scores, fresh, query_scores = [], [], []
-        for query in queries:
-            text = normalise_query(" ".join(query))
-            is_fresh = not (self.repeats_irrelevant and text in seen)
-            seen.add(text)
+        for number, query in enumerate(queries):
+            is_fresh = number not in old
             embedding = embeddings[query]
             best_W = (embedding.words @ reference_words_RD.T).max(-1)
             word_scores.append(best_W if is_fresh else np.zeros(len(query)))
