@@ -2,7 +2,7 @@
 
     python benchmarks/dense_vs_sparse.py --seeds 200
 
-Every response of a small token MDP is enumerated (tests/rl/tabular.py), so nothing is sampled but the problems: a
+Every response of a small token MDP is enumerated (tests/helpers/tabular.py), so nothing is sampled but the problems: a
 seed is one random policy with random rewards. Advantages are tppo's GAE, gradients those of tppo's policy loss.
 A cell is the median over the seeds with the 5% and the 95% quantile of a ratio, sparse divided by dense:
 
@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rl"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tabular import TokenMDP, at_last, measure
+from tests.helpers.tabular import TokenMDP, at_last, measure
 
 MEASURES = ("norm", "variance", "noise", "signal", "cosine")
 

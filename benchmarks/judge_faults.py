@@ -2,7 +2,7 @@
 
     python benchmarks/judge_faults.py --items 10000 --fault_rate 0.3 --rate_limit 200 --rounds 5 --output faults.json
 
-Items are made up, one request each; the server (tests/judge/fault_server.py) runs in a process of its own, knows the
+Items are made up, one request each; the server (tests/helpers/fault_server.py) runs in a process of its own, knows the
 right verdicts and turns away what exceeds the rate limit. A round is one call of `tppo label`; rounds go on while
 items are listed as failed, `--rounds` at most.
 

@@ -24,13 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "judge"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import many_items
-from fault_server import Request, Settings, read_log, spawned, truth
-
-from tppo.judge.record import split_response
-from tppo.tables import LABELS, load_examples, read_table
+from tests.helpers import many_items
+from tests.helpers.fault_server import Request, Settings, read_log, spawned, truth
+from tppo.core.tables import LABELS, load_examples, read_table
+from tppo.judge.verdict import split_response
 
 __all__ = ["Request", "Settings", "read_log", "spawned", "truth"]
 

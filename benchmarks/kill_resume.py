@@ -30,11 +30,11 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tppo import cli
-from tppo.config import Scratch
-from tppo.models import load_encoder_path
-from tppo.policy.scratch import llama_config, make_policy, train_tokenizer
+from tppo.core.config import Scratch
+from tppo.core.files import read_jsonl
+from tppo.core.models import load_encoder_path
 from tppo.rl.loop import TIME_COLUMNS
-from tppo.run import read_jsonl
+from tppo.tune.scratch import llama_config, make_policy, train_tokenizer
 
 STAGE_FOLDER = {"rl": "rl_tppo", "sft": "sft"}
 BEFORE = {

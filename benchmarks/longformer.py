@@ -74,7 +74,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 def make_model(contestant: Contestant, encoder: str, seed: int) -> TokenRewardModel:
     import torch
 
-    from tppo.models import load_encoder_path
+    from tppo.core.models import load_encoder_path
     from tppo.reward.models import TokenRewardModel
 
     torch.manual_seed(seed)
@@ -109,9 +109,9 @@ def run_work(contestant: Contestant, work: str, arguments: argparse.Namespace) -
     """Batches of one contestant in this process: seconds of each, and memory in MiB."""
     import torch
 
+    from tppo.core.text import Event
     from tppo.reward.data import collate
     from tppo.reward.losses import local_loss
-    from tppo.text import Event
 
     model = make_model(contestant, arguments.encoder, arguments.seed)
     model.model.train(work == "train")

@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from tppo.config import RL, SFT, Recipe, Scratch, Synthetic
+from tppo.core.config import RL, SFT, Recipe, Scratch, Synthetic
+from tppo.core.device import bf16_slowdown, choose
+from tppo.core.models import SCRATCH, load_policy
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import Example, load_examples
+from tppo.generate.engine import encode_examples
 from tppo.logs import prepare, synthetic
-from tppo.models import SCRATCH, load_policy
-from tppo.policy.generate import encode_examples
-from tppo.policy.scratch import start_from_scratch
-from tppo.policy.sft import encode_training, make_trainer
-from tppo.precision import bf16_slowdown, choose
 from tppo.rl.trainer import TokenPPOTrainer
-from tppo.run import RunFolder, run_stage
-from tppo.tables import Example, load_examples
+from tppo.tune.scratch import start_from_scratch
+from tppo.tune.sft import encode_training, make_trainer
 
 PRECISIONS = ("fp32", "bf16")
 Times = dict[str, list[float]]

@@ -24,9 +24,9 @@ from rich.table import Table
 
 def stage(name: str, run_dir: str, scale: int, memory_limit: str, threads: int) -> None:
     """Run one stage in this process and print its measures as the last line, JSON."""
-    from tppo.config import Recipe
+    from tppo.core.config import Recipe
+    from tppo.core.run import RunFolder, run_stage
     from tppo.logs import prepare, synthetic
-    from tppo.run import RunFolder, run_stage
 
     recipe = Recipe(run_dir=run_dir)
     recipe.synthetic.users *= scale

@@ -32,12 +32,11 @@ from reward_trials import KIND, Data, Trial, as_flags, load_data, own_settings, 
 from rich.console import Console
 from rich.table import Table
 
-from tppo.cli import parse_recipe
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.evaluate.charts import save_line_chart
-from tppo.evaluate.curves import REWARD_CHARTS, reward_lines, seed_line
-from tppo.run import write_json, write_text
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.files import write_json, write_text
+from tppo.core.recipe import parse_recipe
+from tppo.report.charts import REWARD_CHARTS, reward_lines, save_line_chart, seed_line
 
 Rows = list[dict[str, Any]]
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from tppo.config import Recipe, Reward
-from tppo.progress import console
-from tppo.reward.fit import settings_for
-from tppo.reward.train import KINDS, Labels, check_labels, load_labels, train_model
-from tppo.run import MANIFEST, RunFolder, read_jsonl, sha256_file
-from tppo.seeding import rng
+from tppo.core.common import console, rng
+from tppo.core.config import Recipe, Reward
+from tppo.core.files import read_jsonl, sha256_file
+from tppo.core.run import MANIFEST, RunFolder
+from tppo.reward.train import KINDS, Labels, check_labels, load_labels, settings_for, train_model
 
 KIND = {kind.kind: kind for kind in KINDS}
 RIVALS_NAME = {name: f"sentence_{name}" for name in ("learning_rate", "epochs", "class_ratio")}

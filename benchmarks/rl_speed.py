@@ -85,7 +85,7 @@ def write_inputs(work: Work, weights: str, folder: Path, seed: int) -> None:
 
     torch.manual_seed(seed)
     if weights == "cut":
-        from tppo.models import load_policy
+        from tppo.core.models import load_policy
 
         model, tokenizer = load_policy("smollm2")
         model.model.layers = model.model.layers[: work.layers]
@@ -119,8 +119,8 @@ def write_inputs(work: Work, weights: str, folder: Path, seed: int) -> None:
 
 def build_trainer(folder: Path, work: Work, algorithm: str, seed: int) -> Any:
     """Our trainer on this work. The only place that knows its constructor and its reward function's form."""
-    from tppo.config import RL
-    from tppo.models import load_policy
+    from tppo.core.config import RL
+    from tppo.core.models import load_policy
     from tppo.rl.trainer import TokenPPOTrainer
 
     def parity(samples: Any) -> Any:

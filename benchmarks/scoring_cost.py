@@ -25,15 +25,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tppo.config import RL, Recipe, Task
-from tppo.models import load_policy
-from tppo.policy.generate import Generation, encode_examples
+from tppo.core.config import RL, Recipe, Task
+from tppo.core.files import read_jsonl
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.stages import rl_stage
+from tppo.core.tables import RESPONSES, load_examples, read_table
+from tppo.generate.engine import Generation, encode_examples
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.policy import PolicyWithValue
+from tppo.rl.policy import PolicyWithValue, pad_batch
 from tppo.rl.reward_function import make_sample
-from tppo.rl.rollout import pad_batch
-from tppo.run import RunFolder, read_jsonl, rl_stage
-from tppo.tables import RESPONSES, load_examples, read_table
 
 PARTS = ("seconds_rollout", "seconds_score", "seconds_reward", "seconds_token_reward", "seconds_update")
 

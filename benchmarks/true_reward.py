@@ -2,7 +2,7 @@
 
 The policy is a small Llama made from scratch and trained by the package's own stages (synthetic, prepare, sft,
 sample). The reward is not learnt: which words a user could have searched is known from how the log is made
-(`tppo.logs.synthetic`), and takes the place of the reward models in `tppo.rl.query_reward`.
+(`tppo.logs.synthetic`), and takes the place of the reward models in `tppo.rl.stage`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from tppo.config import RL, SFT, Recipe, Sample, Synthetic, Task
+from tppo.core.config import RL, SFT, Recipe, Sample, Synthetic, Task
+from tppo.core.files import write_json
+from tppo.core.models import SCRATCH, load_policy
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import RESPONSES, Example, load_examples, read_table
+from tppo.generate import sample
+from tppo.generate.engine import encode_examples
 from tppo.logs import prepare, synthetic, truth
-from tppo.models import SCRATCH, load_policy
-from tppo.policy import sample, sft
-from tppo.policy.generate import encode_examples
 from tppo.reward.align import IRRELEVANT, RELEVANT, classes_from_words
-from tppo.rl.query_reward import QueryReward, Relevance, median_suggested_length
 from tppo.rl.reward_function import Sample as Response
 from tppo.rl.rewards import RewardScale
+from tppo.rl.stage import QueryReward, Relevance, median_suggested_length
 from tppo.rl.trainer import TokenPPOTrainer
-from tppo.run import RunFolder, run_stage, write_json
-from tppo.tables import RESPONSES, Example, load_examples, read_table
+from tppo.tune import sft
 
 Row = dict[str, float]
 Runs = dict[str, list[list[Row]]]

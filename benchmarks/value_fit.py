@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tppo.config import RL
-from tppo.rl import value
+from tppo.core.config import RL
+from tppo.rl import policy
 from tppo.rl.reward_function import Sample
 from tppo.rl.trainer import TokenPPOTrainer
 
@@ -31,7 +31,7 @@ class AdamFit:
     """A linear head with some Adam steps a rollout."""
 
     def __init__(self, hidden: int, learning_rate: float, steps: int) -> None:
-        self.head, self.steps = value.ValueHead(hidden), steps
+        self.head, self.steps = policy.ValueHead(hidden), steps
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def predict(self, hidden_ND: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class ProbeFit:
     """The trainer's probe, with all its candidates or with one."""
 
     def __init__(self, hidden: int, candidate: int | None = None) -> None:
-        self.probe, self.candidate = value.ValueProbe(hidden), candidate
+        self.probe, self.candidate = policy.ValueProbe(hidden), candidate
 
     def predict(self, hidden_ND: Tensor) -> Tensor:
         if self.candidate is not None:
@@ -139,7 +139,7 @@ def main() -> None:
     fits: dict[str, Any] = {"Adam 1e-3, 1 step": AdamFit(arguments.hidden, 1e-3, 1)}
     for rate, steps in ((1e-2, 1), (1e-3, 20), (1e-2, 20)):
         fits[f"Adam {rate:g}, {steps} step(s)"] = AdamFit(arguments.hidden, rate, steps)
-    for number, ridge in enumerate(value.RIDGES):
+    for number, ridge in enumerate(policy.RIDGES):
         fits[f"ridge {ridge:g}"] = ProbeFit(arguments.hidden, number)
     fits["ridge, chosen (the probe)"] = ProbeFit(arguments.hidden)
     trainer = make_trainer(arguments.hidden, arguments.batch, arguments.learning_rate)

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tppo.config import RL
+from tppo.core.config import RL
 from tppo.rl.reward_function import Sample
 from tppo.rl.trainer import TokenPPOTrainer
 

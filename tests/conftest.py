@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 from transformers import LlamaForCausalLM
 
-from tppo.config import Recipe, Scratch
-from tppo.policy.scratch import llama_config, make_policy, train_tokenizer
-from tppo.run import RunFolder, run_stage
-from tppo.serve.http import listen
-from tppo.tables import EXAMPLES, Example, write_table
-from tppo.text import Event, render_prompt, render_response
+from tppo.core.config import Recipe, Scratch
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import EXAMPLES, Example, write_table
+from tppo.core.text import Event, render_prompt, render_response
+from tppo.core.web import listen
+from tppo.tune.scratch import llama_config, make_policy, train_tokenizer
 
 TOPICS = {
     "garden": ["tomato seeds", "raised bed plans", "compost bin", "rose pruning", "drip hose", "garden shed"],
@@ -116,7 +116,7 @@ def prepared_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., R
 
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder that `tppo.models.load_policy` loads; made once, do not write into it."""
+    """A model folder that `tppo.core.models.load_policy` loads; made once, do not write into it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-policy"
     tokenizer = make_tokenizer()
     make_model(len(tokenizer)).save_pretrained(folder)

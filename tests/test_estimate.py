@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from tppo import estimate
+from tppo.core.models import lora_config
 from tppo.estimate import Machine, ModelSize, model_size
 from tppo.model_sizes import known_configs
-from tppo.models import lora_config
 
 SIZE = ModelSize(
     parameters=1000,

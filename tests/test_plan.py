@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tppo.cli import main, parse_recipe
-from tppo.config import Recipe
-from tppo.errors import UserError
+from tppo.cli import main
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.recipe import parse_recipe
 from tppo.estimate import GIB
 from tppo.model_sizes import config_of
 from tppo.plan import Planner, StagePlan, plan_text

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification, LlamaConfig, LongformerConfig, MistralConfig
 
-from tppo.config import Recipe, Reward
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import Recipe, Reward
+from tppo.core.files import cache_dir
+from tppo.core.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
 from tppo.estimate import ModelSize, model_size
-from tppo.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
-from tppo.policy.scratch import check_settings as check_scratch
-from tppo.policy.scratch import llama_config
 from tppo.reward.longformer import to_longformer
 from tppo.reward.models import first_layers
-from tppo.run import cache_dir
+from tppo.tune.scratch import check_settings as check_scratch
+from tppo.tune.scratch import llama_config
 
 
 def known_configs() -> dict[str, Any]:

@@ -10,25 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from tppo import estimate
-from tppo.config import DPO, SFT, Recipe
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import DPO, SFT, Recipe
+from tppo.core.recipe import check_samples
+from tppo.core.run import RunFolder
+from tppo.core.stages import PRECISION_OF, REFERENCES, all_stages, split_stage, uses_llm_judge
 from tppo.estimate import GIB, Machine, ModelSize
-from tppo.evaluate.compare import REFERENCES, voted_pairs
-from tppo.evaluate.stage import check_settings as check_evaluate
-from tppo.evaluate.stage import evaluated_models
+from tppo.evaluate.compare import voted_pairs
+from tppo.evaluate.readings import check_settings as check_evaluate
+from tppo.evaluate.readings import evaluated_models
 from tppo.judge.label import check_settings as check_label
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import PROBES
 from tppo.logs.prepare import check_settings as check_prepare
 from tppo.model_sizes import encoder_size, policy_size
-from tppo.policy.training import check_batch_sizes
-from tppo.reward.check import check_settings as check_gate
-from tppo.reward.fit import settings_for
-from tppo.reward.train import KINDS
+from tppo.reward.gate import check_settings as check_gate
+from tppo.reward.train import KINDS, settings_for
 from tppo.reward.train import check_settings as check_reward
-from tppo.rl.pairs import check_samples
-from tppo.rl.setup import check_config
-from tppo.run import PRECISION_OF, RunFolder, all_stages, split_stage, uses_llm_judge
+from tppo.rl.trainer import check_config
+from tppo.tune.trl import check_batch_sizes
 
 
 @dataclass

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tppo import cli
-from tppo.config import Recipe
-from tppo.run import RunFolder, all_stages, stage_command
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.core.stages import all_stages, stage_command
 
 STAGES = [
     "synthetic",

@@ -4,21 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_run
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from tppo.config import RL, Task
-from tppo.errors import UserError
+from tests.helpers import fake_run
+from tppo.core.common import UserError, stream_seed
+from tppo.core.config import RL, Task
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.stages import stage_config, stage_inputs
 from tppo.evaluate import answers
-from tppo.models import load_policy
-from tppo.policy.generate import encode_examples, generate
+from tppo.generate.engine import encode_examples, generate
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.reward_function import make_sample
 from tppo.rl.stage import query_reward
-from tppo.run import RunFolder, stage_config, stage_inputs
-from tppo.seeding import stream_seed
 
 EXAMPLES = fake_run.make_examples(3, per_user=1)
 

@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import fake_run
 import pytest
 
-from tppo.config import Reward
-from tppo.evaluate import present
+from tests.helpers import fake_run
+from tppo.core.config import Reward
+from tppo.core.tables import Example
+from tppo.core.text import Event
 from tppo.evaluate.answers import Answers
-from tppo.evaluate.compare import build_metrics, paired_scores
-from tppo.evaluate.present import Metrics
-from tppo.evaluate.stage import Readers, response_rows
-from tppo.judge.record import Verdict
-from tppo.tables import Example
-from tppo.text import Event
+from tppo.evaluate.compare import Metrics, build_metrics, paired_scores
+from tppo.evaluate.readings import Readers, response_rows
+from tppo.judge.verdict import Verdict
+from tppo.report import words
 
 EXAMPLES = [
     Example(f"e{i}", f"u{i}", "eval1", [Event("search", "red shoes")], ["blue shoes", "blue hat"], None)
@@ -70,7 +69,7 @@ def test_abstentions_are_counted_and_left_out(tmp_path: Path):
     found = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
     assert found.cell("eval1", "sft", "relevant_targets").examples == 3
     assert found.difference("eval1", "tppo", "sft", "relevant_targets").examples == 3
-    assert any("abstained 1 times" in note for note in present.cautions(found, "eval1", {}))
+    assert any("abstained 1 times" in note for note in words.cautions(found, "eval1", {}))
 
 
 def test_headline_is_the_rubric_the_reward_model_learnt(tmp_path: Path):
@@ -125,9 +124,9 @@ def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
     assert metrics.baseline_pairs("eval1") == [(m, b) for m in ("tppo", "sft") for b in ("repeat_last", "nearest")]
     headline = "Relevant to what the user really searched next"
     lost = f"SFT loses to a simple baseline: Nearest neighbour ({headline}, Hit, Word F1)."
-    assert present.baseline_verdicts(metrics, "eval1") == [lost]
-    assert lost in present.lead(metrics, "eval1")
+    assert words.baseline_verdicts(metrics, "eval1") == [lost]
+    assert lost in words.lead(metrics, "eval1")
 
     won = [row for row in rows if row["model"] != "sft"] + answers("sft", [GOOD] * 4)
     metrics = Metrics({**build_metrics(won, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
-    assert present.baseline_verdicts(metrics, "eval1")[0].startswith("No model is shown to lose")
+    assert words.baseline_verdicts(metrics, "eval1")[0].startswith("No model is shown to lose")

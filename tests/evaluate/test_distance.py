@@ -3,20 +3,21 @@
 from dataclasses import replace
 from pathlib import Path
 
-import fake_run
 import pytest
 import torch
-from test_stage import judge_file, make_inputs  # noqa: F401  (a fixture)
 
+from tests.evaluate.test_stage import judge_file, make_inputs  # noqa: F401  (a fixture)
+from tests.helpers import fake_run
 from tppo.cli import main, run_one
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.stages import stage_config
+from tppo.core.tables import read_table
 from tppo.evaluate import distance
 from tppo.evaluate.distance import log_ratios
-from tppo.evaluate.generations import DISTANCES
-from tppo.models import load_policy
-from tppo.policy.generate import Generation, encode_examples, generate
-from tppo.run import RunFolder, stage_config
-from tppo.tables import read_table
+from tppo.evaluate.metrics import DISTANCES
+from tppo.generate.engine import Generation, encode_examples, generate
 
 
 def by_hand(lm, generation: Generation) -> float:

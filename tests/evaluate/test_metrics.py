@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tppo.core.text import Event
 from tppo.evaluate.metrics import corpus_metrics, form_metrics, similarity_metrics, truth_metrics, word_f1
-from tppo.text import Event
 
 WORD = st.sampled_from(["a", "b", "c", "d"])
 QUERY = st.lists(WORD, min_size=1, max_size=4).map(" ".join)

@@ -5,18 +5,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import fake_run
 import pytest
 import torch
 
-from tppo.config import RL, Evaluate, Recipe, Task
-from tppo.errors import UserError
-from tppo.evaluate import answers, stage
-from tppo.evaluate.generations import GENERATIONS
+from tests.helpers import fake_run
+from tppo.core.common import UserError
+from tppo.core.config import RL, Evaluate, Recipe, Task
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.stages import stage_config
+from tppo.core.tables import EXAMPLES, Example, read_table, write_table
+from tppo.evaluate import answers, readings
+from tppo.evaluate.metrics import GENERATIONS
 from tppo.judge.embedding import EmbeddingJudge, Thresholds
-from tppo.models import load_policy
-from tppo.run import RunFolder, run_stage, stage_config
-from tppo.tables import EXAMPLES, Example, read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,12 @@ def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, jud
     examples = fake_run.make_examples(5) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     recipe.evaluate.max_examples = 6
-    assert run_stage(recipe, "evaluate", stage.run)
+    assert run_stage(recipe, "evaluate", readings.run)
     folder = run.require("evaluate")
     rows = read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
     baselines = ["frequent_next", "repeat_last", "nearest"]
     models = ["sft", "tppo", "ppo", *baselines, "targets", "other_user"]
-    assert stage.evaluated_models(recipe) == models
+    assert readings.evaluated_models(recipe) == models
     by_model = {model: [row for row in rows if row["model"] == model] for model in models}
     assert [len(found) for found in by_model.values()] == [12] * len(models)
     assert not (folder / "parts").exists()
@@ -109,9 +110,9 @@ def test_a_restart_keeps_the_parts_it_finds(
 
     monkeypatch.setattr(answers, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(recipe, "evaluate", stage.run)
+        run_stage(recipe, "evaluate", readings.run)
     assert run.manifest("evaluate") is None
-    assert run_stage(recipe, "evaluate", stage.run)
+    assert run_stage(recipe, "evaluate", readings.run)
     answered = [text.removeprefix("evaluate: ") for text in asked]
     # sft on both sets and tppo on eval1 were written before the interruption and are not done again.
     assert answered[3:] == [
@@ -127,7 +128,7 @@ def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_fil
     examples = fake_run.make_examples(1)
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     recipe.evaluate.splits = ["eval1"]
-    run_stage(recipe, "evaluate", stage.run)
+    run_stage(recipe, "evaluate", readings.run)
     metrics = json.loads((run.path("evaluate") / "metrics.json").read_text())
     assert metrics["models"] == ["sft", "ppo", "tppo", "frequent_next", "repeat_last", "nearest", "targets"]
     assert {row["low"] for row in metrics["rows"]} == {None}
@@ -136,7 +137,7 @@ def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_fil
 def test_an_empty_evaluation_set_is_named(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     recipe, _ = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(2))
     with pytest.raises(UserError, match=r"eval2.*prepare\.eval2_share"):
-        run_stage(recipe, "evaluate", stage.run)
+        run_stage(recipe, "evaluate", readings.run)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path):
@@ -149,7 +150,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path):
     ):
         recipe = fake_run.make_recipe(tmp_path, **broken)
         with pytest.raises(UserError, match=words):
-            stage.run(recipe, RunFolder(recipe), tmp_path)
+            readings.run(recipe, RunFolder(recipe), tmp_path)
 
 
 def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, judge_file: Path):
@@ -157,21 +158,21 @@ def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, jud
     recipe.evaluate.max_examples = 10
 
     def ids(seed: int) -> list[str]:
-        return [e.example_id for e in stage.choose_examples(replace(recipe, seed=seed), run, "eval1")]
+        return [e.example_id for e in answers.choose_examples(replace(recipe, seed=seed), run, "eval1")]
 
     assert len(set(ids(0))) == 10
     assert ids(0) == ids(0) != ids(1)
     shared = replace(recipe, seed=9, shared_seed=0)
-    assert [e.example_id for e in stage.choose_examples(shared, run, "eval1")] == ids(0)
+    assert [e.example_id for e in answers.choose_examples(shared, run, "eval1")] == ids(0)
     recipe.evaluate.max_examples = 0
     assert len(ids(0)) == 40
 
 
 def test_tuned_only_leaves_sft_out(tmp_path: Path):
     recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True, untuned=True, baselines=["best_of_n"])
-    assert stage.evaluated_models(recipe) == ["tppo"]
+    assert readings.evaluated_models(recipe) == ["tppo"]
     with pytest.raises(UserError, match="leaves nothing to evaluate"):
-        stage.evaluated_models(replace(recipe, algorithms=[]))
+        readings.evaluated_models(replace(recipe, algorithms=[]))
 
 
 def test_baselines_that_learn_need_training_examples(tmp_path: Path):
@@ -188,7 +189,7 @@ def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judg
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
     recipe.evaluate.second_judge = "embedding"
     with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v2/minilm, the first judge"):
-        stage.choose_second_judge(recipe, run, {stage.choose_judge(recipe, run).name})
+        readings.choose_second_judge(recipe, run, {readings.choose_judge(recipe, run).name})
 
 
 def test_the_second_judge_reads_the_same_examples_of_every_model():
@@ -196,12 +197,12 @@ def test_the_second_judge_reads_the_same_examples_of_every_model():
     examples = fake_run.make_examples(6)
     limit = recipe.evaluate.second_judge_examples
     by_split = {"eval1": examples[:6], "eval2": examples[6:]}
-    asked = stage.asked_about(recipe, by_split, limit)
+    asked = answers.asked_about(recipe, by_split, limit)
     assert [example.example_id in {e.example_id for e in asked} for example in examples].count(True) == 8
     assert asked == [example for example in examples if example in asked]
-    assert stage.asked_about(recipe, by_split, 0) == examples
+    assert answers.asked_about(recipe, by_split, 0) == examples
     # The cells of a study differ in `seed`, not in what the second judge reads.
-    seeds = [stage.asked_about(replace(recipe, seed=seed, shared_seed=0), by_split, limit) for seed in (1, 2, 3)]
+    seeds = [answers.asked_about(replace(recipe, seed=seed, shared_seed=0), by_split, limit) for seed in (1, 2, 3)]
     assert seeds == [asked] * 3
 
 

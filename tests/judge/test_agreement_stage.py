@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement_run import fill, label_rows, labelled, rule, write_labels
 
+from tests.helpers.agreement_run import fill, label_rows, labelled, rule, write_labels
 from tppo.cli import main
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.judge.raters import read_judge
-from tppo.judge.record import split_response
-from tppo.run import RunFolder
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.judge.sheet import read_judge
+from tppo.judge.verdict import split_response
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import judge_harness
 import judge_kills
 import judge_overhead
 import pytest
-from fault_server import Request, Settings, read_log, spawned, truth
 from judge_kills import Kill
-from many_items import item, make_run
 
-from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row
-from tppo.tables import LABELS, write_table
+from tests.helpers.fault_server import Request, Settings, read_log, spawned, truth
+from tests.helpers.many_items import item, make_run
+from tppo.core.tables import LABELS, write_table
+from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
 
 
 def request(sha256: str, arrived: float, ended: float, decision: str = "ok", **fields: object) -> Request:

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.judge.choose import saved_judge
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.text import Event
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
+from tppo.judge.label import saved_judge
 from tppo.judge.probes import log_words, noise_items
-from tppo.judge.record import JudgeItem, other_user_items, split_response
-from tppo.text import Event
+from tppo.judge.verdict import JudgeItem, other_user_items, split_response
 
 HISTORY = [
     Event("search", "rose pruning"),

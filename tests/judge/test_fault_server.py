@@ -12,7 +12,8 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
-from fault_server import FAULTS, FaultServer, Settings, TokenBucket, read_log, running, spawned, truth
+
+from tests.helpers.fault_server import FAULTS, FaultServer, Settings, TokenBucket, read_log, running, spawned, truth
 
 MESSAGE = {
     "history": [{"kind": "search", "text": "tomato seeds"}, {"kind": "click", "text": "Saatgut für Tomaten"}],

@@ -4,14 +4,14 @@ from collections import Counter
 
 import pytest
 
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, load_examples, read_table, write_table
+from tppo.core.text import render_response
 from tppo.judge import label
-from tppo.judge.choose import saved_judge
 from tppo.judge.embedding import EmbeddingJudge
-from tppo.judge.record import CONSTRUCTED_FILE, JudgeItem, split_response
-from tppo.run import RunFolder, run_stage
-from tppo.tables import CONSTRUCTED, LABELS, RESPONSES, load_examples, read_table, write_table
-from tppo.text import render_response
+from tppo.judge.label import saved_judge
+from tppo.judge.verdict import CONSTRUCTED_FILE, JudgeItem, split_response
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
-from tppo.errors import UserError
+from tppo.core.common import UserError
 from tppo.judge.ledger import Attempt, JudgeLedger, Outcome
-from tppo.judge.templates import Question
+from tppo.judge.prompts import Question
 
 QUESTION = Question("sentence", "targets", "system", "user", ())
 OK = Outcome("ok", {"sentence": 1}, None)

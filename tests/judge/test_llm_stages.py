@@ -7,18 +7,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from fault_server import Settings, running, truth
-from many_items import make_run
 
+from tests.helpers.fault_server import Settings, running, truth
+from tests.helpers.many_items import make_run
 from tppo.cli import main
-from tppo.config import LLMJudge
-from tppo.errors import UserError
-from tppo.judge.choose import saved_judge
-from tppo.judge.record import JudgeItem
-from tppo.judge.templates import judge_question
+from tppo.core.common import UserError
+from tppo.core.config import JudgeSettings
+from tppo.core.run import RunFolder
+from tppo.core.tables import LABELS, load_examples, read_table
+from tppo.judge.label import saved_judge
+from tppo.judge.prompts import judge_question
+from tppo.judge.verdict import JudgeItem
 from tppo.reward.data import load_labelled
-from tppo.run import RunFolder
-from tppo.tables import LABELS, load_examples, read_table
 
 ITEMS = 30
 
@@ -108,7 +108,9 @@ def test_how_fast_to_ask_is_not_part_of_a_finished_stage_but_what_was_asked_is(r
             label(run_dir, server, "--judge.temperature", "0.7")
         assert "judge.temperature: 0.0 -> 0.7" in capsys.readouterr().err
         recipe = RunFolder(replace(make_run(run_dir.parent / "x", 2), run_dir=str(run_dir))).recipe
-        recipe.judge = LLMJudge(f"http://127.0.0.1:{server.port}/v1", "m", ledger=str(run_dir.parent / "judge.sqlite"))
+        recipe.judge = JudgeSettings(
+            f"http://127.0.0.1:{server.port}/v1", "m", ledger=str(run_dir.parent / "judge.sqlite")
+        )
         assert saved_judge(run_dir / "label", recipe).name == "llm/m/token-v1"
         recipe.judge.model = "other"
         with pytest.raises(UserError, match="other settings"):

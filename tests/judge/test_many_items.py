@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-import many_items
-
-from tppo.cli import parse_recipe
-from tppo.judge.record import split_response
-from tppo.run import RunFolder
-from tppo.tables import RESPONSES, load_examples, read_table
+from tests.helpers import many_items
+from tppo.core.recipe import parse_recipe
+from tppo.core.run import RunFolder
+from tppo.core.tables import RESPONSES, load_examples, read_table
+from tppo.judge.verdict import split_response
 
 
 def test_items_are_distinct_and_as_short_as_said():
@@ -38,8 +38,8 @@ def test_the_run_is_one_that_the_command_line_takes_up(tmp_path):
 
 def test_needs_no_torch(tmp_path):
     code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import many_items; "
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from tests.helpers import many_items; "
         "many_items.make_run(pathlib.Path(sys.argv[2]), 3); assert 'torch' not in sys.modules"
     )
     folder = str(tmp_path / "run")
-    subprocess.run([sys.executable, "-c", code, many_items.__file__.rpartition("/")[0], folder], check=True)
+    subprocess.run([sys.executable, "-c", code, str(Path(many_items.__file__).parents[2]), folder], check=True)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import BASE_REPLIES, INVALID, SAME, Mutation, canonical, mutations, shown_words
+
+from tests.helpers.mutations import BASE_REPLIES, INVALID, SAME, Mutation, canonical, mutations, shown_words
 
 PER_REPLY = 500  # x 20 base replies = 10,000
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tppo.config import LLMJudge as Settings
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import JudgeSettings as Settings
+from tppo.core.text import Event
 from tppo.judge.llm import LLMJudge
-from tppo.judge.record import JudgeItem
-from tppo.text import Event
+from tppo.judge.verdict import JudgeItem
 
 REPLY = '{"sentence": 1}'
 USAGE = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.judge.probability import verdict_probabilities
-from tppo.judge.reply import BrokenReply
+from tppo.judge.prompts import BrokenReply, verdict_probabilities
 
 
 def entry(token: str, share: float, **others: float) -> dict:

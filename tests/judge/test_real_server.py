@@ -14,19 +14,19 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from child import end_with_parent
-from many_items import make_run
 
+from tests.helpers.child import end_with_parent
+from tests.helpers.many_items import make_run
 from tppo.cli import main
-from tppo.config import LLMJudge as JudgeSettings
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import JudgeSettings
+from tppo.core.device import generation_dtype
+from tppo.core.models import smollm2_folder
+from tppo.core.tables import LABELS, read_table
+from tppo.core.text import Event
 from tppo.judge.ledger import JudgeLedger
 from tppo.judge.llm import LLMJudge
-from tppo.judge.record import JudgeItem
-from tppo.models import smollm2_folder
-from tppo.precision import generation_dtype
-from tppo.tables import LABELS, read_table
-from tppo.text import Event
+from tppo.judge.verdict import JudgeItem
 
 ITEMS = 3
 
@@ -89,8 +89,8 @@ def test_a_killed_run_leaves_no_server_behind():
     """A process that started one as above is killed with kill -9; the server is gone a moment later."""
     program = (
         "import subprocess, sys, time\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from child import end_with_parent\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from tests.helpers.child import end_with_parent\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
         "server = subprocess.Popen(command, preexec_fn=end_with_parent)\n"
         "print(server.pid, flush=True)\n"

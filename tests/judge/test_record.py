@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.judge.record import Verdict, WordVerdict, split_response, verdict_to_row
-from tppo.tables import LABELS, read_table, write_table
+from tppo.core.tables import LABELS, read_table, write_table
+from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
 
 
 def verdict_for(response: str, relevant: bool = True) -> Verdict:

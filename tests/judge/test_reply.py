@@ -7,10 +7,9 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import BASE_REPLIES, canonical, mutations, shown_words
 
-from tppo.judge.reply import BrokenReply, Reply, TokenReply, check_reply
-from tppo.judge.templates import Question
+from tests.helpers.mutations import BASE_REPLIES, canonical, mutations, shown_words
+from tppo.judge.prompts import BrokenReply, Question, Reply, TokenReply, check_reply
 
 MUTATIONS = 10_000
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement_run import RESPONSES, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo.errors import UserError
+from tests.helpers.agreement_run import RESPONSES, fill
+from tppo.core.common import UserError
 from tppo.judge.sheet import (
     COLUMNS,
     ItemAnswers,

@@ -16,19 +16,18 @@ from typing import Any
 
 import httpx
 import pytest
-from agreement_run import RESPONSES, fill, labelled
-from browser import Browser
-from child import end_with_parent
 from fastapi.testclient import TestClient
-from test_sheet import key_of
 
+from tests.helpers.agreement_run import RESPONSES, fill, labelled
+from tests.helpers.browser import Browser
+from tests.helpers.child import end_with_parent
+from tests.judge.test_sheet import key_of
 from tppo.cli import main
-from tppo.config import Agreement
-from tppo.errors import UserError
-from tppo.judge.sheet import SheetKey, export_sheet, read_sheet
-from tppo.judge.sheet_page import create_app, serve_sheet
-from tppo.run import RunFolder
-from tppo.serve.http import SECURITY_HEADERS
+from tppo.core.common import UserError
+from tppo.core.config import Agreement
+from tppo.core.run import RunFolder
+from tppo.core.web import SECURITY_HEADERS
+from tppo.judge.sheet import SheetKey, create_app, export_sheet, read_sheet, serve_sheet
 
 AGAINST = ["rose pruning", "<b id=evil>x</b><script>document.title='evil'</script>"]
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tppo.core.text import Event
 from tppo.judge.injection import add_text, places_of
 from tppo.judge.payloads import PAYLOADS
-from tppo.judge.record import JudgeItem, split_response
-from tppo.judge.templates import judge_question, pair_question, render_data, reply_schema
-from tppo.text import Event
+from tppo.judge.prompts import judge_question, pair_question, render_data, reply_schema
+from tppo.judge.verdict import JudgeItem, split_response
 
 ITEM = JudgeItem([Event("search", "rose pruning"), Event("click", "garden shed")], ["rose food"], "rose care\nnfl")
 RUBRICS = ("targets", "history")
@@ -64,7 +64,7 @@ def chat_tokenizer():
     """A real chat format with special tokens that text could imitate (SmolLM2's ChatML)."""
     from transformers import AutoTokenizer
 
-    from tppo.models import smollm2_folder
+    from tppo.core.models import smollm2_folder
 
     return AutoTokenizer.from_pretrained(smollm2_folder())
 

@@ -1,4 +1,4 @@
-"""The judge against a real HTTP server that fails in every way it can (tests/judge/fault_server.py)."""
+"""The judge against a real HTTP server that fails in every way it can (tests/helpers/fault_server.py)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections import Counter
 from email.utils import formatdate
 
 import pytest
-from fault_server import FAULTS, OTHER_SHARE, Settings, read_log, running, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.config import LLMJudge as JudgeSettings
-from tppo.errors import UserError
-from tppo.judge import transport
-from tppo.judge.completion import Usage
+from tests.helpers.fault_server import FAULTS, OTHER_SHARE, Settings, read_log, running, truth
+from tppo.core.common import UserError
+from tppo.core.config import JudgeSettings
+from tppo.core.text import Event
+from tppo.judge import llm
 from tppo.judge.ledger import JudgeLedger
-from tppo.judge.llm import LLMJudge
-from tppo.judge.record import JudgeItem
-from tppo.judge.templates import judge_question
-from tppo.judge.transport import AdaptiveLimit, Budget, retry_after
-from tppo.text import Event
+from tppo.judge.llm import AdaptiveLimit, Budget, LLMJudge, retry_after
+from tppo.judge.prompts import Usage, judge_question
+from tppo.judge.verdict import JudgeItem
 
 MODEL = "judge-model"
 
@@ -46,7 +44,7 @@ def judge(server, ledger_path, **settings) -> LLMJudge:
 @pytest.fixture
 def short_pauses(monkeypatch):
     """The same retries, sooner."""
-    monkeypatch.setattr(transport, "_pause", transport.tenacity.wait_random_exponential(multiplier=0.01, max=0.1))
+    monkeypatch.setattr(llm, "_pause", llm.tenacity.wait_random_exponential(multiplier=0.01, max=0.1))
 
 
 def right(item: JudgeItem, template: str) -> tuple[list[bool] | None, bool]:

@@ -4,15 +4,15 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from fault_server import OTHER_SHARE, Settings, running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.config import LLMJudge as JudgeSettings
+from tests.helpers.fault_server import OTHER_SHARE, Settings, running
+from tppo.core.config import JudgeSettings
+from tppo.core.text import Event
+from tppo.evaluate.votes import Contest, Vote, vote
 from tppo.judge.ledger import Outcome
 from tppo.judge.llm import LLMJudge
-from tppo.judge.vote import Contest, Vote, vote
-from tppo.text import Event
 
 
 @pytest.fixture

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.text import normalise_query
 from tppo.logs import clean
-from tppo.logs.clean import clean_text, clean_url, is_navigational, normalise, url_host
-from tppo.logs.privacy import UserHasher, find_personal, hash_key
-from tppo.text import normalise_query
+from tppo.logs.clean import (
+    UserHasher,
+    clean_text,
+    clean_url,
+    find_personal,
+    hash_key,
+    is_navigational,
+    normalise,
+    url_host,
+)
 
 
 @given(st.text() | st.text(st.characters(max_codepoint=127)))

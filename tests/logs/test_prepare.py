@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tppo.config import Prepare, Recipe, Synthetic, Task
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import Prepare, Recipe, Synthetic, Task
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import EXAMPLES, REJECTS, Example, load_examples, read_table
 from tppo.logs import prepare, synthetic
-from tppo.logs.privacy import UserHasher
-from tppo.logs.schema import REASONS, RawRow
-from tppo.run import RunFolder, run_stage
-from tppo.tables import EXAMPLES, REJECTS, Example, load_examples, read_table
+from tppo.logs.clean import UserHasher
+from tppo.logs.readers import REASONS, RawRow
 
 KEY = "a key for the tests only"
 AOL = "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n"

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.config import Columns
-from tppo.errors import UserError
-from tppo.logs.readers import MAX_LINE_BYTES, list_files, read_rows
-from tppo.logs.schema import REASONS, BadRow, RawRow
+from tppo.core.common import UserError
+from tppo.core.config import Columns
+from tppo.logs.readers import MAX_LINE_BYTES, REASONS, BadRow, RawRow, list_files, read_rows
 
 AOL = b"AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n"
 TSV = b"user_id\ttime\tkind\ttext\n"

@@ -6,12 +6,12 @@ from statistics import mean
 
 import pytest
 
-from tppo.config import Recipe, Synthetic
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import Recipe, Synthetic
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import Example, load_examples
+from tppo.core.text import EVENT_KINDS
 from tppo.logs import prepare, synthetic
-from tppo.run import RunFolder, run_stage
-from tppo.tables import Example, load_examples
-from tppo.text import EVENT_KINDS
 
 
 def test_seeded_and_a_longer_log_begins_with_the_shorter() -> None:

@@ -7,12 +7,12 @@ from datetime import datetime
 
 import pytest
 
-from tppo.config import Recipe, Synthetic
+from tppo.core.config import Recipe, Synthetic
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.tables import Example, load_examples
+from tppo.core.text import Event, render_response
 from tppo.logs import prepare, synthetic
 from tppo.logs.truth import Truth, known_truth
-from tppo.run import RunFolder, run_stage
-from tppo.tables import Example, load_examples
-from tppo.text import Event, render_response
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from encoders import make_tiny_encoder
-from tokenizer_kinds import KINDS, get_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.encoders import make_tiny_encoder
+from tests.helpers.tokenizer_kinds import KINDS, get_tokenizer
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import KINDS, get_tokenizer
 
-from tppo.models import load_policy
-from tppo.policy.generate import decode_response
-from tppo.reward.align import (
-    classes_from_words,
-    encoder_spans,
-    pool_probabilities,
-    token_spans,
-)
-from tppo.text import Word, parse_response
+from tests.helpers.tokenizer_kinds import KINDS, get_tokenizer
+from tppo.core.models import load_policy
+from tppo.core.text import Word, parse_response
+from tppo.generate.engine import decode_response
+from tppo.reward.align import classes_from_words, encoder_spans, pool_probabilities, token_spans
 
 TEXTS = [
     "",

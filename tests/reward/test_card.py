@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tppo.config import Recipe
-from tppo.reward.card import FIELDS, label_facts, model_card, suggested_length
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.core.text import Event, parse_response
 from tppo.reward.data import LabelledResponse, make_items
-from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.run import RunFolder
-from tppo.text import Event, parse_response
+from tppo.reward.models import FIELDS, SentenceRewardModel, TokenRewardModel, label_facts, model_card, suggested_length
 
 FACTS: dict[str, Any] = {
     "rubric": "history",

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from topic_run import TOPICS, make_topic_run, oracle
 from transformers import AutoModelForTokenClassification
 
+from tests.helpers.topic_run import TOPICS, make_topic_run, oracle
 from tppo import cli
-from tppo.config import Recipe
-from tppo.evaluate.stats import UserBootstrap
-from tppo.reward import check, train
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.stats import UserBootstrap
+from tppo.reward import gate, train
 from tppo.reward.data import make_items
-from tppo.reward.evaluate import evaluate
+from tppo.reward.metrics import evaluate
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
-from tppo.run import RunFolder, run_stage
 
 
 @pytest.fixture
@@ -186,16 +186,16 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_models_that_know_their_job_pass(knowing: Recipe):
-    run_stage(knowing, "check_reward", check.run)
+    run_stage(knowing, "check_reward", gate.run)
     run = RunFolder(knowing)
     report = read(run)
     assert report["passed"], [found["reasons"] for found in report["models"].values()]
     assert run.facts("check_reward")["reasons"] == {"token": [], "sentence": []}
     token = report["models"]["token"]
     model = TokenRewardModel.load(run.path("reward") / "token")
-    held_out, _ = check.load_held_out(knowing, run, "history")
+    held_out, _ = gate.load_held_out(knowing, run, "history")
     trained = evaluate(model, make_items(model.tokenizer, held_out.rows, 64), knowing.reward)
-    assert token["metrics"] == {name: trained[name] for name in check.MEASURES if name in trained}
+    assert token["metrics"] == {name: trained[name] for name in gate.MEASURES if name in trained}
     assert trained["token_auc"] > 0.95
     assert token["probes"]["real"]["value"] > token["probes"]["noise"]["value"] > token["probes"]["empty"]["value"]
     assert report["counts"]["examples_probed"] == 60
@@ -204,19 +204,19 @@ def test_models_that_know_their_job_pass(knowing: Recipe):
 
 def test_the_same_numbers_on_a_second_run_and_in_other_batches(knowing: Recipe, tmp_path: Path):
     run = RunFolder(knowing)
-    run_stage(knowing, "check_reward", check.run)
+    run_stage(knowing, "check_reward", gate.run)
     first = (run.path("check_reward") / "check.json").read_bytes()
     run.discard_from("check_reward")
-    run_stage(knowing, "check_reward", check.run)
+    run_stage(knowing, "check_reward", gate.run)
     assert (run.path("check_reward") / "check.json").read_bytes() == first
 
-    held_out, _ = check.load_held_out(knowing, run, "history")
+    held_out, _ = gate.load_held_out(knowing, run, "history")
     bootstrap = UserBootstrap([e.user_id for e in held_out.examples], 100, 0)
     for kind in train.KINDS:
         model = kind.load(run.path("reward") / kind.kind)
-        together = check.measure(model, held_out, bootstrap, knowing)
+        together = gate.measure(model, held_out, bootstrap, knowing)
         model.response_logits = partial(model.response_logits, batch_size=3)  # type: ignore[method-assign]
-        apart = check.measure(model, held_out, bootstrap, knowing)
+        apart = gate.measure(model, held_out, bootstrap, knowing)
         for part in ("probes", "beats", "metrics", "length"):
             assert flat(apart[part]) == pytest.approx(flat(together[part]), abs=1e-4)
 
@@ -235,7 +235,7 @@ def flat(values: dict[str, Any]) -> dict[str, float]:
 def test_few_rows_and_one_user_cannot_tell(tiny_encoder, tmp_path):
     recipe = make_topic_run(tmp_path, rows=8, held_out=2)
     run = with_constant_models(recipe, tiny_encoder)
-    run_stage(recipe, "check_reward", check.run)
+    run_stage(recipe, "check_reward", gate.run)
     checks = {entry["name"]: entry for entry in read(run)["models"]["token"]["checks"]}
     required = {name: entry["status"] for name, entry in checks.items() if name not in ("repeated", "copied")}
     assert set(required.values()) == {"cannot be told"}
@@ -247,7 +247,7 @@ def test_only_the_drawn_examples_are_probed(tiny_encoder, tmp_path):
     recipe = make_topic_run(tmp_path, rows=4, held_out=40)
     recipe.check_reward.max_examples = 31
     run = with_constant_models(recipe, tiny_encoder)
-    run_stage(recipe, "check_reward", check.run)
+    run_stage(recipe, "check_reward", gate.run)
     assert read(run)["counts"]["examples_probed"] == 31
     assert read(run)["models"]["token"]["beats"]["noise"]["examples"] == 31
 

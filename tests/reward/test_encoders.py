@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoder_kinds import POSITIONS, TOKENIZERS, write_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import get_tokenizer
 
-from tppo.config import Reward
-from tppo.errors import UserError
-from tppo.policy.generate import decode_response
+from tests.helpers.encoder_kinds import POSITIONS, TOKENIZERS, write_encoder
+from tests.helpers.tokenizer_kinds import get_tokenizer
+from tppo.core.common import UserError
+from tppo.core.config import Reward
+from tppo.core.text import Event, parse_response
+from tppo.generate.engine import decode_response
 from tppo.reward.align import token_spans
 from tppo.reward.data import LabelledResponse, make_items
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import fit
-from tppo.text import Event, parse_response
 
 KINDS = sorted(TOKENIZERS)
 GLOBAL_ATTENTION = ("history", "response", "cls", "none")

@@ -6,14 +6,22 @@ from datetime import datetime
 
 import pytest
 
-from tppo.config import CheckReward
-from tppo.evaluate.present import NOT_MEASURED
+from tppo.core.config import CheckReward
+from tppo.core.stats import NOT_MEASURED
+from tppo.core.tables import Example
+from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes
-from tppo.reward.check import build_report, cautions
-from tppo.reward.check_text import caution_lines, check_rows, verdict_lines
-from tppo.reward.gate import Evidence, assess, reasons, required
-from tppo.tables import Example
-from tppo.text import Event
+from tppo.reward.gate import (
+    Evidence,
+    assess,
+    build_report,
+    caution_lines,
+    cautions,
+    check_rows,
+    reasons,
+    required,
+    verdict_lines,
+)
 
 GOOD = {
     "token_auc": 0.9,

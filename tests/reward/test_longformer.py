@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from encoder_kinds import POSITIONS, write_encoder
-from tokenizer_kinds import get_tokenizer
 from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForTokenClassification, LongformerForTokenClassification
 
-from tppo.errors import UserError
-from tppo.models import load_encoder_path
+from tests.helpers.encoder_kinds import POSITIONS, write_encoder
+from tests.helpers.tokenizer_kinds import get_tokenizer
+from tppo.core.common import UserError
+from tppo.core.models import load_encoder_path
+from tppo.core.text import Event
 from tppo.reward.data import collate
 from tppo.reward.longformer import first_position, tile_positions, to_longformer
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.text import Event
 
 KINDS = ("bert", "minilm_tokens", "roberta", "xlm_roberta", "camembert")
 WORDS = ["pizza", "tokyo", "cheap", "flights", "town", "new", "york", "station"]

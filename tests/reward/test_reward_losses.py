@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo.reward.losses import (
-    class_ratio_mask,
-    expected_relevance,
-    global_loss,
-    local_loss,
-    sentence_loss,
-    total_loss,
-)
+from tppo.reward.losses import class_ratio_mask, expected_relevance, global_loss, local_loss, sentence_loss, total_loss
 
 
 def batch(seed: int = 0, b: int = 4, t: int = 7):

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.evaluate.stats import ClusterBootstrap
-from tppo.reward.metrics import (
-    auc,
-    auc_interval,
-    calibration_error,
-    class_auc,
-    f1,
-    response_relevance,
-    word_relevance,
-)
+from tppo.core.stats import ClusterBootstrap
+from tppo.reward.metrics import auc, auc_interval, calibration_error, class_auc, f1, response_relevance, word_relevance
 
 scored = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=40)
 

@@ -8,18 +8,18 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
-from tokenizer_kinds import get_tokenizer
 from transformers import LongformerConfig, LongformerModel
 
-from tppo.config import Reward
-from tppo.errors import UserError
+from tests.helpers.tokenizer_kinds import get_tokenizer
+from tppo.core.common import UserError
+from tppo.core.config import Reward
+from tppo.core.tables import EXAMPLES, LABELS, write_table
+from tppo.core.text import Event, parse_response
+from tppo.generate.engine import decode_response
 from tppo.model_sizes import encoder_size
-from tppo.policy.generate import decode_response
 from tppo.reward.align import token_spans
 from tppo.reward.data import collate, encode_pairs, load_labelled, make_items, targets
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel, pool_sentence
-from tppo.tables import EXAMPLES, LABELS, write_table
-from tppo.text import Event, parse_response
 
 HISTORIES = [
     [Event("search", "cheap flights"), Event("click", "flights to new york")],

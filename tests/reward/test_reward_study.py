@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import reward_study
 import torch
-from labelled_run import make_run
 from reward_trials import Trial, as_flags, finished_trials, load_data, own_settings
 
-from tppo.config import Recipe, Reward
-from tppo.errors import UserError
+from tests.helpers.labelled_run import make_run
+from tppo.core.common import UserError
+from tppo.core.config import Recipe, Reward
 
 SCRIPT = Path(reward_study.__file__)
 

@@ -10,19 +10,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from labelled_run import make_run
 
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.judge.record import CONSTRUCTED_FILE
+from tests.helpers.labelled_run import make_run
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.core.tables import CONSTRUCTED, EXAMPLES, LABELS, read_table, write_table
+from tppo.core.text import Event
+from tppo.judge.verdict import CONSTRUCTED_FILE
 from tppo.reward.data import collate, load_labelled
-from tppo.reward.evaluate import sentence_check
-from tppo.reward.fit import settings_for
+from tppo.reward.metrics import sentence_check
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import run as run_reward
-from tppo.run import RunFolder
-from tppo.tables import CONSTRUCTED, EXAMPLES, LABELS, read_table, write_table
-from tppo.text import Event
+from tppo.reward.train import settings_for
 
 
 def train(recipe: Recipe, name: str = "reward") -> tuple[Path, dict, list[dict]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tppo.config import RL, Task
-from tppo.policy.generate import Generation
+from tppo.core.config import RL, Task
+from tppo.generate.engine import Generation
 from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.query_reward import QueryReward, score_with_models
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rewards import RewardScale
+from tppo.rl.stage import QueryReward, score_with_models
 
 TEXTS = ["garden shed\nraised bed\ntomato", "visa\ndrum kit\ncheap flights", "rose\nrose\nrose pruning"]
 SCALE = RewardScale(suggested_length=10.0, relevant_word_share=0.3, relevant_response_share=0.2)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tppo.config import RL
+from tppo.core.config import RL
 from tppo.rl.reward_function import Scores
 from tppo.rl.trainer import TokenPPOTrainer
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from tppo.errors import UserError
+from tppo.core.common import UserError
 from tppo.rl import checkpoint
 from tppo.rl.checkpoint import cut_rows_after, load_newest_checkpoint, save_checkpoint
 from tppo.rl.loop import train

@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 
-from tppo.config import RL
-from tppo.rl import value
-from tppo.rl.copies import copy_weights, reference_copy
-from tppo.rl.kl import kl_estimate, next_kl_coef
-from tppo.rl.losses import policy_loss
-from tppo.rl.policy import response_logprobs
+from tppo.core.config import RL
+from tppo.rl import policy
+from tppo.rl.losses import kl_estimate, next_kl_coef, policy_loss
+from tppo.rl.policy import copy_weights, reference_copy, response_logprobs
 from tppo.rl.rewards import length_penalty_rewards
 
 
@@ -120,8 +118,8 @@ def test_critic_warmup_trains_the_value_only(make_trainer):
 
 def test_the_probe_is_the_ridge_solution_and_forgets(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(value, "RIDGES", (1e-9,))
-    probe, true = value.ValueProbe(6), torch.randn(6)
+    monkeypatch.setattr(policy, "RIDGES", (1e-9,))
+    probe, true = policy.ValueProbe(6), torch.randn(6)
     hidden = torch.randn(400, 6)
     probe.accept(probe.fitted(hidden, hidden @ true + 2.0))
     torch.testing.assert_close(probe(hidden), hidden @ true + 2.0, atol=1e-4, rtol=0)
@@ -133,7 +131,7 @@ def test_the_probe_is_the_ridge_solution_and_forgets(monkeypatch):
 def test_the_probe_stays_at_the_mean_when_there_is_nothing_to_learn():
     """Ten tokens a rollout for 64 units: a plain fit would predict noise."""
     torch.manual_seed(0)
-    probe = value.ValueProbe(64)
+    probe = policy.ValueProbe(64)
     for _ in range(10):
         probe.accept(probe.fitted(torch.randn(10, 64), torch.randn(10) + 3))
     predicted = probe(torch.randn(500, 64))

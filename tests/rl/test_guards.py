@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tppo.config import RL
+from tppo.core.config import RL
 from tppo.rl import guards
 from tppo.rl import trainer as trainer_module
 from tppo.rl.guards import GuardError, MaxKLExceeded

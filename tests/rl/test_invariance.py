@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tppo.policy.generate import Generation
-from tppo.rl.policy import TokenBatch
+from tppo.generate.engine import Generation
+from tppo.rl.policy import TokenBatch, pad_batch
 from tppo.rl.reward_function import make_sample
-from tppo.rl.rollout import Rollout, pad_batch
+from tppo.rl.trainer import Rollout
 
 EOS = 0
 RESPONSES = [

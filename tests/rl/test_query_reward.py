@@ -9,22 +9,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from tppo.config import RL, Synthetic, Task
+from tppo.core.config import RL, Synthetic, Task
+from tppo.core.tables import Example
+from tppo.core.text import Event, parse_response, render_history
+from tppo.generate.engine import Generation
 from tppo.logs.truth import Truth
-from tppo.policy.generate import Generation
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
-from tppo.rl.query_reward import (
-    QueryReward,
-    Relevance,
-    format_reward,
-    pad_class_probs,
-    score_with_models,
-    without_repeats,
-)
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rewards import RewardScale
-from tppo.tables import Example
-from tppo.text import Event, parse_response, render_history
+from tppo.rl.stage import QueryReward, Relevance, format_reward, pad_class_probs, score_with_models, without_repeats
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tppo.errors import UserError
+from tppo.core.common import UserError
 from tppo.rl.guards import GuardError
 from tppo.rl.reward_function import Scores, score
 

@@ -8,19 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo.config import RL
-from tppo.rl.kl import kl_estimate
-from tppo.rl.losses import policy_loss, value_loss
+from tppo.core.config import RL
+from tppo.reward.metrics import Values, class_rewards, reward_values
+from tppo.rl.losses import kl_estimate, policy_loss, value_loss
 from tppo.rl.rewards import (
     FormatReward,
     RewardScale,
-    Values,
     apply_length_penalty,
     at_last_token,
-    class_rewards,
     gae,
     length_weight,
-    reward_values,
     token_level_rewards,
     whiten,
 )

@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from tppo.rl import loop
-from tppo.rl.loop import train
-from tppo.rl.show import show_samples, shown_tokens, token_style
+from tppo.rl.loop import show_samples, shown_tokens, token_style, train
 
 ROW = {
     "update": 7,

@@ -10,9 +10,8 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.policy.generate import Generation
-from tppo.rl.policy import response_logprobs
-from tppo.rl.rollout import pad_batch
+from tppo.generate.engine import Generation
+from tppo.rl.policy import pad_batch, response_logprobs
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from tabular import (
+
+from tests.helpers.tabular import (
     TokenMDP,
     at_last,
     expected_policy_loss,
@@ -18,8 +19,7 @@ from tabular import (
     policy_values,
     soft_optimum,
 )
-
-from tppo.rl.kl import kl_estimate
+from tppo.rl.losses import kl_estimate
 from tppo.rl.rewards import gae
 
 MDP = TokenMDP.build(vocabulary=3, horizon=4)

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from tppo.config import RL, Recipe
-from tppo.errors import UserError
-from tppo.rl import trackers
+from tppo.core.common import UserError
+from tppo.core.config import RL, Recipe
+from tppo.core.stages import stage_config
+from tppo.rl import loop
 from tppo.rl.checkpoint import load_newest_checkpoint
 from tppo.rl.loop import train
-from tppo.run import stage_config
 
 SETTINGS = {"updates": 5, "save_every": 2, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8}
 
@@ -58,7 +58,7 @@ def file_tracker(monkeypatch, tmp_path):
     """Stands where trackio's class does; a function that reads back what it wrote under one key."""
     monkeypatch.setattr(FileTracker, "path", tmp_path / "tracker.jsonl")
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", FileTracker)
-    monkeypatch.setitem(trackers.INSTALLED, "trackio", lambda: True)
+    monkeypatch.setitem(loop.INSTALLED, "trackio", lambda: True)
 
     def read(key):
         rows = [json.loads(line) for line in FileTracker.path.read_text().splitlines()]
@@ -118,7 +118,7 @@ def test_a_tracker_added_later_gets_what_was_before(make_trainer, tmp_path, file
     stop_before(stopped, 4)
     with pytest.raises(KeyboardInterrupt):
         train(stopped, tmp_path / "rl")
-    assert not (tmp_path / "rl" / trackers.NOTES).exists()
+    assert not (tmp_path / "rl" / loop.NOTES).exists()
     train(make_trainer(**SETTINGS, trackers=["trackio"]), tmp_path / "rl")
     assert file_tracker("step") == [1, 2, 3, 4, 5]
 
@@ -150,7 +150,7 @@ def test_nothing_can_ask_for_a_login(make_trainer, tmp_path, file_tracker, monke
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
 def test_a_missing_package_is_named_before_any_update(make_trainer, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(trackers.INSTALLED, name, lambda: False)
+    monkeypatch.setitem(loop.INSTALLED, name, lambda: False)
     trainer = make_trainer(**SETTINGS, trackers=[name])
     with pytest.raises(UserError, match=rf"{name}, which is not installed: `pip install {name}`"):
         train(trainer, tmp_path / "rl")

@@ -5,13 +5,12 @@ import time
 import pytest
 import torch
 
-from tppo.config import RL
-from tppo.errors import UserError
-from tppo.policy.generate import Generation
+from tppo.core.common import UserError
+from tppo.core.config import RL
+from tppo.generate.engine import Generation
 from tppo.rl import guards
-from tppo.rl.policy import PolicyWithValue, response_logprobs
+from tppo.rl.policy import PolicyWithValue, pad_batch, response_logprobs
 from tppo.rl.reward_function import Scores
-from tppo.rl.rollout import pad_batch
 from tppo.rl.trainer import TokenPPOTrainer
 
 

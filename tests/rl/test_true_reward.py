@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import true_reward
 
-from tppo.config import RL, Synthetic, Task
+from tppo.core.config import RL, Synthetic, Task
+from tppo.core.tables import Example
+from tppo.core.text import Event
+from tppo.generate.engine import Generation, decode_response
 from tppo.logs import synthetic
-from tppo.policy.generate import Generation, decode_response
-from tppo.rl.query_reward import QueryReward
 from tppo.rl.reward_function import make_sample
 from tppo.rl.rewards import RewardScale
-from tppo.tables import Example
-from tppo.text import Event
+from tppo.rl.stage import QueryReward
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
-from tppo.config import RL, Recipe, Serve, Task
-from tppo.errors import UserError
-from tppo.models import load_policy
-from tppo.run import RunFolder
+from tppo.core.common import UserError
+from tppo.core.config import RL, Recipe, Serve, Task
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.web import SECURITY_HEADERS, is_loopback
 from tppo.serve import app as app_module
 from tppo.serve.app import create_app, serve
-from tppo.serve.http import SECURITY_HEADERS, is_loopback
 
 TASK = Task(num_queries=3, history_events=4, max_prompt_tokens=200, max_response_tokens=12)
 HISTORY = [{"kind": "search", "text": "Tomato   SEEDS"}, {"kind": "click", "text": "garden shed"}]

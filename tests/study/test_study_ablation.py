@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study_plan import make_recipe
 
-from tppo.config import Recipe, Setting
-from tppo.study.ablation import ablation_charts, find_ablations
-from tppo.study.collect import Collected
-from tppo.study.plan import BASE, make_plan
+from tests.study.test_study_plan import make_recipe
+from tppo.core.config import Recipe, Setting
+from tppo.study.grid import BASE, make_plan
+from tppo.study.results import Collected
+from tppo.study.tables import ablation_charts, find_ablations
 
 MEASURES = ["relevant_history", "queries_written"]
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tppo.config import Prepare, Recipe, Synthetic
-from tppo.study.plan import Job
+from tppo.core.config import Prepare, Recipe, Synthetic
+from tppo.study.grid import Job
 from tppo.study.run import locked, run_jobs
 
 RECIPE = {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tppo.study.curves import Reached, common_kl, smooth, steadiness, updates_to_reach, value_at_kl
+from tppo.study.results import Reached, common_kl, smooth, steadiness, updates_to_reach, value_at_kl
 
 
 def test_smoothing_keeps_lines_and_shrinks_at_the_ends():

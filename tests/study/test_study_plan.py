@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tppo.config import RL, Evaluate, Prepare, Recipe, Sample, Setting, Study
-from tppo.errors import UserError
-from tppo.evaluate.stage import evaluated_models
-from tppo.run import RunFolder, stage_config, stage_inputs
-from tppo.study.plan import Plan, describe, make_plan, settings_tried
+from tppo.core.common import UserError
+from tppo.core.config import RL, Evaluate, Prepare, Recipe, Sample, Setting, Study
+from tppo.core.run import RunFolder
+from tppo.core.stages import stage_config, stage_inputs
+from tppo.evaluate.readings import evaluated_models
+from tppo.study.grid import Plan, describe, make_plan, settings_tried
 from tppo.study.run import check_taken, worker_environments
 
 SHARED = ["prepare", "sft", "sample", "label", "reward"]

@@ -7,24 +7,23 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import agreement_run
-import fake_run
 import pyarrow.parquet as pq
 import pytest
 
-from tppo.config import Agreement, Prepare, Recipe, Setting, Study
-from tppo.errors import UserError
-from tppo.evaluate.generations import DISTANCES, GENERATIONS, VERDICTS, read_generations
-from tppo.evaluate.metrics import PER_RESPONSE
+from tests.helpers import agreement_run, fake_run
+from tppo.core.common import UserError
+from tppo.core.config import Agreement, Prepare, Recipe, Setting, Study
+from tppo.core.files import write_json
+from tppo.core.stages import EVALUATION, taken_models
+from tppo.core.tables import EXAMPLES as TABLE
+from tppo.core.tables import write_table
+from tppo.evaluate.metrics import DISTANCES, GENERATIONS, PER_RESPONSE, VERDICTS, read_generations
 from tppo.judge.agreement import run_action
-from tppo.run import EVALUATION, taken_models, write_json
-from tppo.study.collect import collect
-from tppo.study.plan import Plan, make_plan
-from tppo.study.present import agreement_table, point_cost_table
+from tppo.study.grid import Plan, make_plan
 from tppo.study.report import setting_metrics, write_report
+from tppo.study.results import collect
 from tppo.study.run import run_study
-from tppo.tables import EXAMPLES as TABLE
-from tppo.tables import write_table
+from tppo.study.tables import agreement_table, point_cost_table
 
 EXAMPLES = [*fake_run.make_examples(10), *fake_run.make_examples(10, split="eval2", seed=7)]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from fault_server import Settings, running, truth
-from test_study_report import EXAMPLES, make_study
 
+from tests.helpers.fault_server import Settings, running, truth
+from tests.study.test_study_report import EXAMPLES, make_study
 from tppo.cli import main, run_one
-from tppo.config import Evaluate, LLMJudge, Study
-from tppo.errors import UserError
-from tppo.judge.record import JudgeItem
-from tppo.judge.templates import judge_question
+from tppo.core.common import UserError
+from tppo.core.config import Evaluate, JudgeSettings, Study
+from tppo.judge.prompts import judge_question
+from tppo.judge.verdict import JudgeItem
 from tppo.study.run import run_study
 
 READ = 4
@@ -24,7 +24,7 @@ READ = 4
 
 def make_read(root: Path, port: int, **settings):
     """SFT and TPPO of two seeds, evaluated; only the second judge's readings are missing."""
-    judge = LLMJudge(
+    judge = JudgeSettings(
         f"http://127.0.0.1:{port}/v1", "m", ledger=str(root.parent / "judge.sqlite"), template="sentence",
         score="probability", rubrics=["targets"], max_concurrency=1,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):
 def test_a_reading_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe, plan = make_read(tmp_path / "run", 1)
     with pytest.raises(UserError, match=r"evaluate\.second_judge asks the LLM judge: judge\.model is empty"):
-        run_study(replace(recipe, judge=LLMJudge()))
+        run_study(replace(recipe, judge=JudgeSettings()))
     reading = replace(plan.readings[0].recipe, run_dir=str(tmp_path / "second"))
     with pytest.raises(UserError, match=r"with evaluate\.second_judge=none: name a judge"):
         run_one(replace(reading, evaluate=Evaluate()), "rejudge")

@@ -4,20 +4,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import fake_run
 import pyarrow.parquet as pq
 import pytest
-from fault_server import Settings, running
-from test_study_report import EXAMPLES, make_study
 
+from tests.helpers import fake_run
+from tests.helpers.fault_server import Settings, running
+from tests.study.test_study_report import EXAMPLES, make_study
 from tppo.cli import run_one
-from tppo.config import Evaluate, LLMJudge, Recipe, Setting, Study
-from tppo.errors import UserError
-from tppo.evaluate.generations import GENERATIONS
-from tppo.run import RunFolder
-from tppo.study.plan import Plan, make_plan
+from tppo.core.common import UserError
+from tppo.core.config import Evaluate, JudgeSettings, Recipe, Setting, Study
+from tppo.core.run import RunFolder
+from tppo.core.tables import write_table
+from tppo.evaluate.metrics import GENERATIONS
+from tppo.study.grid import Plan, make_plan
 from tppo.study.run import discard, run_study
-from tppo.tables import write_table
 
 KL = Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])
 
@@ -28,7 +28,7 @@ def make_voted(root: Path, port: int, model: str = "m") -> tuple[Recipe, Plan]:
         root,
         algorithms=["tppo"],
         evaluate=Evaluate(vote=True, bootstrap_samples=500),
-        judge=LLMJudge(f"http://127.0.0.1:{port}/v1", model, ledger=str(root.parent / "judge.sqlite")),
+        judge=JudgeSettings(f"http://127.0.0.1:{port}/v1", model, ledger=str(root.parent / "judge.sqlite")),
         study=Study(seeds=[0, 1], settings=[KL], bootstrap_samples=1000),
     )
 

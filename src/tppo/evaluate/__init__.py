@@ -1,1 +1,1 @@
-"""Rates, comparisons, intervals and the report."""
+"""Who answers, what is measured on the answers, and how models compare."""

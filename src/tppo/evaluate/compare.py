@@ -7,43 +7,46 @@ Win-tie-lose (the paper compares models response by response): the score of a re
 label (0 or 1) plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses
 score 0. The higher score wins, scores within 1e-6 tie; examples where the judge abstained on either
 are left out.
+
+What a point of the headline costs: seconds of training and labelled responses, from the manifests.
+
+A model's cost over SFT is everything the run made for it and not for SFT: its own stage and the stages that stage
+reads (`stage_inputs`), without those that SFT itself needs. Stages shared by several models count in full
+for each of them: it is the price of having that model alone. The gain is the headline's difference from SFT.
+
+Labels are rows of the label stage (a response under one rubric). Manifests hold a stage's last attempt: a stage
+resumed after a kill is cheaper on paper than it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tppo.config import Recipe
-from tppo.evaluate.metrics import CORPUS, PER_RESPONSE, corpus_metrics
-from tppo.evaluate.stats import UserBootstrap, WinTieLose, win_tie_lose
-from tppo.seeding import stream_seed
+from tppo.core.common import stream_seed
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.core.stages import BASELINES, DISPLAY, MODEL_ORDER, REFERENCES, rl_stage, stage_inputs
+from tppo.core.stats import (
+    NOT_MEASURED,
+    Estimate,
+    IntervalEstimate,
+    UserBootstrap,
+    WinTieLose,
+    estimate,
+    number,
+    win_tie_lose,
+)
+from tppo.evaluate.metrics import (
+    CORPUS,
+    PER_RESPONSE,
+    corpus_metrics,
+)
 
 Rows = list[dict[str, Any]]
 BootstrapOf = Callable[[Rows, str], UserBootstrap]
 """The bootstrap of a scope, from a row of any model for each question, in order, and the scope's name."""
-
-# Each model is compared with those after it, the farthest (SFT) first.
-MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
-DISPLAY = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "ppo": "PPO",
-    "ppo_sum": "PPO (token sum)",
-    "tppo": "TPPO",
-    "untuned": "Without SFT",
-    "best_of_n": "SFT, best of n",
-    "frequent_next": "Most frequent next",
-    "repeat_last": "Last query again",
-    "repeat_recent": "Last queries again",
-    "nearest": "Nearest neighbour",
-    "targets": "True next queries",
-    "other_user": "Another user's next queries",
-}
-REFERENCES: tuple[str, str] = ("targets", "other_user")
-"""The scale of a judge: queries that are as good as can be, and queries of somebody else."""
-BASELINES = ("untuned", "best_of_n", "frequent_next", "repeat_last", "repeat_recent", "nearest")
-"""What every policy is compared with, besides the other policies."""
 POOLED = "all"
 
 
@@ -131,7 +134,7 @@ def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: Boo
 
 
 def _add_votes(result: dict[str, Any], scope: str, votes: Rows, rows: Rows, bootstrap: UserBootstrap) -> None:
-    """Win-tie-lose by vote, as the votes were counted (`tppo.judge.vote`); abstentions are left out."""
+    """Win-tie-lose by vote, as the votes were counted (`tppo.evaluate.votes`); abstentions are left out."""
     questions = list(dict.fromkeys(_question(row) for row in rows))
     for a, b in dict.fromkeys((row["model"], row["than"]) for row in votes):
         found = {_question(row): row for row in votes if (row["model"], row["than"]) == (a, b)}
@@ -220,3 +223,166 @@ def paired_scores(rows: Sequence[dict[str, Any]], rubric: str) -> list[float | N
 
 def _column(rows: Rows, name: str) -> list[float | None]:
     return [row.get(name) for row in rows]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model cost over SFT, and what it gained."""
+
+    model: str
+    seconds: float | None
+    """Of training; None when a manifest is missing."""
+    labels: int | None
+    gain: Estimate
+    """Headline minus SFT's, a share."""
+    seconds_per_answer: float | None
+    """Answering the evaluation set, loading included; None when the evaluation was resumed."""
+
+    @property
+    def seconds_per_point(self) -> IntervalEstimate | None:
+        return per_point(self.seconds, self.gain)
+
+    @property
+    def labels_per_point(self) -> IntervalEstimate | None:
+        return per_point(self.labels, self.gain)
+
+
+def per_point(cost: float | None, gain: Estimate) -> IntervalEstimate | None:
+    """Cost of a percentage point; None unless the gain's whole interval is above 0 (else there may be no gain).
+
+    The cost is a fixed number, so the ends of the gain's interval give those of the quotient.
+    """
+    if cost is None or gain.value is None or gain.low is None or gain.high is None or gain.low <= 0:
+        return None
+    return IntervalEstimate(cost / (100 * gain.value), cost / (100 * gain.high), cost / (100 * gain.low))
+
+
+def closure(stage: str, recipe: Recipe) -> set[str]:
+    """A stage and all that it reads, directly or not."""
+    return {stage}.union(*(closure(name, recipe) for name in stage_inputs(stage, recipe)))
+
+
+def model_costs(recipe: Recipe, run: RunFolder, metrics: Metrics, scope: str) -> list[Cost]:
+    """Every tuned policy, and best_of_n (reward models, no tuning), against SFT."""
+    facts = (run.manifest("evaluate") or {}).get("facts", {})
+    count = sum(facts.get("examples", {}).values())
+    answering = facts.get("seconds_answering", {})
+    costs = []
+    for model in [
+        name for name in metrics.data["models"] if name in (*metrics.policies, "best_of_n") and name != "sft"
+    ]:
+        last = "reward" if model == "best_of_n" else rl_stage(model)
+        stages = closure(last, recipe) - closure("sft", recipe)
+        manifests: dict[str, dict[str, Any] | None] = {stage: run.manifest(stage) for stage in stages}
+        known = [manifest for manifest in manifests.values() if manifest is not None]
+        label = manifests.get("label")
+        labels: int | None = 0
+        if "label" in stages:
+            labels = label["facts"].get("labels") if label else None
+        costs.append(
+            Cost(
+                model,
+                sum(manifest["seconds"] for manifest in known) if len(known) == len(stages) else None,
+                labels,
+                gain_over_sft(metrics, scope, model),
+                answering[model] / count if count and model in answering else None,
+            )
+        )
+    return costs
+
+
+def gain_over_sft(metrics: Metrics, scope: str, model: str) -> Estimate:
+    """The headline minus SFT's. Baselines are on the other side of their pair with SFT."""
+    headline = metrics.data["headline"]
+    if model in metrics.policies:
+        return metrics.difference(scope, model, "sft", headline)
+    loss = metrics.difference(scope, "sft", model, headline)
+    value, low, high = (None if end is None else -end for end in (loss.value, loss.high, loss.low))
+    return Estimate(value, low, high, loss.examples, loss.users)
+
+
+def cost_rows(costs: list[Cost]) -> list[dict[str, str]]:
+    """The costs in words, for the report's tables."""
+    return [
+        {
+            "model": cost.model,
+            "label": DISPLAY[cost.model],
+            "minutes": NOT_MEASURED if cost.seconds is None else number(cost.seconds / 60),
+            "labels": NOT_MEASURED if cost.labels is None else str(cost.labels),
+            "seconds_per_point": _said(cost.seconds_per_point),
+            "labels_per_point": _said(cost.labels_per_point),
+            "seconds_per_answer": number(cost.seconds_per_answer),
+        }
+        for cost in costs
+    ]
+
+
+def _said(estimate: IntervalEstimate | None) -> str:
+    if estimate is None:
+        return "no gain shown"
+    return f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
+def cost_markdown(costs: list[Cost]) -> str:
+    """The cost table of summary.md."""
+    lines = ["## Cost of a point of the headline over SFT", ""]
+    lines += ["| | training minutes | labels | seconds a point | labels a point | seconds an answer |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in cost_rows(costs):
+        cells = ("minutes", "labels", "seconds_per_point", "labels_per_point", "seconds_per_answer")
+        lines.append(f"| {row['label']} | {' | '.join(row[cell] for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json with look-ups."""
+
+    data: dict[str, Any]
+
+    @property
+    def scopes(self) -> list[str]:
+        return self.data["scopes"]
+
+    @property
+    def policies(self) -> list[str]:
+        """SFT and the tuned models: what is compared with each other."""
+        return [model for model in self.data["models"] if model not in (*BASELINES, "targets", "other_user")]
+
+    @property
+    def baselines(self) -> list[str]:
+        return [model for model in self.data["models"] if model in BASELINES]
+
+    @property
+    def knows_truth(self) -> bool:
+        """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
+        return self.cell(self.scopes[0], "sft", "known_words").value is not None
+
+    def cell(self, scope: str, model: str, metric: str) -> Estimate:
+        return _find(self.data["rows"], scope=scope, model=model, metric=metric)
+
+    def difference(self, scope: str, model: str, than: str, metric: str) -> Estimate:
+        return _find(self.data["differences"], scope=scope, model=model, than=than, metric=metric)
+
+    def pairs(self, scope: str) -> list[tuple[str, str]]:
+        """The policies that are compared with each other."""
+        return [pair for pair in self._compared(scope) if pair[1] not in BASELINES]
+
+    def baseline_pairs(self, scope: str) -> list[tuple[str, str]]:
+        """A policy and the baseline it is compared with."""
+        return [pair for pair in self._compared(scope) if pair[1] in BASELINES]
+
+    def _compared(self, scope: str) -> list[tuple[str, str]]:
+        found = [(row["model"], row["than"]) for row in self.data["differences"] if row["scope"] == scope]
+        return list(dict.fromkeys(found))
+
+    def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
+        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": "scores"}
+        return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
+
+
+def _find(rows: list[dict[str, Any]], **wanted: str) -> Estimate:
+    for row in rows:
+        if wanted.items() <= row.items():
+            return estimate(row)
+    return Estimate(None, None, None, 0, 0)

@@ -2,7 +2,7 @@
 
 RL measures its KL on the rollouts of its own training, and DPO samples nothing while it trains. Here every policy
 answers the same prompts of unseen users anew, at temperature 1, and the log ratio of its own tokens is an unbiased
-estimate of KL(policy || SFT) at that prompt (k1 of `tppo.rl.kl`). So what was gained can be compared with how far a
+estimate of KL(policy || SFT) at that prompt (k1 of `tppo.rl.losses`). So what was gained can be compared with how far a
 policy went for it, whatever tuned it.
 """
 
@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.evaluate.examples import asked_about, choose_examples
-from tppo.evaluate.generations import DISTANCES
-from tppo.models import load_policy
-from tppo.policy.generate import Generation, encode_examples, generate
-from tppo.precision import generation_dtype
-from tppo.progress import track
-from tppo.rl.kl import kl_estimate
-from tppo.rl.policy import response_logprobs
-from tppo.rl.rollout import pad_batch
-from tppo.run import RunFolder, rl_stage
-from tppo.seeding import stream_seed
-from tppo.tables import Example, write_table
+from tppo.core.common import UserError, stream_seed, track
+from tppo.core.config import Recipe
+from tppo.core.device import generation_dtype
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.stages import rl_stage
+from tppo.core.tables import Example, write_table
+from tppo.evaluate.answers import asked_about, choose_examples
+from tppo.evaluate.metrics import DISTANCES
+from tppo.generate.engine import Generation, encode_examples, generate
+from tppo.rl.losses import kl_estimate
+from tppo.rl.policy import pad_batch, response_logprobs
 
 TEMPERATURE = 1.0
 """KL is one of the policy itself, not of a sharpened one."""

@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.evaluate.examples import answered_examples, read_answers
-from tppo.evaluate.generations import RUBRICS, VERDICTS, verdict_columns
-from tppo.evaluate.stage import choose_second_judge
-from tppo.judge.record import JudgeItem, Verdict
-from tppo.run import EVALUATION, RunFolder, taken_models
-from tppo.tables import Example, write_table
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder
+from tppo.core.stages import EVALUATION, taken_models
+from tppo.core.tables import Example, write_table
+from tppo.evaluate.answers import answered_examples, read_answers
+from tppo.evaluate.metrics import RUBRICS, VERDICTS, verdict_columns
+from tppo.evaluate.readings import choose_second_judge
+from tppo.judge.verdict import JudgeItem, Verdict
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:

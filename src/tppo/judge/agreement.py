@@ -6,12 +6,12 @@ with one word in ten relevant, "never" agrees in 90%. So Cohen's kappa and the p
 beside it.
 
 `tppo agreement` has three actions: `export` a blind sheet (`tppo.judge.sheet`), `page` to fill it in by clicking
-(`tppo.judge.sheet_page`), `compare` the answers with the labels, and with another judge's. All pairs of raters are
+(`tppo.judge.sheet`), `compare` the answers with the labels, and with another judge's. All pairs of raters are
 compared, so two people's answers tell how well people agree at all: no judge can be expected to do better.
 
 Questions one side did not answer (abstained, judged whole responses only, left empty) are counted and left out.
 
-Intervals: 95% percentile bootstrap with responses as clusters (`tppo.evaluate.stats`), because the words of
+Intervals: 95% percentile bootstrap with responses as clusters (`tppo.core.stats`), because the words of
 one response are not independent. Several responses to one user count as independent; with many of them
 the intervals are too narrow.
 
@@ -32,16 +32,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tppo.config import Recipe
-from tppo.errors import UserError
-from tppo.evaluate.present import NOT_MEASURED, interval, number
-from tppo.evaluate.stats import FEW_USERS, ClusterBootstrap, IntervalEstimate, percentile_interval
-from tppo.judge.raters import Answer, Rater, read_judge
-from tppo.judge.sheet import SHEET, SheetKey, export_sheet, make_key, read_key, read_person
-from tppo.progress import console
-from tppo.run import RunFolder, write_json
-from tppo.seeding import stream_seed
-from tppo.tables import load_examples
+from tppo.core.common import UserError, console, stream_seed
+from tppo.core.config import Recipe
+from tppo.core.files import write_json
+from tppo.core.run import RunFolder
+from tppo.core.stats import (
+    FEW_USERS,
+    NOT_MEASURED,
+    ClusterBootstrap,
+    IntervalEstimate,
+    interval,
+    number,
+    percentile_interval,
+)
+from tppo.core.tables import load_examples
+from tppo.judge.sheet import SHEET, Answer, Rater, SheetKey, export_sheet, make_key, read_judge, read_key, read_person
 
 RESULT = "agreement.json"
 CELLS = ("both_relevant", "only_a_relevant", "only_b_relevant", "neither_relevant")
@@ -197,7 +202,7 @@ def run_action(recipe: Recipe) -> None:
     folder = run.path("agreement")
     settings = recipe.agreement
     if settings.action == "page":
-        from tppo.judge.sheet_page import serve_sheet  # FastAPI, which the other actions do without
+        from tppo.judge.sheet import serve_sheet  # FastAPI, which the other actions do without
 
         serve_sheet(folder, settings)
     elif settings.action == "compare":

@@ -37,15 +37,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
-from tppo.config import Rubric
-from tppo.errors import UserError
+from tppo.core.common import UserError, track
+from tppo.core.config import Rubric
+from tppo.core.files import sha256_file, write_json
+from tppo.core.models import load_encoder_path
+from tppo.core.tables import Example
+from tppo.core.text import normalise_query, repeated_queries
 from tppo.judge.probes import noise_items
-from tppo.judge.record import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
-from tppo.models import load_encoder_path
-from tppo.progress import track
-from tppo.run import sha256_file, write_json
-from tppo.tables import Example
-from tppo.text import normalise_query, repeated_queries
+from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 
 RULE_VERSION = 2
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
@@ -135,7 +134,7 @@ class Scores:
 
 
 class EmbeddingJudge:
-    """The judge of the module's docstring; implements `tppo.judge.record.Judge`."""
+    """The judge of the module's docstring; implements `tppo.judge.verdict.Judge`."""
 
     rubrics: tuple[Rubric, ...] = get_args(Rubric)
 

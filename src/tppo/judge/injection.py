@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from tppo.config import Rubric
+from tppo.core.common import rng
+from tppo.core.config import Rubric
+from tppo.core.text import QUERY_SEPARATOR, Event
 from tppo.judge.payloads import PAYLOADS
-from tppo.judge.record import Judge, JudgeItem, Verdict, split_response
-from tppo.seeding import rng
-from tppo.text import QUERY_SEPARATOR, Event
+from tppo.judge.verdict import Judge, JudgeItem, Verdict, split_response
 
 Place = Literal["history", "targets", "response"]
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tppo.config import Rubric
-from tppo.judge.record import JudgeItem, other_user_items
-from tppo.seeding import rng, stream_seed
-from tppo.tables import Example
-from tppo.text import render_response
+from tppo.core.common import rng, stream_seed
+from tppo.core.config import Rubric
+from tppo.core.tables import Example
+from tppo.core.text import render_response
+from tppo.judge.verdict import JudgeItem, other_user_items
 
 PROBES = {
     "real": "the user's real next queries",

@@ -23,33 +23,46 @@ Every text stands in [brackets], which are no part of it. A cell that begins wit
 as a formula by a spreadsheet (OWASP, CSV Injection), and 1/2 or 007 would become a date or a 7. OWASP's leading
 apostrophe is eaten by some spreadsheets and kept by others; brackets are kept by all, so what comes back is what
 went out. A sheet that comes back with any other change is refused, never repaired.
+
+Anybody whose labels can be compared: a judge (labels.parquet), or a person (`tppo.judge.sheet`).
+
+Both become the same thing: for every response the answers to its words and to the whole of it. An answer is 1
+(relevant), 0 (not), or the reason why there is none. A missing answer is never read as 0.
+
+The sheet as a page on this machine: one response at a time, words and response answered by click or key.
+
+The page shows what sheet.csv shows and writes into the same file, whole, after every answer: closing the page or
+killing the server loses nothing, and the next start goes on with the first response not finished. Loopback
+only: a sheet holds people's searches.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tppo.config import Rubric
-from tppo.errors import UserError
-from tppo.judge.raters import Answer, Judged, Rater, ResponseKey, read_judge
-from tppo.judge.record import split_response
-from tppo.run import sha256_file, write_json, write_text
-from tppo.seeding import rng
-from tppo.tables import Example
-from tppo.text import Word, render_history
+from tppo.core.common import UserError, console, rng
+from tppo.core.config import Agreement, Rubric
+from tppo.core.files import sha256_file, write_json, write_text
+from tppo.core.tables import LABELS, Example, read_table
+from tppo.core.text import Word, render_history
+from tppo.core.web import LOOPBACK_NAMES, address_of, listen, render_page, run_server, secure
+from tppo.judge.verdict import IRRELEVANT, RELEVANT, split_response
 
 SHEET, KEY = "sheet.csv", "sheet.json"
 COLUMNS = ("item", "question", "i", "text", "label", "response", "against")
 _LABEL = COLUMNS.index("label")
 _LABELS = {"0": 0, "1": 1, "": None}
 _BOM = "\ufeff"
-
 BinaryLabel = Annotated[int, Field(strict=True, ge=0, le=1)]
 
 
@@ -295,3 +308,150 @@ def _rows(key: SheetKey) -> list[_Row]:
 
 def _cell(text: str) -> str:
     return f"[{text}]"
+
+
+ResponseKey = tuple[str, int]
+"""example_id and sample: which response."""
+Missing = Literal["abstained", "not_judged", "unanswered"]
+"""A judge abstained; it judges whole responses only (sentence template); a person left the question empty."""
+Answer = Literal[0, 1] | Missing
+_ANSWERS: Mapping[int, Literal[0, 1]] = {IRRELEVANT: 0, RELEVANT: 1}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers about one response. `words` has one entry per word of `response`, in order."""
+
+    response: str
+    words: tuple[Answer, ...]
+    sentence: Answer
+
+
+@dataclass(frozen=True)
+class Rater:
+    """`source` is the file the answers come from, `judged` what it holds of one rubric."""
+
+    name: str
+    kind: Literal["judge", "person"]
+    source: Path
+    sha256: str
+    judged: Mapping[ResponseKey, Judged]
+
+
+def read_judge(path: Path, rubric: Rubric) -> Rater:
+    """The labels of one rubric in a labels.parquet.
+
+    Raises:
+        UserError: no labels of this rubric; two labels of the same response; a row that contradicts itself.
+    """
+    rows = read_table(path, LABELS).to_pylist()
+    judged: dict[ResponseKey, Judged] = {}
+    names = []
+    for number, row in enumerate(rows):
+        if row["rubric"] != rubric:
+            continue
+        key = (row["example_id"], row["sample"])
+        where = f"{path} row {number} (example {key[0]}, sample {key[1]}, rubric {rubric})"
+        if key in judged:
+            raise UserError(f"{where} is a second label of this response: keep the labels of one judge in a file")
+        judged[key] = _judged(row, where)
+        names.append(row["judge"])
+    if not judged:
+        found = sorted({row["rubric"] for row in rows})
+        raise UserError(f"{path} has no labels of rubric '{rubric}' (it has: {found}): set agreement.rubric")
+    return Rater(", ".join(sorted(set(names))), "judge", path, sha256_file(path), judged)
+
+
+def _judged(row: dict[str, Any], where: str) -> Judged:
+    words = split_response(row["response"]).words
+    if row["status"] == "abstained":
+        return Judged(row["response"], _all("abstained", len(words)), "abstained")
+    broken = None
+    if row["status"] != "ok":
+        broken = f"its status is {row['status']!r}, not ok or abstained"
+    elif row["sentence_label"] not in (0, 1):
+        broken = f"its sentence_label is {row['sentence_label']!r}, not 0 or 1"
+    elif row["words"] and [(w["i"], w["word"]) for w in row["words"]] != [(i, w.text) for i, w in enumerate(words)]:
+        broken = "its words are not those of its response"
+    elif any(word["label"] not in _ANSWERS for word in row["words"] or []):
+        broken = f"a word's label is neither {IRRELEVANT} nor {RELEVANT}"
+    if broken:
+        raise UserError(f"{where} is broken: {broken}. Make the labels anew with `tppo label`")
+    # A judge with the sentence template writes no word labels, though the response has words.
+    answers: tuple[Answer, ...] = tuple(_ANSWERS[word["label"]] for word in row["words"] or [])
+    return Judged(row["response"], answers or _all("not_judged", len(words)), row["sentence_label"])
+
+
+def _all(answer: Missing, count: int) -> tuple[Answer, ...]:
+    return (answer,) * count
+
+
+def create_app(key: SheetKey, path: Path) -> FastAPI:
+    """The application that fills in the sheet at `path`.
+
+    The file is read again for every request, so a label typed into it meanwhile is kept. GET /v1/sheet returns
+    the items with their answers, PUT /v1/items/{number} (from 0) replaces one item's answers. A sheet that no
+    longer fits its key is answered with 409 and the reason.
+    """
+    app = FastAPI(title="tppo agreement", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere
+    lock = threading.Lock()  # FastAPI runs the handlers in threads; an answer is read, changed and written as one
+    page = render_page(
+        Path(__file__).parent / "sheet.html", {"rubric": key.rubric, "file": path.name, "items": len(key.items)}
+    )
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def index() -> str:
+        return page
+
+    @app.get("/v1/sheet")
+    def sheet() -> dict[str, Any]:
+        with lock:
+            answers = read_sheet(path, key)
+        return {
+            "items": [
+                {"against": item.against, "queries": item.queries, "answers": given.model_dump()}
+                for item, given in zip(key.items, answers, strict=True)
+            ]
+        }
+
+    @app.put("/v1/items/{number}")
+    def save(number: int, given: ItemAnswers) -> dict[str, bool]:
+        if not 0 <= number < len(key.items):
+            raise HTTPException(404, f"there is no item {number}; the sheet has {len(key.items)}")
+        if len(given.words) != len(key.items[number].words):
+            raise HTTPException(422, f"item {number} has {len(key.items[number].words)} words, not {len(given.words)}")
+        with lock:
+            answers = read_sheet(path, key)
+            answers[number] = given
+            write_sheet(path, key, answers)
+        return {"saved": True}
+
+    @app.exception_handler(UserError)
+    def spoilt(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status_code=409)
+
+    secure(app, LOOPBACK_NAMES)
+    return app
+
+
+def serve_sheet(folder: Path, settings: Agreement) -> None:
+    """Serve the page for one person until interrupted.
+
+    Answers go into the sheet named in `agreement.answers` (made blank if it does not exist), or the exported one.
+
+    Raises:
+        UserError: no sheet was exported; several sheets are named; the sheet is spoilt; the port is taken.
+    """
+    if len(settings.answers) > 1:
+        raise UserError(f"agreement.answers names {len(settings.answers)} sheets, but a page fills in one: give one")
+    key = read_key(folder)
+    path = Path(settings.answers[0]) if settings.answers else folder / SHEET
+    if not path.exists():
+        write_sheet(path, key, blank_answers(key))
+    read_sheet(path, key)
+    listener = listen("127.0.0.1", settings.port, "agreement")
+    try:
+        console.print(f"answer on {address_of(listener)}, saved in {path} (Ctrl+C stops)", soft_wrap=True)
+        run_server(create_app(key, path), listener)
+    finally:
+        listener.close()

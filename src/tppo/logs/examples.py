@@ -24,8 +24,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tppo.config import Prepare, Task
-from tppo.tables import EXAMPLES, REJECTS
+from tppo.core.config import Prepare, Task
+from tppo.core.tables import EXAMPLES, REJECTS
 
 _EVENTS = """
 CREATE TABLE first_events AS
@@ -57,21 +57,18 @@ SELECT user_id, kind, text, time, file, line,
        row_number() OVER (PARTITION BY user_id ORDER BY time, file, line, part) AS position
 FROM fresh WHERE occurrence = 1;
 """
-
 _COMPARED_REJECTS = """
 INSERT INTO rejects
 SELECT file, line, CASE WHEN first_events.file IS NULL THEN 'duplicate' ELSE 'repeat' END
 FROM rows ANTI JOIN events USING (file, line)
 LEFT JOIN (SELECT DISTINCT file, line FROM first_events) AS first_events USING (file, line);
 """
-
 _CUT = """
 WITH hours AS (SELECT date_trunc('hour', time) AS hour, count(*) AS events FROM events GROUP BY ALL),
      newer AS (SELECT hour, sum(events) OVER (ORDER BY hour DESC) AS events FROM hours)
 SELECT coalesce(min(hour) FILTER (events <= $share * (SELECT count(*) FROM events)),
                 (SELECT max(time) + INTERVAL 1 HOUR FROM events)) FROM newer
 """
-
 _TARGETS = """
 CREATE TABLE new_queries AS
 WITH points AS (
@@ -100,7 +97,6 @@ SELECT user_id, split, number, position, time, newer // $stride AS back,
        position > $min_history AS long_enough
 FROM candidates WHERE newer >= 0 AND newer % $stride = 0 AND newer // $stride < $windows_per_user;
 """
-
 _EXAMPLES = """
 WITH kept AS (SELECT * FROM windows WHERE long_enough),
 histories AS (

@@ -19,16 +19,14 @@ import duckdb
 import pyarrow as pa
 from rich.table import Table
 
-from tppo.config import Columns, Prepare, Recipe, Task
-from tppo.errors import UserError
+from tppo.core.common import UserError, console, progress_bar
+from tppo.core.config import Columns, Prepare, Recipe, Task
+from tppo.core.run import RunFolder
+from tppo.core.tables import SPLITS
+from tppo.core.text import EVENT_KINDS
 from tppo.logs import examples, readers
-from tppo.logs.clean import clean_text, clean_url
-from tppo.logs.privacy import UserHasher, hash_key
-from tppo.logs.schema import BAD_ROWS, INTERACTIONS, BadRow, RawRow
-from tppo.progress import console, progress_bar
-from tppo.run import RunFolder
-from tppo.tables import SPLITS
-from tppo.text import EVENT_KINDS
+from tppo.logs.clean import UserHasher, clean_text, clean_url, hash_key
+from tppo.logs.readers import BAD_ROWS, INTERACTIONS, BadRow, RawRow
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
 BATCH_ROWS = 20_000

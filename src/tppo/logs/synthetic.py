@@ -25,10 +25,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from tppo.config import Recipe, Synthetic
-from tppo.errors import UserError
-from tppo.progress import track
-from tppo.run import RunFolder
+from tppo.core.common import UserError, track
+from tppo.core.config import Recipe, Synthetic
+from tppo.core.run import RunFolder
 
 HEADER = ("user_id", "time", "kind", "text")
 START = datetime(2026, 1, 5)

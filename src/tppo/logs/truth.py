@@ -7,13 +7,14 @@ search of the history or of the same response is not new.
 
 from __future__ import annotations
 
-from tppo.config import Synthetic
+from tppo.core.config import Synthetic
+from tppo.core.files import sha256_file
+from tppo.core.run import MANIFEST, RunFolder
+from tppo.core.tables import Example
+from tppo.core.text import Word, parse_response, repeated_queries
+from tppo.logs.clean import UserHasher
 from tppo.logs.prepare import SYNTHETIC_KEY
-from tppo.logs.privacy import UserHasher
 from tppo.logs.synthetic import relevant_words, user_name, user_queries
-from tppo.run import MANIFEST, RunFolder, sha256_file
-from tppo.tables import Example
-from tppo.text import Word, parse_response, repeated_queries
 
 
 class Truth:

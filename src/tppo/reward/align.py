@@ -27,14 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from tppo.policy.generate import decode_response
-from tppo.text import ParsedResponse, Word
+from tppo.core.text import ParsedResponse, Word
+from tppo.generate.engine import decode_response
 
 Span = tuple[int, int]
 """Half-open range of characters: text[start:end]. Empty (start == end) for a token that shows nothing."""
-
 SEPARATOR, IRRELEVANT, RELEVANT = 0, 1, 2
-
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows bytes that are no whole character (yet)
 
 

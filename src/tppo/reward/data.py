@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tppo.config import Rubric
-from tppo.errors import UserError
-from tppo.judge.record import CONSTRUCTED_FILE, split_response
+from tppo.core.common import UserError
+from tppo.core.config import Rubric
+from tppo.core.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
+from tppo.core.text import QUERY_SEPARATOR, Event, Word, render_history
+from tppo.judge.verdict import CONSTRUCTED_FILE, split_response
 from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
-from tppo.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
-from tppo.text import QUERY_SEPARATOR, Event, Word, render_history
 
 VISIBLE_SEPARATOR = "|"
 RESERVED_TOKENS = 8  # of max_length: the special tokens of a pair, and a little history

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LongformerConfig, LongformerForTokenClassification
 
-from tppo.config import GlobalAttention
-from tppo.errors import UserError
+from tppo.core.common import UserError
+from tppo.core.config import GlobalAttention
 from tppo.reward.data import Batch
 
 CONVERTIBLE = ("bert", "roberta", "xlm-roberta", "camembert")

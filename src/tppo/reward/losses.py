@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tppo.config import Reward
+from tppo.core.config import Reward
 from tppo.reward.align import IRRELEVANT, RELEVANT
 
 

@@ -5,6 +5,10 @@ coefficient, the probe's sums, the kept policies and the number of updates done 
 
 A checkpoint is written under another name, every file is fsynced, their sha256 are written last, and then the folder
 is renamed. Whatever fails or is killed on the way leaves the older checkpoints as they were.
+
+Policies kept beside the one in training: that of the last rollout within `max_kl`, and the best so far.
+
+A policy is judged by its own rollout, so what is kept is the copy that sampled it, in its precision.
 """
 
 from __future__ import annotations
@@ -23,12 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tppo.config import RL, RL_DISPLAY
-from tppo.errors import UserError
-from tppo.progress import console
-from tppo.rl.kept import KeptPolicy
+from tppo.core.common import UserError, console
+from tppo.core.config import RL, RL_DISPLAY
+from tppo.core.files import sha256_file, write_json
+from tppo.rl.guards import KeptPolicy
 from tppo.rl.trainer import TokenPPOTrainer
-from tppo.run import sha256_file, write_json
 
 _PREFIX = "checkpoint-"
 _TEMPORARY = "tmp-"

@@ -2,26 +2,44 @@
 
 A run that was killed, or that an error stopped, goes on from its newest checkpoint when `train` is called again, and
 ends with the same weights and metrics as one that was never stopped.
+
+Experiment trackers beside metrics.jsonl, through accelerate's tracker classes: update u is a tracker's step u.
+
+metrics.jsonl is the record, a tracker shows a copy of it. `trackers.json` notes how far each tracker has got and which
+of its runs is ours, so that a resumed run goes on in that run: updates made again are not logged again (they have the
+same numbers), and rows a tracker has not had, because it failed or was added later, are logged first. A kill between
+a log and its note makes one update come twice: TensorBoard drops the first, W&B the second, the others show one more
+point of the same value.
+
+Only metrics and settings go to a tracker, never text of the log or of a response.
+
+Responses with every token coloured by its reward: in the terminal, and with the same shades in the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tppo.config import RL
-from tppo.progress import console, progress_bar
-from tppo.rl.checkpoint import (
-    append_rows,
-    cut_rows_after,
-    load_newest_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-)
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_trackio_available, is_wandb_available
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from tppo.core.common import UserError, console, progress_bar
+from tppo.core.config import RL
+from tppo.core.files import read_jsonl, write_json
+from tppo.rl.checkpoint import append_rows, cut_rows_after, load_newest_checkpoint, remove_leftovers, save_checkpoint
 from tppo.rl.guards import MaxKLExceeded
-from tppo.rl.show import show_samples
-from tppo.rl.trackers import open_trackers
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
 
 SAMPLES_PER_UPDATE = 3
@@ -109,3 +127,198 @@ def progress_line(name: str, metrics: dict[str, float], config: RL) -> str:
         f"clip {metrics['clip_fraction']:.3f} ev {metrics['explained_variance']:.2f} "
         f"{metrics['seconds']:.1f}s {metrics['tokens_per_second']:.0f} tokens/s, {minutes_left:.0f} min left"
     )
+
+
+NOTES = "trackers.json"
+INSTALLED: dict[str, Callable[[], bool]] = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
+    "mlflow": is_mlflow_available,
+}
+"""By tracker, which is also its name as a pip package."""
+
+
+@contextlib.contextmanager
+def open_trackers(config: RL, folder: Path) -> Iterator[Trackers]:
+    """The trackers of `rl.trackers`, started and told what metrics.jsonl of `folder` holds; finished at the end.
+
+    Raises:
+        UserError: one is not installed, or does not start.
+    """
+    for name in config.trackers:
+        if not INSTALLED[name]():
+            raise UserError(f"rl.trackers names {name}, which is not installed: `pip install {name}`, or leave it out")
+    trackers = Trackers(config, folder)
+    try:
+        trackers.start()
+        yield trackers
+    finally:
+        trackers.finish()
+
+
+class Trackers:
+    """Started trackers and how far each has got. None of them can stop training once it has started."""
+
+    def __init__(self, config: RL, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.started: dict[str, Any] = {}
+        self.failing: set[str] = set()
+
+    def start(self) -> None:
+        """Start every tracker, and log the rows of metrics.jsonl that it has not had."""
+        if not self.config.trackers:
+            return
+        PartialState()  # accelerate's trackers log through it
+        notes, metrics = self.folder / NOTES, self.folder / "metrics.jsonl"
+        if notes.exists():
+            self.notes = json.loads(notes.read_text(encoding="utf-8"))
+        self.rows = read_jsonl(metrics)
+        for name in dict.fromkeys(self.config.trackers):
+            self.started[name] = self._start(name)
+        self._catch_up()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Log a row of metrics.jsonl, after those a tracker has not had."""
+        if self.started:
+            self.rows.append(row)
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for name, tracker in self.started.items():
+            try:
+                for row in self.rows:
+                    update = int(row["update"])
+                    if update > self.notes[name]["logged"]:
+                        tracker.log({key: value for key, value in row.items() if key != "update"}, step=update)
+                        self.notes[name]["logged"] = update
+                self.failing.discard(name)
+            except Exception as error:  # a tracker's errors have no common base
+                if name not in self.failing:
+                    console.print(f"{name} failed, training goes on and tries again: {error}", soft_wrap=True)
+                self.failing.add(name)
+        write_json(self.folder / NOTES, self.notes)
+
+    def finish(self) -> None:
+        for name, tracker in self.started.items():
+            try:
+                tracker.finish()
+            except Exception as error:  # as above; the model is worth more than the end of a curve
+                console.print(f"{name} did not finish: {error}", soft_wrap=True)
+
+    def _start(self, name: str) -> Any:
+        new = name not in self.notes
+        note = self.notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
+        tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, note, new))
+        try:
+            with _no_questions():
+                tracker.start()
+            if name == "mlflow":
+                note["run"] = tracker.tracker.info.run_id
+            write_json(self.folder / NOTES, self.notes)
+            if new:
+                settings = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
+                tracker.store_init_configuration(settings)
+        except Exception as error:  # as in _catch_up
+            raise UserError(f"{name} does not start: {error}{_WAY_OUT.get(name, '')}") from error
+        return tracker
+
+    def _arguments(self, name: str, note: dict[str, Any], new: bool) -> dict[str, Any]:
+        """What this tracker's class needs to start the run of the note, or to go on in it."""
+        project, shown = self.config.tracker_project, f"{self.folder.resolve().parent.name}-{self.folder.name}"
+        if name == "tensorboard":
+            return {"run_name": name, "logging_dir": str(self.folder), "purge_step": note["logged"] + 1}
+        if name == "wandb":
+            return {
+                "run_name": project,
+                "name": shown,
+                "id": note["run"],
+                "resume": "allow",
+                "dir": str(self.folder),
+            }
+        if name == "trackio":
+            return {"run_name": project, "name": f"{shown}-{note['run']}", "resume": "allow"}
+        assert name == "mlflow"
+        return {"experiment_name": project, "run_name": shown, "run_id": None if new else note["run"]}
+
+
+_WAY_OUT = {"wandb": ". Set WANDB_API_KEY, run `wandb login` once, or set WANDB_MODE=offline"}
+
+
+@contextlib.contextmanager
+def _no_questions() -> Iterator[None]:
+    """Without a terminal to ask on, W&B raises where it would ask for a login and wait."""
+    with open(os.devnull, encoding="utf-8") as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+SHOWN_PROMPT = 120
+"""Characters of a prompt's end that are shown."""
+_WHITE, _GREEN, _RED = (255, 255, 255), (46, 160, 67), (218, 54, 51)
+
+
+class ShownToken(NamedTuple):
+    text: str
+    """As shown: ⏎ for a line break, ∎ for a token without text, · for what cannot be printed."""
+    reward: float
+    shade: float
+    """Size of the reward, 0 to 1: a share of the largest among the responses shown together."""
+
+
+def shown_tokens(rows: Sequence[dict[str, Any]]) -> list[list[ShownToken]]:
+    """The tokens of rows of samples.jsonl that are shown together."""
+    largest = max((abs(reward) for row in rows for _, reward, _ in row["tokens"]), default=0) or 1.0
+    return [
+        [ShownToken(_visible(text), reward, abs(reward) / largest) for text, reward, _ in row["tokens"]] for row in rows
+    ]
+
+
+def show_samples(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print responses of a rollout (rows of samples.jsonl). Only on a terminal: they hold text of a log's users.
+
+    Without colour (NO_COLOR, a terminal that has none) the reward stands behind each token.
+    """
+    if not console.is_terminal or not rows:
+        return
+    coloured = console.color_system is not None and not console.no_color
+    legend = Text(f"update {rows[0]['update']}, rewards of tokens (without KL): ")
+    if coloured:
+        for reward, text in ((1.0, "positive"), (-1.0, "negative"), (0.0, "zero")):
+            legend.append(text, token_style(reward, 1.0)).append(", ")
+        legend.append("the stronger the larger")
+    else:
+        legend.append("(number) behind a token, none is zero")
+    console.print(legend)
+    for row, tokens in zip(rows, shown_tokens(rows), strict=True):
+        prompt = row["prompt"].rstrip()
+        cut = "…" if len(prompt) > SHOWN_PROMPT else ""
+        line = Text("  ").append(cut + _visible(prompt[-SHOWN_PROMPT:]), "dim").append("\n  ")
+        for token in tokens:
+            line.append(token.text, token_style(token.reward, token.shade) if coloured else "")
+            if not coloured and token.reward:
+                line.append(f"({token.reward:+.2f})")
+        console.print(line.append(f"  sum {row['reward']:+.2f}"), soft_wrap=True)
+
+
+def token_style(reward: float, shade: float) -> Style:
+    """Green for positive, red and underlined for negative, dim for zero; pale for a small shade."""
+    if not reward:
+        return Style(dim=True)
+    mixed = [
+        round(white + (full - white) * (0.25 + 0.75 * shade))
+        for white, full in zip(_WHITE, _GREEN if reward > 0 else _RED, strict=True)
+    ]
+    return Style(color="black", bgcolor="#{:02x}{:02x}{:02x}".format(*mixed), underline=reward < 0)
+
+
+def _visible(text: str) -> str:
+    """One line of printable characters: a sampled control character must not reach the terminal."""
+    shown = text.replace("\n", "⏎") or "∎"
+    return "".join(character if character.isprintable() else "·" for character in shown)

@@ -1,22 +1,40 @@
 """The policy with its value function, and log-probabilities of the response tokens only.
 
 Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
+
+Value functions: a linear head, and a probe (ridge regression from hidden states to returns, in closed form).
+
+One Adam step an update leaves a linear head far behind a policy that moves. The probe is solved exactly after every
+rollout instead, on sums that forget old rollouts, and predicts the next rollout's values. How much it is shrunk is
+decided by how well each amount has predicted rollouts it was not fitted on; the most shrunk candidate is the mean
+return. The probe is never asked about tokens it was fitted on, so `explained_variance` is an honest figure.
+
+Shapes: N response tokens, D hidden size, K candidates.
+
+The two frozen companions of the policy: the reference that KL is measured against, and the copy that samples.
+
+Both are copied from the policy in memory at the start; no model is loaded twice. With LoRA there is no reference
+model at all (the policy with its adapters off is one), and the sampling copy has the adapters merged.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tppo.config import Precision
-from tppo.precision import autocast
-from tppo.rl.value import ValueHead, ValueProbe
+from tppo.core.common import UserError, stream_seed
+from tppo.core.config import RL, Precision
+from tppo.core.device import autocast, generation_dtype, resolved
+from tppo.core.models import lora_config
+from tppo.generate.engine import Generation
 
 
 class TokenBatch(NamedTuple):
@@ -154,3 +172,166 @@ def response_logprobs(
 def _padded(values: Tensor, batch: TokenBatch) -> Tensor:
     """(..., t) -> (..., T): zeros on the right, up to the batch's response width."""
     return F.pad(values, (0, batch.response_mask.shape[1] - values.shape[-1]))
+
+
+DECAY = 0.8
+"""Weight of all earlier rollouts against one later: about five rollouts count."""
+RIDGES = (1e6, 1.0, 0.1, 0.01, 0.001)
+"""Candidates for the ridge penalty, as a share of the mean squared hidden unit; the first leaves the mean only."""
+
+
+class ValueHead(nn.Linear):
+    """A linear head trained by the value loss; it starts at V = 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (...)"""
+        return super().forward(hidden).squeeze(-1)
+
+
+class ProbeState(NamedTuple):
+    """Decayed sums over tokens and what follows from them; float64, the last of D+1 columns is the constant 1."""
+
+    gram: Tensor
+    """(D+1, D+1), sum of h h^T."""
+    moment: Tensor
+    """(D+1), sum of h times return."""
+    errors: Tensor
+    """(K), squared errors of each candidate on rollouts it had not seen."""
+    weights: Tensor
+    """(K, D+1)"""
+
+
+class ValueProbe(nn.Module):
+    """V(s) = w . h(s) + b, with h the last hidden state before the token is chosen. 0 before the first fit."""
+
+    gram: Tensor
+    moment: Tensor
+    errors: Tensor
+    weights: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        size, candidates = hidden_size + 1, len(RIDGES)
+        shapes = {"gram": (size, size), "moment": (size,), "errors": (candidates,), "weights": (candidates, size)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (...) float32, by the candidate with the smallest error so far."""
+        weight = self.weights[self.errors.argmin()]
+        return (hidden.double() @ weight[:-1] + weight[-1]).float()
+
+    def fitted(self, hidden_ND: Tensor, returns_N: Tensor) -> ProbeState:
+        """The state after one more rollout. Nothing changes until it is given to `accept`."""
+        features_ND = torch.cat([hidden_ND.double(), torch.ones(len(hidden_ND), 1, dtype=torch.float64)], dim=1)
+        targets_N = returns_N.double()
+        residual_KN = self.weights @ features_ND.T - targets_N
+        gram = DECAY * self.gram + features_ND.T @ features_ND
+        moment = DECAY * self.moment + features_ND.T @ targets_N
+        penalty = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=torch.float64)
+        penalty[-1] = 0.0  # the mean return is not shrunk
+        weights = torch.stack([torch.linalg.solve(gram + (ridge * penalty).diag(), moment) for ridge in RIDGES])
+        return ProbeState(gram, moment, DECAY * self.errors + residual_KN.square().sum(1), weights)
+
+    def accept(self, state: ProbeState) -> None:
+        for name, value in state._asdict().items():
+            getattr(self, name).copy_(value)
+
+
+_ADAPTER = "default"
+
+
+def rollout_copy(lm: Any, config: RL) -> Any:
+    """A frozen copy of the language model to sample with, in the rollout's precision."""
+    dtype = generation_dtype(config.precision)
+    return copy.deepcopy(lm).to(dtype).eval().requires_grad_(False)
+
+
+def reference_copy(lm: Any, config: RL) -> Any:
+    """A frozen copy whose results equal the policy's to the last bit, in less memory under bf16.
+
+    Autocast rounds the weights of a linear layer to bf16 at every use, so they are held rounded. Embeddings
+    (and output layers tied to them) and norms are used in float32, and stay so.
+    """
+    reference = copy.deepcopy(lm).eval().requires_grad_(False)
+    if resolved(config.precision) == "bf16":
+        tied = {id(module.weight) for module in reference.modules() if isinstance(module, nn.Embedding)}
+        for module in reference.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) not in tied:
+                module.to(torch.bfloat16)
+    return reference
+
+
+def with_adapters(lm: Any, config: RL, seed: int) -> Any:
+    """The language model with fresh LoRA adapters on every linear layer but the output; they start at zero change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "rl", "lora"))
+        return get_peft_model(lm, lora_config(config.lora_r))
+
+
+@torch.no_grad()
+def reference_logprobs(lm: Any, reference: Any | None, batch: TokenBatch, config: RL) -> Tensor:
+    """Log-probabilities (B, T) under the frozen reference; None means the policy with its adapters off."""
+    model = lm if reference is None else reference
+    with model.disable_adapter() if reference is None else nullcontext(), autocast(config.precision):
+        return response_logprobs(model, batch, config.temperature)[0]
+
+
+@torch.no_grad()
+def copy_weights(source: Any, target: nn.Module) -> None:
+    """Bring the rollout copy up to date: the policy's parameters (LoRA merged) in the copy's precision."""
+    if not isinstance(source, PeftModel):
+        for source_parameter, target_parameter in zip(source.parameters(), target.parameters(), strict=True):
+            target_parameter.copy_(source_parameter)
+        return
+    # The weights without an adapter never change.
+    for name, module in source.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            merged = module.get_base_layer().weight + module.get_delta_weight(_ADAPTER)
+            target.get_parameter(f"{name}.weight").copy_(merged)
+
+
+def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
+    """Left-pad the prompts, right-pad the responses. Padding is known by its place, so its id does not matter."""
+    prompt_width = max(len(generation.prompt_ids) for generation in generations)
+    response_width = max(len(generation.response_ids) for generation in generations)
+    input_ids = torch.full((len(generations), prompt_width + response_width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, generation in enumerate(generations):
+        assert generation.response_ids, "a response without any token"
+        start, end = prompt_width - len(generation.prompt_ids), prompt_width + len(generation.response_ids)
+        input_ids[row, start:end] = torch.tensor(generation.prompt_ids + generation.response_ids)
+        attention_mask[row, start:end] = True
+    return TokenBatch(input_ids, attention_mask, attention_mask[:, prompt_width:].clone())
+
+
+EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
+
+
+def require_float32(lm: Any) -> None:
+    """Small steps vanish in bf16 weights: 1e-5 added to 1 is 1.
+
+    Raises:
+        UserError: a parameter of another dtype.
+    """
+    for name, parameter in lm.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
+                "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
+            )
+
+
+def set_attention(lm: Any, config: RL, longest: int) -> None:
+    """Set `config.attention` on a model whose longest sequence (prompt and response) has this many tokens."""
+    chosen = config.attention
+    if chosen == "auto":
+        chosen = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
+    lm.set_attn_implementation(chosen)

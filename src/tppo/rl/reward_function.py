@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tppo.errors import UserError
-from tppo.policy.generate import Generation
+from tppo.core.common import UserError
+from tppo.generate.engine import Generation
 from tppo.reward.align import Span, token_spans
 
 _SHOWN_PROMPT = 60

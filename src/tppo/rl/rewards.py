@@ -17,7 +17,7 @@ Departures from the paper, each forced by a gap or a trap in it (DESIGN section 
    query of relevant words paid best: separators and end-of-sequence are worth 0 and only take up room. (Seen on
    AOL: after 28 updates 97% of the responses were one query that ran into the token limit.)
 5. With `repeats_irrelevant` (off by default) a query that is not new is paid as irrelevant, by the judge's own rule and
-   not by the reward model's guess (`tppo.rl.query_reward.without_repeats`).
+   not by the reward model's guess (`tppo.rl.stage.without_repeats`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tppo.config import RL
-
-
-class Values(NamedTuple):
-    """What an irrelevant and a relevant token (or response) is worth."""
-
-    irrelevant: float
-    relevant: float
+from tppo.core.config import RL
+from tppo.reward.metrics import class_rewards, reward_values
 
 
 class FormatReward(NamedTuple):
@@ -53,30 +47,6 @@ class RewardScale(NamedTuple):
     """sl of Eq. 4, in policy tokens."""
     relevant_word_share: float
     relevant_response_share: float
-
-
-def reward_values(kind: str, relevant_share: float) -> Values:
-    """`base_rate`: 0 on average when `relevant_share` are relevant. `centered`: -1/+1. `paper`: 1/2."""
-    if kind == "base_rate":
-        return Values(-relevant_share, 1.0 - relevant_share)
-    if kind == "centered":
-        return Values(-1.0, 1.0)
-    if kind == "paper":
-        return Values(1.0, 2.0)
-    raise ValueError(f"unknown rl.reward_values {kind!r}: use 'base_rate', 'centered' or 'paper'")
-
-
-def class_rewards(class_probs_BT3: Tensor, values: Values, estimator: str) -> Tensor:
-    """Reward of every token from its class probabilities, (B, T, 3) -> (B, T); class 0 is worth 0.
-
-    `expected`: sum_c p_c value_c. `argmax`: the value of the most likely class (the paper's R_phi).
-    """
-    value_3 = torch.tensor([0.0, *values], dtype=class_probs_BT3.dtype)
-    if estimator == "argmax":
-        return value_3[class_probs_BT3.argmax(-1)]
-    if estimator == "expected":
-        return class_probs_BT3 @ value_3
-    raise ValueError(f"unknown rl.reward_estimator {estimator!r}: use 'expected' or 'argmax'")
 
 
 def length_weight(num_tokens: int, suggested_length: float, alpha: float) -> Tensor:

@@ -9,6 +9,10 @@ sentence-level PPO.
 
 Departures from the paper, beside those of `tppo.rl.rewards`: Eq. 6 writes the advantage of pi_ref; we use GAE of
 the old policy, as PPO does. Epsilon, gamma, lambda and the value coefficient are not given; the field's are used.
+
+A rollout: responses of the old policy, as samples for the reward function and as padded tensors.
+
+What is checked and made once, before the first update: settings, prompts, optimizer.
 """
 
 from __future__ import annotations
@@ -22,21 +26,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tppo.config import RL
-from tppo.models import load_policy
-from tppo.precision import resolved
+from tppo.core.common import UserError, rng, stream_seed
+from tppo.core.config import RL
+from tppo.core.device import resolved
+from tppo.core.models import load_policy
+from tppo.generate.engine import generate
 from tppo.rl import guards
-from tppo.rl.copies import copy_weights, reference_copy, reference_logprobs, rollout_copy, with_adapters
-from tppo.rl.kept import KeptPolicies
-from tppo.rl.kl import kl_estimate, next_kl_coef
-from tppo.rl.losses import policy_loss, value_loss
-from tppo.rl.policy import PolicyOutput, PolicyWithValue, TokenBatch
-from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, score
+from tppo.rl.guards import KeptPolicies
+from tppo.rl.losses import kl_estimate, next_kl_coef, policy_loss, value_loss
+from tppo.rl.policy import (
+    PolicyOutput,
+    PolicyWithValue,
+    ProbeState,
+    TokenBatch,
+    ValueProbe,
+    copy_weights,
+    pad_batch,
+    reference_copy,
+    reference_logprobs,
+    require_float32,
+    rollout_copy,
+    set_attention,
+    with_adapters,
+)
+from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, make_sample, score
 from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
-from tppo.rl.rollout import Rollout, roll_out
-from tppo.rl.setup import check_config, encode_prompts, make_optimizer, require_float32, set_attention
-from tppo.rl.value import ProbeState, ValueProbe
-from tppo.seeding import rng, stream_seed
 
 Minibatch = tuple[Tensor, ...]
 """The micro-batches of an optimiser step: rows of the rollout, each (B_micro,)."""
@@ -406,3 +420,101 @@ def _metrics(
         "advantage_std": advantages_BT[mask_BT].std().item(),
         "explained_variance": (1 - residual.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
     }
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to a batch of prompts: what a reward function sees, and what the model sees."""
+
+    samples: list[Sample]
+    batch: TokenBatch
+
+
+def roll_out(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    prompt_index: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Rollout:
+    """Sample one response to each prompt from exactly softmax(logits / temperature)."""
+    chosen = [prompts[i] for i in prompt_index]
+    generations = generate(
+        model,
+        tokenizer,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=len(chosen),
+    )
+    samples = [make_sample(tokenizer, *pair) for pair in zip(generations, prompt_index, strict=True)]
+    return Rollout(samples, pad_batch(samples, tokenizer.eos_token_id))
+
+
+def check_config(config: RL, max_response_tokens: int) -> None:
+    """Settings that fit each other.
+
+    Raises:
+        UserError: names the setting and what it has to be.
+    """
+    if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batch_size:
+        raise UserError(
+            f"rl.batch_size={config.batch_size} must be a multiple of rl.minibatch_size={config.minibatch_size}, "
+            f"and that of rl.micro_batch_size={config.micro_batch_size}"
+        )
+    wrong = [
+        (config.batch_size < 2, f"batch_size={config.batch_size}", "at least 2: advantages are compared"),
+        (config.temperature <= 0, f"temperature={config.temperature}", "above 0: greedy rollouts have no gradient"),
+        (config.kl_placement == "loss" and config.kl_estimator == "k1", "kl_estimator=k1", "k2 or k3 in the loss"),
+        (config.dual_clip and config.dual_clip <= 1, f"dual_clip={config.dual_clip}", "above 1, or 0 (off)"),
+        (config.updates < 1, f"updates={config.updates}", "at least 1"),
+        (config.save_every < 1, f"save_every={config.save_every}", "at least 1"),
+        (config.keep_checkpoints < 1, f"keep_checkpoints={config.keep_checkpoints}", "at least 1"),
+        (
+            config.overlong_penalty and not 0 < config.overlong_buffer < max_response_tokens,
+            f"overlong_buffer={config.overlong_buffer}",
+            f"between 1 and {max_response_tokens - 1}, the response limit less 1",
+        ),
+        (config.max_kl < 0 or config.kl_target < 0, "max_kl or kl_target", "0 (off) or more"),
+    ]
+    for is_wrong, setting, must_be in wrong:
+        if is_wrong:
+            raise UserError(f"rl.{setting} must be {must_be}")
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Raises:
+        UserError: no tokenizer or none with an end-of-sequence token, no prompt, or an empty one.
+    """
+    if tokenizer is None:
+        raise UserError("TokenPPOTrainer needs the policy's tokenizer: TokenPPOTrainer(..., tokenizer=tokenizer)")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so a response could never end: set eos_token")
+    if not prompts:
+        raise UserError("there is no prompt to roll out from")
+    encoded = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise UserError(f"prompt {index} ({prompts[index]!r}) is empty: give it at least one token")
+    return encoded
+
+
+def make_optimizer(policy: PolicyWithValue, config: RL) -> torch.optim.Optimizer:
+    """AdamW over what is trained; `full_lr` of a group is its learning rate after warm-up."""
+    groups = [
+        (list(policy.lm.parameters()), config.learning_rate),
+        ([] if policy.value_trunk is None else list(policy.value_trunk.parameters()), config.learning_rate),
+        (list(policy.value_head.parameters()), config.value_learning_rate),
+    ]
+    trained = [([p for p in parameters if p.requires_grad], rate) for parameters, rate in groups]
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "full_lr": rate} for parameters, rate in trained if parameters],
+        weight_decay=0.0,
+        fused=True,
+    )

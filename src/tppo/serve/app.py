@@ -17,15 +17,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tppo.config import Recipe, Task, TuningAlgorithm
-from tppo.evaluate.compare import DISPLAY
-from tppo.models import load_policy
-from tppo.policy.generate import generate
-from tppo.precision import generation_dtype
-from tppo.progress import console
-from tppo.run import RunFolder, rl_stage
-from tppo.serve.http import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
-from tppo.text import Event, EventKind, encode_prompt, normalise_query, parse_response
+from tppo.core.common import console
+from tppo.core.config import Recipe, Task, TuningAlgorithm
+from tppo.core.device import generation_dtype
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.stages import DISPLAY, rl_stage
+from tppo.core.text import Event, EventKind, encode_prompt, normalise_query, parse_response
+from tppo.core.web import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
+from tppo.generate.engine import generate
 
 MAX_EVENTS = 100
 MAX_TEXT_CHARS = 500
@@ -84,7 +84,7 @@ def create_app(
     Args:
         models: name -> (causal language model, tokenizer), in the order shown on the page.
         temperature: sampling temperature; 0 is greedy.
-        allowed_hosts: values of the Host header to answer (`tppo.serve.http.secure`).
+        allowed_hosts: values of the Host header to answer (`tppo.core.web.secure`).
     """
     assert models, "no model to serve"
     app = FastAPI(title="tppo", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere

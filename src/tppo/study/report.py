@@ -2,38 +2,38 @@
 
 All of them hold numbers only, no text of the log. The one exception is the page of a study on the synthetic log, which
 is nobody's: it shows answers and token rewards as `tppo report` does.
+
+The training curves of a study, on its page and as PNG files.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from markupsafe import Markup
 
-from tppo.config import Recipe, Setting
-from tppo.evaluate import present
-from tppo.evaluate.curves import reward_charts
+from tppo.core.common import console
+from tppo.core.config import Recipe, Setting
+from tppo.core.files import write_json, write_text
+from tppo.core.stages import DISPLAY, stage_inputs
+from tppo.evaluate.compare import Metrics
 from tppo.evaluate.metrics import CORPUS, FORM, KNOWN, RELEVANCE, SECOND, TRUTH
-from tppo.evaluate.present import Metrics
-from tppo.evaluate.report import (
-    difference_chart,
-    headline_chart,
-    render,
-    samples,
-    scope_tables,
-    token_samples,
-)
-from tppo.progress import console
-from tppo.run import stage_inputs, write_json, write_text
-from tppo.study.ablation import Ablation, ablation_charts, ablation_measures, ablation_table, find_ablations
-from tppo.study.charts import charts, save_figures
-from tppo.study.collect import Collected, collect, write_tables
-from tppo.study.plan import BASE, SFT, Plan
-from tppo.study.present import (
+from tppo.report import words
+from tppo.report.charts import DPO_CHARTS, RL_CHARTS, Line, line_chart, reward_charts, rollout_policies, save_line_chart
+from tppo.report.page import difference_chart, headline_chart, render, samples, scope_tables, token_samples
+from tppo.study.grid import BASE, SFT, Plan
+from tppo.study.results import MEASURES, Collected, Curves, collect, study_metrics, write_tables
+from tppo.study.tables import (
+    Ablation,
     PlainTable,
+    ablation_charts,
+    ablation_measures,
+    ablation_table,
     agreement_table,
     budget_table,
     claims,
@@ -41,11 +41,11 @@ from tppo.study.present import (
     cost_table,
     distance_tables,
     equal_kl_table,
+    find_ablations,
     point_cost_table,
     reach_table,
     steadiness_table,
 )
-from tppo.study.tables import Curves, study_metrics
 
 FOLDER = "study"
 TEMPLATE = Path(__file__).with_name("study.html")
@@ -99,11 +99,11 @@ def page_context(
     manifest = evaluated.run.manifest("evaluate") or {}
     return {
         "run_name": Path(recipe.run_dir).name,
-        "lead": [*claims(metrics, scope), *present.lead(metrics, scope)],
-        "verdicts": present.verdicts(metrics, scope),
-        "cautions": [*missing_cells(plan, collected, failed), *present.cautions(metrics, scope, final_kl(curves))],
-        "against": {name: present.AGAINST[metrics.data[name]] for name in ("headline", "check")},
-        "scope_label": present.SCOPES[scope],
+        "lead": [*claims(metrics, scope), *words.lead(metrics, scope)],
+        "verdicts": words.verdicts(metrics, scope),
+        "cautions": [*missing_cells(plan, collected, failed), *words.cautions(metrics, scope, final_kl(curves))],
+        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "scope_label": words.SCOPES[scope],
         "chart_headline": headline_chart(metrics, scope),
         "chart_differences": difference_chart(metrics, scope),
         "scopes": [
@@ -223,4 +223,63 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
     tables: list[PlainTable] = [*context["corrected"], *context["tables"], *ablations]
     said = claims(metrics, metrics.scopes[0])
     head = "\n".join(f"{sentence}\n" for sentence in said)
-    return "\n".join([head, present.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])
+    return "\n".join([head, words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])
+
+
+class Chart(NamedTuple):
+    """A training chart: what `line_chart` draws on the page and `save_line_chart` into a file."""
+
+    name: str
+    """Of the file."""
+    lines: list[Line]
+    title: str
+    x_label: str
+    dots: bool = False
+
+
+def training_charts(curves: Curves) -> dict[str, list[Chart]]:
+    """Curves with the seeds as bands: rewards, what all algorithms share, relevance against KL, DPO."""
+    own = [
+        _band_chart(curves, [model], f"{name}-{model}", name, title.format(DISPLAY[model]))
+        for name, title in (("reward_mean", "Reward of {}"), ("reward_std", "Spread of the reward of {} in a rollout"))
+        for model in rollout_policies(curves.models(name))
+    ]
+    shared = [
+        _band_chart(curves, rollout_policies(curves.models(name)), name, name, title) for name, title in RL_CHARTS
+    ]
+    for name, label in MEASURES.items():
+        lines = []
+        for model in rollout_policies(curves.models(name)):
+            kl, values = curves.get(model, "kl"), curves.get(model, name)
+            if kl and values and len(kl.updates) == len(values.updates):
+                lines.append(Line(model, DISPLAY[model], kl.mean, values.mean))
+        title = f"{label[0].upper()}{label[1:]}, against KL"
+        shared.append(Chart(f"{name}-kl", lines, title, "KL from SFT, nats per response", dots=True))
+    dpo = [_band_chart(curves, ["dpo"], f"dpo-{name}", name, title, "step") for name, title in DPO_CHARTS]
+    return {"own": own, "shared": shared, "dpo": dpo}
+
+
+def charts(curves: Curves) -> dict[str, list[Markup]]:
+    """The training charts that have a point, for the page."""
+    drawn = {
+        group: [line_chart(chart.lines, chart.title, chart.x_label, dots=chart.dots) for chart in found]
+        for group, found in training_charts(curves).items()
+    }
+    return {group: [chart for chart in found if chart] for group, found in drawn.items()}
+
+
+def save_figures(curves: Curves, folder: Path) -> None:
+    """Write the same charts as PNG files, for papers and slides."""
+    folder.mkdir(exist_ok=True)
+    for chart in itertools.chain.from_iterable(training_charts(curves).values()):
+        path = folder / f"{chart.name}.png"
+        if not save_line_chart(path, chart.lines, chart.title, chart.x_label, dots=chart.dots):
+            path.unlink(missing_ok=True)
+
+
+def _band_chart(
+    curves: Curves, models: Sequence[str], name: str, metric: str, title: str, x_label: str = "update"
+) -> Chart:
+    found = [(model, curve) for model in models if (curve := curves.get(model, metric)) and len(curve.updates)]
+    lines = [Line(m, DISPLAY[m], [int(u) for u in c.updates], c.mean, c.spread) for m, c in found]
+    return Chart(name, lines, title, x_label)

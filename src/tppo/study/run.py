@@ -1,7 +1,7 @@
 """`tppo study`: make what is not made yet, one job after the other or several at a time, then collect and report.
 
-Resumable at any point: a stage folder is finished or taken up again (see `tppo.run`), so the same command goes on. The
-lock on the study's folder is inherited by the stages' processes: when only the study itself was killed, the next
+Resumable at any point: a stage folder is finished or taken up again (see `tppo.core.run`), so the same command goes on.
+The lock on the study's folder is inherited by the stages' processes: when only the study itself was killed, the next
 one waits for the stage still at work instead of writing beside it.
 """
 
@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tppo.config import Recipe
-from tppo.errors import UserError
+from tppo.core.common import UserError, console
+from tppo.core.config import Recipe
+from tppo.core.run import RunFolder, run_stages, write_recipe
 from tppo.judge.llm import LLMJudge
-from tppo.progress import console
-from tppo.road import run_stages, write_recipe
-from tppo.run import RunFolder
-from tppo.study.plan import BASE, Job, Plan, describe, make_plan
+from tppo.study.grid import BASE, Job, Plan, describe, make_plan
 
 
 def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:

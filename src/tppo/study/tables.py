@@ -1,163 +1,406 @@
-"""Numbers of the study's report: intervals over seeds and users, corrected p-values, comparisons at equal KL."""
+"""The study in words and tables. No text of the log comes in.
+
+What one number of the recipe does: settings that differ from `base` in nothing else (the paper's Figures 10 and 12).
+
+Such settings lie on an axis, with the recipe's own value among them. A model is on the chart when the setting makes
+it, or its answers, anew; what a setting does not concern (DPO and a setting of `rl`) would be a copy of `base`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from tppo.config import Recipe
-from tppo.evaluate.compare import BASELINES, MODEL_ORDER, REFERENCES, Rows, build_metrics
-from tppo.evaluate.present import Metrics
-from tppo.evaluate.stats import UserBootstrap
-from tppo.seeding import stream_seed
-from tppo.study.curves import Reached, Steadiness, common_kl, smooth, steadiness, updates_to_reach, value_at_kl
-from tppo.study.stats import SeedMean, SeedUserBootstrap, holm, mean_over_seeds
+from tppo.core import stats
+from tppo.core.config import Recipe
+from tppo.core.files import sha256_file
+from tppo.core.run import RunFolder
+from tppo.core.stages import DISPLAY, MODEL_ORDER
+from tppo.core.stats import IntervalEstimate, SeedMean
+from tppo.evaluate.compare import Metrics, cost_rows, model_costs
+from tppo.evaluate.metrics import BY_NAME, KL
+from tppo.judge.agreement import RESULT
+from tppo.report import words
+from tppo.report.charts import line_chart, seed_line
+from tppo.study.grid import BASE, SFT, Plan, settings_tried, varied
+from tppo.study.results import MEASURES, Collected, Curves, at_equal_kl, reaching, steadiness_of
 
-MEASURES = {
-    "token_relevance": "relevance by the token reward model",
-    "sentence_reward_mean": "relevance by the sentence reward model",
-}
-"""Measures of a rollout that are the same for every RL algorithm, unlike the reward it is paid."""
+FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
+"""Order in which the first sentences name those the leading model is compared with."""
 
 
-def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool, votes: Rows | None = None) -> Metrics:
-    """metrics.json of all seeds together; differences, and `net` of wins, also hold `p_value` and `p_holm`.
+@dataclass(frozen=True)
+class PlainTable:
+    """A table of texts, for the page and for Markdown; the first cell of a row is its head."""
 
-    `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
-    a policy and a simple baseline, each for itself.
+    id: str
+    title: str
+    note: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", self.note, ""]
+        if not self.rows:
+            return "\n".join([*lines, stats.NOT_MEASURED, ""])
+        lines += [f"| {' | '.join(self.heads)} |", "|---" * len(self.heads) + "|"]
+        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows), ""])
+
+
+def with_interval(found: IntervalEstimate, unit: str) -> str:
+    """ "62.1 [55.0, 68.2]"."""
+    return f"{stats.number(found.value, unit)} {stats.interval(found, unit)}".strip()
+
+
+def display(pair: tuple[str, str]) -> str:
+    return f"{DISPLAY[pair[0]]} minus {DISPLAY[pair[1]]}"
+
+
+def difference_row(metrics: Metrics, scope: str, model: str, than: str, metric: str) -> dict[str, Any]:
+    wanted = {"scope": scope, "model": model, "than": than, "metric": metric}
+    return next(row for row in metrics.data["differences"] if wanted.items() <= row.items())
+
+
+def claims(metrics: Metrics, scope: str) -> list[str]:
+    """What the leading algorithm gains over each rival: "TPPO minus PPO: +2.4 points [+0.3, +4.5], ..."."""
+    pairs = metrics.pairs(scope)
+    if not pairs:
+        return []
+    headline, leading = metrics.data["headline"], pairs[0][0]
+    rivals = [than for model, than in pairs if model == leading]
+    rivals.sort(key=lambda than: FIRST_RIVALS.index(than) if than in FIRST_RIVALS else len(FIRST_RIVALS))
+    sentences = []
+    for than in rivals:
+        row = difference_row(metrics, scope, leading, than, headline)
+        shift = words.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
+        seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
+        count = metrics.data["distinct_examples"][scope]
+        p = stats.p_text(row["p_holm"])
+        p = p if p.startswith("<") else f"= {p}"
+        sentences.append(f"{display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
+    return sentences
+
+
+def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
+    names = [metrics.data["headline"], metrics.data["check"], "hit", "token_f1", "unparseable"]
+    if metrics.data["second_judge"]:
+        names += words.second_measures(metrics.data["headline"])
+    heads = ["Pair"]
+    for name in names:
+        heads += [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else ""), "p", "corrected p"]
+    rows = []
+    for model, than in metrics.pairs(scope):
+        cells = [display((model, than))]
+        for name in names:
+            row = difference_row(metrics, scope, model, than, name)
+            found = metrics.difference(scope, model, than, name)
+            shift = stats.signed_number(found.value, BY_NAME[name].unit)
+            interval = stats.interval(found, BY_NAME[name].unit, signed=True)
+            cells += [f"{shift} {interval}".strip(), stats.p_text(row["p_value"]), stats.p_text(row["p_holm"])]
+        rows.append(cells)
+    title = f"Corrected for {len(rows)} comparisons, {words.SCOPES[scope]}"
+    note = (
+        "Two-sided p-values of the bootstrap over users and seeds, as they are and corrected by Holm for the number of "
+        "pairs in the column."
+    )
+    return PlainTable(f"corrected-{scope}", title, note, heads, rows)
+
+
+def _mean_text(found: SeedMean, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f} (one seed)"
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def distance_tables(metrics: Metrics) -> list[PlainTable]:
+    """How far each policy went from SFT, and for what; none where no KL was measured on the evaluation users."""
+    scope, headline = metrics.scopes[0], BY_NAME[metrics.data["headline"]]
+    rows = []
+    for model in metrics.policies:
+        kl = metrics.cell(scope, model, KL.name)
+        if kl.value is None:
+            continue
+        gain = metrics.difference(scope, model, SFT, headline.name)
+        rates: list[float | None] = [None, None]
+        if gain.value is not None and kl.value > 0:
+            rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
+        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(stats.number, rates)]
+        rows.append([DISPLAY[model], *shown, str(kl.examples)])
+    note = (
+        "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
+        "sampled anew at temperature 1; interval over users and seeds. The headline's gain over SFT beside it, and the "
+        "gain for a nat, which flatters a policy that stayed near since the first nats are the cheapest, and for the "
+        "square root of the nats, against which Gao et al. (ICML 2023) fit gains."
+    )
+    gained = f"{headline.label}, over SFT"
+    heads = ["Model", KL.label, gained, "Points for a nat", "Points for √nats", "Responses"]
+    return [PlainTable("distance", "Distance from SFT on the evaluation users", note, heads, rows)] if rows else []
+
+
+def equal_kl_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in MEASURES.items():
+        found = at_equal_kl(curves, measure)
+        if found is None:
+            continue
+        head = f"{label}, at {found.kl:.2f} nats"
+        rows += [[head, DISPLAY[model], _mean_text(value)] for model, value in found.values.items()]
+        rows += [[head, display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()]
+    note = (
+        "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
+        "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
+        "over the seeds."
+    )
+    return PlainTable("equal-kl", "At equal KL", note, ["Measure", "Model", "Mean over seeds"], rows)
+
+
+def reach_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in MEASURES.items():
+        for other in ("ppo", "ppo_sum"):
+            for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
+                reached = "never" if found.update is None else str(found.update)
+                share = stats.NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
+                head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
+                rows.append([head, f"{found.best:.3f}", str(found.best_update), reached, share])
+    note = (
+        "When TPPO first has as much as the rival's best, both smoothed over three updates. The share is TPPO's update "
+        "in the rival's."
+    )
+    heads = ["What", "Value", "Rival's update", "TPPO's update", "Share, %"]
+    return PlainTable("reach", "Updates to the rivals' best", note, heads, rows)
+
+
+def steadiness_table(curves: Curves) -> PlainTable:
+    rows = []
+    for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
+        for model, found in steadiness_of(curves, measure).items():
+            numbers = [stats.NOT_MEASURED if value is None else f"{value:.3f}" for value in found]
+            rows.append([label, DISPLAY[model], *numbers])
+    note = (
+        "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
+        "change from one update to the next, divided by the root of 2, so that a trend does not count, mean over the "
+        "seeds."
+    )
+    return PlainTable("steady", "Steadiness", note, ["Measure", "Model", "Std, seeds", "Std, updates"], rows)
+
+
+def agreement_table(run: RunFolder) -> PlainTable:
+    """What `tppo agreement` measured of the labels (the paper's Table 9); without rows when it did not.
 
     Args:
-        rows: of generations.parquet, with `seed`, `judge` and `second_judge`; the same judges in all.
-        votes: of votes.parquet, with `seed`; one judge and one rubric in all.
+        run: whose labels they are. The report stands beside the label stage, in the run folder that made it.
     """
-    judges = {(row["judge"], row["second_judge"]) for row in rows}
-    assert len(judges) == 1, f"one table, one judge: {judges}"
-    judge, second_judge = next(iter(judges))
-
-    def bootstrap_of(questions: Rows, scope: str) -> UserBootstrap:
-        users, seeds = ([row[name] for row in questions] for name in ("user_id", "seed"))
-        return SeedUserBootstrap(
-            users, seeds, recipe.study.bootstrap_samples, stream_seed(recipe.seed, "study bootstrap", scope)
-        )
-
-    data = build_metrics(rows, recipe, votes, bootstrap_of)
-    families: dict[tuple[str, str, bool], Rows] = {}
-    for row in data["differences"]:
-        families.setdefault((row["scope"], row["metric"], row["than"] in BASELINES), []).append(row)
-    for row in data["wins"]:
-        if row["model"] not in REFERENCES:
-            what = f"wins by {row['by']}, {row['rubric']}"
-            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
-    for family in families.values():
-        for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_holm"] = corrected
-    data |= {
-        "seeds": len({row["seed"] for row in rows}),
-        "distinct_examples": {
-            scope: len({row["example_id"] for row in rows if scope in ("all", row["split"])})
-            for scope in data["scopes"]
-        },
-        "judge": judge,
-        "second_judge": second_judge,
-        "judge_labelled_training": judge_labelled_training,
-    }
-    return Metrics(data)
+    labels = run.path("label")
+    report = labels.parent / "agreement" / RESULT
+    shares = ["Relevant by the first, %", "By the second, %"]
+    heads = ["Raters", "Questions", "Both answered", "Agree, %", "Kappa", *shares]
+    table = PlainTable("agreement", "Label agreement", "", heads, [])
+    if not report.exists():
+        return replace(table, note="Whether people, or another judge, agree with the labels (tppo agreement).")
+    found = json.loads(report.read_text(encoding="utf-8"))
+    if sha256_file(labels / "labels.parquet") not in [rater["sha256"] for rater in found["raters"]]:
+        return replace(table, note="The agreement report in the run folder is about other labels than this study's.")
+    note = (
+        f"How far raters agree on the words and on whole responses, rubric {found['rubric']}. Kappa is the agreement "
+        "beyond what the two shares of relevant answers give by chance. Intervals by a bootstrap over responses."
+    )
+    rows = []
+    for pair in found["pairs"]:
+        for name in ("words", "sentences"):
+            asked = pair[name]
+            numbers = [(asked["agreement"], "rate"), (asked["kappa"], "number")]
+            numbers += [(asked["prevalence"][rater], "rate") for rater in ("a", "b")]
+            cells = [with_interval(IntervalEstimate(**row), unit) for row, unit in numbers]
+            rows.append([f"{pair['a']}, {pair['b']}", name, f"{asked['compared']} of {asked['questions']}", *cells])
+    return replace(table, note=note, rows=rows)
 
 
-class Curve(NamedTuple):
-    """One measure of one algorithm over its training, all seeds."""
-
-    updates: np.ndarray
-    """(T)"""
-    values: np.ndarray
-    """(S, T)"""
-
-    @property
-    def mean(self) -> list[float]:
-        return [float(value) for value in self.values.mean(axis=0)]
-
-    @property
-    def spread(self) -> list[float | None]:
-        """Standard deviation between the seeds; None with one seed."""
-        if len(self.values) < 2:
-            return [None] * len(self.updates)
-        return [float(value) for value in self.values.std(axis=0, ddof=1)]
+def budget_table(plan: Plan) -> PlainTable:
+    rows = [[DISPLAY[model], str(len(names)), ", ".join(names)] for model, names in settings_tried(plan).items()]
+    note = "Settings with which each algorithm was tuned in this study. A fair comparison gives each the same number."
+    return PlainTable("budget", "Search budget", note, ["Model", "Settings", "Which"], rows)
 
 
-class Curves:
-    """Look-ups in the rows of curves.parquet of one setting."""
-
-    def __init__(self, rows: Rows, setting: str) -> None:
-        self._found: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
-        for row in rows:
-            if row["setting"] == setting:
-                by_seed = self._found.setdefault((row["model"], row["metric"]), {})
-                by_seed.setdefault(row["seed"], {})[row["update"]] = row["value"]
-
-    def models(self, metric: str) -> list[str]:
-        """Algorithms that have the measure, in the order of comparison."""
-        return [model for model in MODEL_ORDER if (model, metric) in self._found]
-
-    def get(self, model: str, metric: str) -> Curve | None:
-        """The updates that all seeds have (a training that `max_kl` halted is shorter than the others)."""
-        by_seed = self._found.get((model, metric))
-        if not by_seed:
-            return None
-        updates = sorted(set.intersection(*(set(values) for values in by_seed.values())))
-        values = [[by_seed[seed][update] for update in updates] for seed in sorted(by_seed)]
-        return Curve(np.array(updates), np.array(values, dtype=float).reshape(len(by_seed), len(updates)))
-
-    def trainings(self, model: str, *metrics: str) -> dict[int, list[np.ndarray]]:
-        """Smoothed measures (T) of each training that has all of them, by seed; a value that is none counts as -inf."""
-        of = [self._found.get((model, metric), {}) for metric in metrics]
-        found = {}
-        for seed in sorted(set.intersection(*(set(by_seed) for by_seed in of))):
-            updates = sorted(set.intersection(*(set(by_seed[seed]) for by_seed in of)))
-            smoothed = [smooth([by_seed[seed][update] for update in updates]) for by_seed in of]
-            found[seed] = [np.nan_to_num(values_T, nan=-np.inf) for values_T in smoothed]
-        return found
+def cost_table(plan: Plan) -> PlainTable:
+    """Machine time of the finished stages, cells of one model and setting in one row."""
+    groups: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for job in plan.jobs:
+        for stage in job.stages:
+            manifest = job.run.manifest(stage)
+            if manifest is not None:
+                whose = f"{job.setting}, {DISPLAY[job.model]}" if job.model else f"{job.setting}, shared"
+                groups.setdefault((whose, stage), []).append((manifest["seconds"], manifest["peak_memory_mib"]))
+    total = [cost for found in groups.values() for cost in found]
+    rows = [[f"{whose}: {stage}", *_cost_cells(found)] for (whose, stage), found in groups.items()]
+    if total:
+        rows.append(["All", *_cost_cells(total)])
+    note = "Of the try that finished each stage: what an interrupted one had spent before is not in it."
+    heads = ["Stage", "Times", "Minutes, all", "Peak memory, MiB"]
+    return PlainTable("cost", "Machine time", note, heads, rows)
 
 
-class EqualKL(NamedTuple):
-    """Algorithms where their KL is the same."""
-
-    kl: float
-    """Nats per response: the largest that every training reaches."""
-    values: dict[str, SeedMean]
-    """By algorithm."""
-    differences: dict[tuple[str, str], SeedMean]
-    """First minus second, paired by seed."""
-
-
-def at_equal_kl(curves: Curves, measure: str) -> EqualKL | None:
-    """Compare the algorithms that have a KL and the measure; None when there is no common KL above 0."""
-    models = [model for model in curves.models(measure) if model in curves.models("kl")]
-    trainings = {model: curves.trainings(model, "kl", measure) for model in models}
-    level = common_kl([kl_T for found in trainings.values() for kl_T, _ in found.values()])
-    if level is None:
-        return None
-    values: dict[str, dict[int, float]] = {}
-    for model, seeds in trainings.items():
-        at_level = {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in seeds.items()}
-        values[model] = {seed: value for seed, value in at_level.items() if value is not None and np.isfinite(value)}
-    differences = {
-        (a, b): mean
-        for number, a in enumerate(models)
-        for b in models[number + 1 :]
-        if (mean := mean_over_seeds([values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]]))
-    }
-    means = {model: mean for model in models if (mean := mean_over_seeds(list(values[model].values())))}
-    return EqualKL(level, means, differences)
+def point_cost_table(plan: Plan, metrics: Metrics) -> PlainTable:
+    """What a point of the headline over SFT costs, by model: of the mean cell, and of the gain over all seeds."""
+    scope = metrics.scopes[0]
+    costs = []
+    for model in metrics.policies:
+        jobs = [job for (setting, name, _), job in plan.cell_of.items() if (setting, name) == (BASE, model)]
+        done = [job for job in jobs if model != SFT and job.run.manifest("evaluate") is not None]
+        found = [
+            cost for job in done for cost in model_costs(job.recipe, job.run, metrics, scope) if cost.model == model
+        ]
+        if found:
+            seconds, per_answer = (
+                _mean_or_none(values)
+                for values in zip(*((cost.seconds, cost.seconds_per_answer) for cost in found), strict=True)
+            )
+            costs.append(replace(found[0], seconds=seconds, seconds_per_answer=per_answer))
+    heads = ["Model", "Training minutes", "Labels", "Seconds a point", "Labels a point", "Seconds an answer"]
+    keys = ("label", "minutes", "labels", "seconds_per_point", "labels_per_point", "seconds_per_answer")
+    note = (
+        "All that was made for a model and not for SFT (its training, and the responses, labels and reward models that "
+        "it reads, in full for each), mean of the seeds, for a percentage point of the headline over SFT. Intervals: "
+        "those of the gain. Minutes are of the threads that the stages ran with."
+    )
+    return PlainTable(
+        "point-cost", "Cost of a point", note, heads, [[row[key] for key in keys] for row in cost_rows(costs)]
+    )
 
 
-def reaching(curves: Curves, measure: str, model: str, other: str) -> dict[int, Reached]:
-    """When `model` first has the best of `other`, by seed."""
-    ours, theirs = curves.trainings(model, measure), curves.trainings(other, measure)
-    return {seed: updates_to_reach(ours[seed][0], theirs[seed][0]) for seed in ours if seed in theirs}
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def steadiness_of(curves: Curves, measure: str) -> dict[str, Steadiness]:
-    """By algorithm, of those with at least one update that all seeds have."""
-    found = {model: curves.get(model, measure) for model in curves.models(measure)}
-    return {model: steadiness(curve.values) for model, curve in found.items() if curve and len(curve.updates)}
+def _cost_cells(found: Sequence[tuple[float, int]]) -> list[str]:
+    seconds, memory = zip(*found, strict=True)
+    return [str(len(found)), f"{sum(seconds) / 60:.1f}", str(max(memory))]
+
+
+CHANGE_NO_ANSWER = (
+    "evaluate.vote",
+    "evaluate.vote_examples",
+    "evaluate.distance_examples",
+    "evaluate.second_judge",
+    "evaluate.second_judge_examples",
+)
+FORM_MEASURES = ("queries_written", "response_tokens")
+"""Shown beside the relevance: what a setting may trade it for."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Settings that differ from the recipe in one number."""
+
+    name: str
+    """What they set, as `section.field`."""
+    values: dict[str, float]
+    """Its value by setting, `BASE` first."""
+    rows: list[dict[str, Any]]
+    """`setting`, `value`, `model`, `seed`, and the mean over the examples of each measure of `measures`."""
+
+
+def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: list[str]) -> list[Ablation]:
+    """The ablations of a study with at least one point beside the recipe's own.
+
+    Args:
+        measures: columns of generations.parquet.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for setting in recipe.study.settings:
+        names = [name for name in setting.overrides if name not in CHANGE_NO_ANSWER]
+        if len(names) != 1:
+            continue
+        (name,) = names
+        own, base = (_number(one, name) for one in (varied(recipe, setting), recipe))
+        if own is not None and base is not None:
+            values.setdefault(name, {BASE: base})[setting.name] = own
+    found = [Ablation(name, of, _rows(plan, collected, of, measures)) for name, of in values.items()]
+    return [ablation for ablation in found if len({row["value"] for row in ablation.rows}) > 1]
+
+
+def _number(recipe: Recipe, name: str) -> float | None:
+    """The value of `section.field`; None when it is not a number."""
+    value: Any = recipe
+    for part in name.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _rows(plan: Plan, collected: Collected, values: Mapping[str, float], measures: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for (setting, model, seed), job in plan.cell_of.items():
+        if setting not in values or model not in MODEL_ORDER or job.name not in collected.rows:
+            continue
+        base = plan.cell_of.get((BASE, model, seed))
+        anew = {name for name in values if plan.cell_of.get((name, model, seed)) not in (None, base)}
+        if not anew or setting not in {BASE, *anew}:
+            continue
+        answers = [row for row in collected.rows[job.name] if row["model"] == model]
+        means = {name: _mean([row[name] for row in answers]) for name in measures}
+        rows.append({"setting": setting, "value": values[setting], "model": model, "seed": seed, **means})
+    return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else None
+
+
+def ablation_measures(metrics: Metrics) -> list[str]:
+    """Headline, check, and what the setting may trade them for."""
+    return [metrics.data["headline"], metrics.data["check"], *FORM_MEASURES]
+
+
+def ablation_charts(ablation: Ablation, measures: list[str]) -> list[Markup]:
+    """Each measure against the setting's value: mean over the seeds, band of one standard deviation between them."""
+    charts = []
+    models = [model for model in reversed(MODEL_ORDER) if any(row["model"] == model for row in ablation.rows)]
+    for name in measures:
+        unit = BY_NAME[name].unit
+        shown = [
+            {**row, name: 100 * row[name] if unit == "rate" else row[name]}
+            for row in ablation.rows
+            if row[name] is not None
+        ]
+        lines = [
+            seed_line(model, DISPLAY[model], [row for row in shown if row["model"] == model], "value", name)
+            for model in models
+        ]
+        title = BY_NAME[name].label + (", %" if unit == "rate" else "")
+        charts.append(line_chart([replace(line, marked=True) for line in lines], title, ablation.name))
+    return [chart for chart in charts if chart]
+
+
+def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None], measures: list[str]) -> PlainTable:
+    """The same with intervals.
+
+    Args:
+        by_setting: metrics of each setting, `BASE` included; None for one without finished cells.
+    """
+    heads = [ablation.name, "Model", "Seeds"]
+    heads += [BY_NAME[name].label + (", %" if BY_NAME[name].unit == "rate" else "") for name in measures]
+    rows = []
+    for setting, value in sorted(ablation.values.items(), key=lambda pair: pair[1]):
+        metrics = by_setting[setting]
+        for model in reversed(MODEL_ORDER):
+            seeds = sum(row["setting"] == setting and row["model"] == model for row in ablation.rows)
+            if metrics is None or not seeds:
+                continue
+            texts = [
+                with_interval(metrics.cell(metrics.scopes[0], model, name), BY_NAME[name].unit) for name in measures
+            ]
+            rows.append([f"{value:g}{' (the recipe)' if setting == BASE else ''}", DISPLAY[model], str(seeds), *texts])
+    note = (
+        f"Settings that change nothing but {ablation.name}; only models that it concerns. Line: mean over the seeds. "
+        "Band: one standard deviation between them. Choosing a value here is a choice made on the evaluation sets."
+    )
+    return PlainTable(f"ablation-{ablation.name}", f"Ablation of {ablation.name}", note, heads, rows)

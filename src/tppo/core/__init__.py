@@ -1,0 +1,1 @@
+"""What every room stands on: settings, stages, run folders, files, models, texts, tables, numbers, local pages."""

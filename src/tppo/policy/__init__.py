@@ -1,1 +1,0 @@
-"""The policy: generation, supervised fine-tuning, and sampling of responses to be labelled."""

@@ -1,0 +1,1 @@
+"""A run in words, charts and one page."""

@@ -1,0 +1,341 @@
+"""The cells of a study and where each of their stages is made.
+
+A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run folder of its own. Two stages are the same
+when their settings and those of all stages to their left are: such a stage is made once, in the run folder
+that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
+own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
+not concern an algorithm adds no cell of it. Votes of the LLM judge, the second judge's readings and the KL from SFT
+stand to the right of the cells that they read, each in a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tppo.core.common import UserError
+from tppo.core.config import Recipe, Setting, Study, TuningAlgorithm
+from tppo.core.recipe import check_samples
+from tppo.core.run import RunFolder
+from tppo.core.stages import EVALUATION, REFERENCES, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
+
+BASE = "base"
+SFT = "sft"
+Reader = Literal["vote", "rejudge", "distance"]
+READERS: dict[Reader, str] = {"vote": "votes", "rejudge": "second", "distance": "distance"}
+"""The stages that read several cells, and the folder in which theirs stand."""
+_FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study")
+"""What no setting can override: the study sets it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run folder of the study and the stages that are made in it."""
+
+    name: str
+    """Its folder below the study's: `shared/base`, `cells/base-tppo-s0`."""
+    setting: str
+    recipe: Recipe
+    stages: list[str]
+    model: str = ""
+    """The cell's model; empty for a run folder of shared stages."""
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.recipe)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    def finished(self) -> bool:
+        """Whether all its stages are done, with these settings and inputs (UserError: with others)."""
+        return all(self.run.is_done(stage) for stage in self.stages)
+
+    def needs(self, other: Job) -> bool:
+        """Whether it takes over a stage that the other job makes."""
+        return not {str(other.run.path(stage)) for stage in other.stages}.isdisjoint(self.recipe.stage_dirs.values())
+
+
+@dataclass
+class Plan:
+    """What a study makes, in the order in which it does so."""
+
+    shared: list[Job] = field(default_factory=list)
+    cells: list[Job] = field(default_factory=list)
+    cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
+    """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
+    vote_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The LLM judge's votes between the answers of all cells of a (setting, seed); settings may share them."""
+    reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The second judge's reading of the answers of all cells of a (setting, seed)."""
+    distance_of: dict[tuple[str, int], Job] = field(default_factory=dict)
+    """The KL from SFT of all policies of a (setting, seed)."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.shared, *self.cells, *self.readers]
+
+    @property
+    def votes(self) -> list[Job]:
+        return _distinct(self.vote_of.values())
+
+    @property
+    def readings(self) -> list[Job]:
+        return _distinct(self.reading_of.values())
+
+    @property
+    def distances(self) -> list[Job]:
+        return _distinct(self.distance_of.values())
+
+    @property
+    def readers(self) -> list[Job]:
+        """Jobs that read several cells."""
+        return [*self.votes, *self.readings, *self.distances]
+
+    def stage_counts(self) -> Counter[str]:
+        return Counter(stage for job in self.jobs for stage in job.stages)
+
+
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each job once, in order."""
+    return list({job.name: job for job in jobs}.values())
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The shared run folders, the cells and the votes of a study; touches no file.
+
+    Raises:
+        UserError: a seed, a setting or an override that cannot be.
+    """
+    check_study(recipe)
+    plan = Plan()
+    variants = {BASE: (recipe, recipe.algorithms)}
+    for setting in recipe.study.settings:
+        variants[setting.name] = (varied(recipe, setting), setting.algorithms or recipe.algorithms)
+    made: dict[str, Path] = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
+    for name, (variant, _) in variants.items():
+        _plan_job(plan.shared, made, f"shared/{name}", name, variant, shared_stages(variant))
+    cells: dict[str, Job] = {}
+    for seed in recipe.study.seeds:
+        for name, (variant, algorithms) in variants.items():
+            for model in (SFT, *recipe.algorithms):
+                asked = model == SFT or model in algorithms
+                _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
+    recipes = {name: variant for name, (variant, _) in variants.items()}
+    _plan_readers("vote", recipes, plan, plan.vote_of)
+    _plan_readers("rejudge", recipes, plan, plan.reading_of)
+    _plan_readers("distance", recipes, plan, plan.distance_of)
+    return plan
+
+
+def _plan_job(
+    jobs: list[Job],
+    made: dict[str, Path],
+    name: str,
+    setting: str,
+    recipe: Recipe,
+    stages: Sequence[str],
+    model: str = "",
+) -> Job | None:
+    """Add a job for those of `stages` that no job makes yet; None when there are none."""
+    root = Path(recipe.run_dir) / name
+    keys = {stage: stage_key(stage, recipe) for stage in stages}
+    own = [stage for stage in stages if keys[stage] not in made]
+    taken = {stage: str(made[keys[stage]]) for stage in stages if stage not in own}
+    if not own:
+        return None
+    made.update({keys[stage]: root / stage for stage in own})
+    job = Job(name, setting, replace(recipe, run_dir=str(root), stage_dirs=taken), own, model)
+    jobs.append(job)
+    return job
+
+
+def _plan_cell(
+    plan: Plan,
+    made: dict[str, Path],
+    cells: dict[str, Job],
+    recipe: Recipe,
+    key: tuple[str, str, int],
+    asked: bool,
+) -> None:
+    """Add the cell unless another one is the same; note which cell has the evaluation."""
+    setting, model, seed = key
+    evaluation = stage_key("evaluate", recipe)
+    if evaluation not in cells and asked:
+        stages = [*shared_stages(recipe), *([] if model == SFT else [rl_stage(model)]), "evaluate"]
+        job = _plan_job(plan.cells, made, f"cells/{setting}-{model}-s{seed}", setting, recipe, stages, model)
+        assert job is not None, "a new evaluation is a new stage"
+        cells[evaluation] = job
+    if evaluation in cells:
+        plan.cell_of[key] = cells[evaluation]
+
+
+def _plan_readers(
+    stage: Reader, variants: Mapping[str, Recipe], plan: Plan, job_of: dict[tuple[str, int], Job]
+) -> None:
+    """Add the job of a stage that reads all cells of a setting and seed, where the setting's recipe asks for it.
+
+    Settings with the same cells and the same questions share the job.
+    """
+    made: dict[tuple[str, ...], Job] = {}
+    for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
+        for setting, variant in variants.items():
+            cells = _cells_of(plan, setting, seed)
+            evaluate = variant.evaluate
+            wanted = {
+                "vote": evaluate.vote and len(cells) > 1,
+                "rejudge": evaluate.second_judge != "none",
+                "distance": evaluate.distance_examples > 0 and len(cells) > 1,
+            }
+            if not wanted[stage] or SFT not in cells:
+                continue
+            name = f"{READERS[stage]}/{setting}-s{seed}"
+            recipe = reader_recipe(stage, variant, cells, name)
+            key = (*(job.name for job in cells.values()), json.dumps(stage_config(stage, recipe), default=str))
+            job_of[setting, seed] = made.setdefault(key, Job(name, setting, recipe, [stage]))
+
+
+def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
+    """The cells of a setting and seed, by model."""
+    return {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+
+
+def reader_recipe(stage: Reader, variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
+    """The recipe of a stage that reads what these cells, by model, made; its folder has this name.
+
+    The LLM judge reads the policies and the two references; simple baselines are left to the first judge, since every
+    answer costs a request.
+    """
+    sft = cells[SFT]
+    tuned = {model: job for model, job in cells.items() if model != SFT}
+    if stage == "distance":
+        taken = {"sft": sft.run.path("sft")} | {rl_stage(m): job.run.path(rl_stage(m)) for m, job in tuned.items()}
+    else:
+        read = {**cells, **dict.fromkeys(REFERENCES, sft)}
+        taken = {EVALUATION + model: job.run.path("evaluate") for model, job in read.items()}
+    return replace(
+        cell_recipe(variant, SFT, sft.seed),
+        run_dir=str(Path(variant.run_dir) / name),
+        algorithms=[name for name in variant.algorithms if name in tuned],
+        stage_dirs={"prepare": str(sft.run.path("prepare")), **{key: str(path) for key, path in taken.items()}},
+        evaluate=variant.evaluate,
+    )
+
+
+def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
+    """The recipe of one cell, before its folders are known: its seed, its one algorithm, the study's examples."""
+    algorithms: list[TuningAlgorithm] = [name for name in variant.algorithms if name == model]
+    return replace(
+        variant,
+        seed=seed,
+        shared_seed=variant.data_seed,
+        algorithms=algorithms,
+        # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: these
+        # are jobs of their own (`_plan_readers`).
+        evaluate=replace(
+            variant.evaluate,
+            tuned_only=model != SFT,
+            vote=False,
+            vote_examples=0,
+            distance_examples=0,
+            second_judge="none",
+            second_judge_examples=0,
+        ),
+        study=Study(),
+    )
+
+
+def stage_key(stage: str, recipe: Recipe) -> str:
+    """A hash of all settings that a stage's result depends on: its own and those of everything to its left."""
+    inputs = [stage_key(name, recipe) for name in stage_inputs(stage, recipe)]
+    text = json.dumps([stage, stage_config(stage, recipe), inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def varied(recipe: Recipe, setting: Setting) -> Recipe:
+    """The recipe with a setting's overrides.
+
+    Raises:
+        UserError: an override that does not exist, does not fit, or changes nothing.
+    """
+    from tppo.core.recipe import check_recipe  # here: the command line imports this package
+
+    values: dict[str, Any] = asdict(recipe)
+    for name, value in setting.overrides.items():
+        *sections, last = name.split(".")
+        if name.split(".")[0] in _FIXED:
+            raise UserError(f"study.settings '{setting.name}': {name} is the study's own and cannot be overridden")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    try:
+        found = check_recipe(values)
+    except UserError as error:
+        raise UserError(f"study.settings '{setting.name}': {error}") from None
+    if found == recipe:
+        raise UserError(f"study.settings '{setting.name}' changes nothing: its overrides are the recipe's own values")
+    return found
+
+
+def check_study(recipe: Recipe) -> None:
+    """Refuse, before anything runs, a study that could not be made.
+
+    Raises:
+        UserError: names the setting.
+    """
+    study, names = recipe.study, [setting.name for setting in recipe.study.settings]
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"study.seeds={study.seeds}: give at least one seed, each once")
+    if not recipe.algorithms or len(set(recipe.algorithms)) < len(recipe.algorithms):
+        raise UserError(f"algorithms={recipe.algorithms}: a study needs at least one algorithm, each once")
+    for name in names:
+        if name == BASE or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"study.settings: {name!r} is no name for a setting: letters, digits, `.`, `_`, `-`; each once; not "
+                f"`{BASE}`, which is the recipe as it stands"
+            )
+    for setting in study.settings:
+        if unknown := set(setting.algorithms) - set(recipe.algorithms):
+            raise UserError(f"study.settings '{setting.name}': {sorted(unknown)} are none of {recipe.algorithms}")
+    if study.workers < 1:
+        raise UserError(f"study.workers={study.workers}: give at least 1")
+    if study.bootstrap_samples < 1000:
+        raise UserError(f"study.bootstrap_samples={study.bootstrap_samples}: give at least 1000")
+    if recipe.evaluate.tuned_only:
+        raise UserError("evaluate.tuned_only is set by the study: leave it false")
+    check_samples(recipe)
+
+
+def describe(plan: Plan) -> list[str]:
+    """Lines for the console: every job, its stages and whether it is finished; then how often each stage is made."""
+    lines, left = [], Counter[str]()
+    for job in plan.jobs:
+        missing = [stage for stage in job.stages if job.run.manifest(stage) is None]
+        left.update(missing)
+        lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
+    counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
+    readers = (
+        (plan.votes, "votes"),
+        (plan.readings, "readings of a second judge"),
+        (plan.distances, "KL measurements"),
+    )
+    read = "".join(f", {len(jobs)} {what}" for jobs, what in readers if jobs)
+    return [*lines, f"{len(plan.cells)} cells{read}; stages: {counts}"]
+
+
+def settings_tried(plan: Plan) -> dict[str, list[str]]:
+    """The search budget: settings with which each algorithm was tuned, by algorithm."""
+    tried: dict[str, list[str]] = {}
+    for job in plan.cells:
+        tuned = any(split_stage(stage)[0] in ("rl", "dpo") for stage in job.stages)
+        if tuned and job.setting not in tried.setdefault(job.model, []):
+            tried[job.model].append(job.setting)
+    return tried

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tppo.core.common import UserError
+from tppo.core.models import load_encoder_path, load_policy, save_model, smollm2_folder
+
+
+def copy(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def test_load_sets_what_generation_relies_on(tiny_policy):
+    model, tokenizer = load_policy(str(tiny_policy), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+
+
+def test_save_and_load_give_the_same_model(tiny_policy, tmp_path):
+    model, tokenizer = load_policy(tiny_policy)
+    save_model(model, tokenizer, tmp_path / "model", "# A card\n")
+    again, tokenizer_again = load_policy(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
+    assert (tmp_path / "model" / "README.md").read_text() == "# A card\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"], "no temporary folder stays behind"
+
+
+def test_save_replaces_an_older_model_and_keeps_it_when_saving_fails(tiny_policy, tmp_path):
+    model, tokenizer = load_policy(tiny_policy)
+    save_model(model, tokenizer, tmp_path / "model", "old")
+    with pytest.raises(AttributeError):
+        save_model(model, None, tmp_path / "model", "broken")
+    assert (tmp_path / "model" / "README.md").read_text() == "old"
+    save_model(model, tokenizer, tmp_path / "model", "new")
+    assert (tmp_path / "model" / "README.md").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_folder_without_tokenizer(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"no tokenizer.*save_pretrained"):
+        load_policy(folder)
+
+
+def test_folder_without_weights_and_with_broken_weights(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no causal language model that loads"):
+        load_policy(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match="no causal language model that loads"):
+        load_policy(folder)
+
+
+def test_pickled_weights_are_refused(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no causal language model that loads"):
+        load_policy(folder)
+
+
+def test_tokenizer_without_end_of_sequence(tiny_policy, tmp_path):
+    model, tokenizer = load_policy(tiny_policy)
+    tokenizer.eos_token = None
+    save_model(model, tokenizer, tmp_path / "m", "")
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_policy(tmp_path / "m")
+
+
+def test_tokenizer_of_another_model(tiny_policy, tmp_path):
+    model, tokenizer = load_policy(tiny_policy)
+    tokenizer.add_tokens([f"extra{i}" for i in range(50)])
+    save_model(model, tokenizer, tmp_path / "m", "")
+    with pytest.raises(UserError, match="do not belong together"):
+        load_policy(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/nowhere/at/all", Path("models/mine")])
+def test_unknown_names_say_the_way_out(name):
+    for load in (load_policy, load_encoder_path):
+        with pytest.raises(UserError, match=r"neither bundled, nor a folder.*smollm2"):
+            load(name)
+
+
+def test_hub_name_while_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    with pytest.raises(UserError, match=r"nobody/nothing.*HF_HUB_OFFLINE is set.*local Hugging Face folder"):
+        load_policy("nobody/nothing")
+
+
+def test_folder_that_is_no_model(tmp_path):
+    with pytest.raises(UserError, match=r"without config\.json"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_encoder_path(tmp_path)
+
+
+def test_bundled_encoder_is_a_model_folder():
+    folder = Path(load_encoder_path("minilm"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+    assert load_encoder_path(folder) == str(folder)
+
+
+@pytest.mark.slow
+def test_bundled_policy_is_converted_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TPPO_CACHE", str(tmp_path))
+    model, tokenizer = load_policy("smollm2", dtype=torch.bfloat16)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert getattr(model.config, "quantization_config", None) is None
+    stamp = (tmp_path / "smollm2" / "model.safetensors").stat().st_mtime_ns
+    assert smollm2_folder() == tmp_path / "smollm2"
+    assert (tmp_path / "smollm2" / "model.safetensors").stat().st_mtime_ns == stamp
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert tokenizer.decode(model(**ids).logits[0, -1].argmax()).strip() == "Paris"
