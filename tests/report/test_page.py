@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import fake_run
-from tppo.core import stats
+from tppo.core import show
 from tppo.core.common import UserError
 from tppo.core.config import Recipe
 from tppo.core.run import RunFolder, run_stage
@@ -102,7 +102,7 @@ def test_every_section_shows_its_numbers(finished: tuple[Recipe, RunFolder], htm
         for model in metrics.policies:
             for name in ("relevant_targets", "hit"):
                 cell = metrics.cell(scope, model, name)
-                assert f">{stats.number(cell.value, 'rate')}<small>{stats.interval(cell, 'rate')}" in html
+                assert f">{show.number(cell.value, 'rate')}<small>{show.interval(cell, 'rate')}" in html
     assert html.count("<svg") == 2 + 4 + 11 + 4 + 1 + 1
     assert "not found" not in html.lower().replace("were found", "")
     for text in (
@@ -272,17 +272,17 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
 
 
 @pytest.mark.parametrize(
-    ("difference", "words", "shift"),
+    ("difference", "sentence", "shift"),
     [
         ((0.1, 0.05, 0.15), "TPPO is better than SFT.", "+10.0 points [+5.0, +15.0]"),
         ((-0.1, -0.15, -0.05), "TPPO is worse than SFT.", "−10.0 points [−15.0, −5.0]"),
         ((0.02, -0.05, 0.09), "TPPO shows no difference from SFT.", "+2.0 points [−5.0, +9.0]"),
     ],
 )
-def test_the_verdict_follows_the_interval(difference: tuple[float, float, float], words: str, shift: str):
+def test_the_verdict_follows_the_interval(difference: tuple[float, float, float], sentence: str, shift: str):
     metrics = make_metrics(relevant_targets=difference)
     sentences = words.lead(metrics, "eval1")
-    assert sentences[0] == words
+    assert sentences[0] == sentence
     assert "TPPO not measured" in sentences[-1]
     assert words.verdicts(metrics, "eval1")[0]["shift"] == shift
 
@@ -312,10 +312,10 @@ def test_cautions_name_what_relevance_hides():
 
 
 def test_numbers_in_words():
-    assert stats.number(None, "rate") == "not measured"
-    assert stats.number(0.0, "rate") == "0.0"
-    assert stats.signed_number(-0.0001, "rate") == "0.0"
-    assert stats.interval(Estimate(0.5, None, None, 1, 1), "rate") == ""
+    assert show.number(None, "rate") == "not measured"
+    assert show.number(0.0, "rate") == "0.0"
+    assert show.signed_number(-0.0001, "rate") == "0.0"
+    assert show.interval(Estimate(0.5, None, None, 1, 1), "rate") == ""
     assert "interval not measured" in words.shift(Estimate(0.5, None, None, 1, 1), BY_NAME["hit"])
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from tppo.core.config import CheckReward
-from tppo.core.stats import NOT_MEASURED
+from tppo.core.show import NOT_MEASURED
 from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes

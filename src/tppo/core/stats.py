@@ -287,39 +287,6 @@ def mean_over_seeds(values_S: Sequence[float]) -> SeedMean | None:
     return SeedMean(value, value - half, value + half, count)
 
 
-NOT_MEASURED = "not measured"
-
-
 def estimate(row: dict[str, Any]) -> Estimate:
     """The estimate in a row of metrics.json, which may say more than that."""
     return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
-
-
-def number(value: float | None, unit: str = "number") -> str:
-    """ "62.1" for a rate (per cent) and "12.34" for a number."""
-    if value is None:
-        return NOT_MEASURED
-    return f"{100 * value:.1f}" if unit == "rate" else f"{value:.2f}"
-
-
-def p_text(p: float | None) -> str:
-    """ "0.012", or "< 0.001"."""
-    if p is None:
-        return NOT_MEASURED
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def interval(estimate: IntervalEstimate, unit: str = "number", signed: bool = False) -> str:
-    """ "[55.0, 68.2]", or an empty string when there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    sign = signed_number if signed else number
-    return f"[{sign(estimate.low, unit)}, {sign(estimate.high, unit)}]"
-
-
-def signed_number(value: float | None, unit: str = "number") -> str:
-    """As `number` with a sign; a zero has none."""
-    if value is None:
-        return NOT_MEASURED
-    text = f"{100 * value:+.1f}" if unit == "rate" else f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else text.lstrip("+-")

@@ -27,17 +27,9 @@ from typing import Any
 from tppo.core.common import stream_seed
 from tppo.core.config import Recipe
 from tppo.core.run import RunFolder
+from tppo.core.show import NOT_MEASURED, number
 from tppo.core.stages import BASELINES, DISPLAY, MODEL_ORDER, REFERENCES, rl_stage, stage_inputs
-from tppo.core.stats import (
-    NOT_MEASURED,
-    Estimate,
-    IntervalEstimate,
-    UserBootstrap,
-    WinTieLose,
-    estimate,
-    number,
-    win_tie_lose,
-)
+from tppo.core.stats import Estimate, IntervalEstimate, UserBootstrap, WinTieLose, estimate, win_tie_lose
 from tppo.evaluate.metrics import (
     CORPUS,
     PER_RESPONSE,

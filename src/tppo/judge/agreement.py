@@ -36,15 +36,8 @@ from tppo.core.common import UserError, console, stream_seed
 from tppo.core.config import Recipe
 from tppo.core.files import write_json
 from tppo.core.run import RunFolder
-from tppo.core.stats import (
-    FEW_USERS,
-    NOT_MEASURED,
-    ClusterBootstrap,
-    IntervalEstimate,
-    interval,
-    number,
-    percentile_interval,
-)
+from tppo.core.show import NOT_MEASURED, interval, number
+from tppo.core.stats import FEW_USERS, ClusterBootstrap, IntervalEstimate, percentile_interval
 from tppo.core.tables import load_examples
 from tppo.judge.sheet import SHEET, Answer, Rater, SheetKey, export_sheet, make_key, read_judge, read_key, read_person
 

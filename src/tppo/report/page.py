@@ -24,7 +24,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from tppo.core import stats
+from tppo.core import show, stats
 from tppo.core.common import UserError, console, draw
 from tppo.core.config import Recipe
 from tppo.core.files import read_jsonl
@@ -160,8 +160,8 @@ def print_summary(run: RunFolder) -> None:
         texts = []
         for name in heads:
             cell, unit = metrics.cell(scope, model, name), BY_NAME[name].unit
-            shown = stats.interval(cell, unit) if name in with_interval and model in metrics.policies else ""
-            texts.append(f"{stats.number(cell.value, unit)} {shown}".strip().replace("[", "\\["))
+            shown = show.interval(cell, unit) if name in with_interval and model in metrics.policies else ""
+            texts.append(f"{show.number(cell.value, unit)} {shown}".strip().replace("[", "\\["))
         table.add_row(DISPLAY[model], *texts)
     console.print(table)
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
@@ -233,8 +233,8 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "differences": differences(metrics, scope),
         "wins": [
             {**row, "title": f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
-             "net_value": stats.signed_number(row["net"]["value"], "rate"),
-             "net_interval": stats.interval(stats.estimate(row["net"]), "rate", signed=True),
+             "net_value": show.signed_number(row["net"]["value"], "rate"),
+             "net_interval": show.interval(stats.estimate(row["net"]), "rate", signed=True),
              "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
              "votes": words.votes_note(row) if row["by"] == "vote" else None}
             for row in words.shown_wins(metrics, scope)
@@ -254,7 +254,7 @@ def table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> dict[str, An
         cells = []
         for metric in group:
             cell = metrics.cell(scope, model, metric.name)
-            cells.append((stats.number(cell.value, metric.unit), stats.interval(cell, metric.unit)))
+            cells.append((show.number(cell.value, metric.unit), show.interval(cell, metric.unit)))
         rows.append({"model": model, "label": DISPLAY[model], "cells": cells})
     heads = [(metric.label + (", %" if metric.unit == "rate" else ""), metric.doc) for metric in group]
     return {"heads": heads, "rows": rows}
@@ -275,9 +275,9 @@ def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
         for name in names:
             cell, metric = metrics.difference(scope, model, than, name), BY_NAME[name]
             outcome = verdict(cell, metric.better)
-            value = stats.signed_number(cell.value, metric.unit)
+            value = show.signed_number(cell.value, metric.unit)
             said = words.SHORT.get(outcome, "")
-            cells.append((value, stats.interval(cell, metric.unit, signed=True), said, words.TONES[outcome]))
+            cells.append((value, show.interval(cell, metric.unit, signed=True), said, words.TONES[outcome]))
         rows.append({"model": model, "label": f"{DISPLAY[model]} minus {DISPLAY[than]}", "cells": cells})
     heads = [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else "") for name in names]
     return {"heads": heads, "rows": rows}
@@ -362,7 +362,7 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
         return [pair for key, child in value.items() for pair in flatten(child, f"{prefix}{key}.")]
     if isinstance(value, float):
         return [(prefix.rstrip("."), f"{value:.4g}")]
-    return [(prefix.rstrip("."), stats.NOT_MEASURED if value is None else str(value))]
+    return [(prefix.rstrip("."), show.NOT_MEASURED if value is None else str(value))]
 
 
 def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:

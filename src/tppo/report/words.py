@@ -8,18 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tppo.core.show import NOT_MEASURED, interval, number, p_text, signed_number
 from tppo.core.stages import BASELINES, DISPLAY
-from tppo.core.stats import (
-    FEW_USERS,
-    NOT_MEASURED,
-    Estimate,
-    estimate,
-    interval,
-    number,
-    p_text,
-    signed_number,
-    verdict,
-)
+from tppo.core.stats import FEW_USERS, Estimate, estimate, verdict
 from tppo.evaluate.compare import POOLED, Metrics
 from tppo.evaluate.metrics import BY_NAME, FORM, KNOWN, RELEVANCE, SECOND, TRUTH, Metric
 

@@ -39,7 +39,8 @@ from tppo.core.common import UserError, console, draw, stream_seed
 from tppo.core.config import RL, CheckReward, Recipe, Rubric
 from tppo.core.files import write_json, write_text
 from tppo.core.run import RunFolder
-from tppo.core.stats import NOT_MEASURED, IntervalEstimate, UserBootstrap, interval, number, win_tie_lose
+from tppo.core.show import NOT_MEASURED, interval, number
+from tppo.core.stats import IntervalEstimate, UserBootstrap, win_tie_lose
 from tppo.core.tables import Example, load_examples
 from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes

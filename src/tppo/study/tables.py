@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from tppo.core import stats
+from tppo.core import show
 from tppo.core.config import Recipe
 from tppo.core.files import sha256_file
 from tppo.core.run import RunFolder
@@ -48,14 +48,14 @@ class PlainTable:
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", self.note, ""]
         if not self.rows:
-            return "\n".join([*lines, stats.NOT_MEASURED, ""])
+            return "\n".join([*lines, show.NOT_MEASURED, ""])
         lines += [f"| {' | '.join(self.heads)} |", "|---" * len(self.heads) + "|"]
         return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows), ""])
 
 
 def with_interval(found: IntervalEstimate, unit: str) -> str:
     """ "62.1 [55.0, 68.2]"."""
-    return f"{stats.number(found.value, unit)} {stats.interval(found, unit)}".strip()
+    return f"{show.number(found.value, unit)} {show.interval(found, unit)}".strip()
 
 
 def display(pair: tuple[str, str]) -> str:
@@ -81,7 +81,7 @@ def claims(metrics: Metrics, scope: str) -> list[str]:
         shift = words.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
         count = metrics.data["distinct_examples"][scope]
-        p = stats.p_text(row["p_holm"])
+        p = show.p_text(row["p_holm"])
         p = p if p.startswith("<") else f"= {p}"
         sentences.append(f"{display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
     return sentences
@@ -100,9 +100,9 @@ def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
         for name in names:
             row = difference_row(metrics, scope, model, than, name)
             found = metrics.difference(scope, model, than, name)
-            shift = stats.signed_number(found.value, BY_NAME[name].unit)
-            interval = stats.interval(found, BY_NAME[name].unit, signed=True)
-            cells += [f"{shift} {interval}".strip(), stats.p_text(row["p_value"]), stats.p_text(row["p_holm"])]
+            shift = show.signed_number(found.value, BY_NAME[name].unit)
+            interval = show.interval(found, BY_NAME[name].unit, signed=True)
+            cells += [f"{shift} {interval}".strip(), show.p_text(row["p_value"]), show.p_text(row["p_holm"])]
         rows.append(cells)
     title = f"Corrected for {len(rows)} comparisons, {words.SCOPES[scope]}"
     note = (
@@ -131,7 +131,7 @@ def distance_tables(metrics: Metrics) -> list[PlainTable]:
         rates: list[float | None] = [None, None]
         if gain.value is not None and kl.value > 0:
             rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
-        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(stats.number, rates)]
+        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(show.number, rates)]
         rows.append([DISPLAY[model], *shown, str(kl.examples)])
     note = (
         "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
@@ -167,7 +167,7 @@ def reach_table(curves: Curves) -> PlainTable:
         for other in ("ppo", "ppo_sum"):
             for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
                 reached = "never" if found.update is None else str(found.update)
-                share = stats.NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
+                share = show.NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
                 head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
                 rows.append([head, f"{found.best:.3f}", str(found.best_update), reached, share])
     note = (
@@ -182,7 +182,7 @@ def steadiness_table(curves: Curves) -> PlainTable:
     rows = []
     for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
         for model, found in steadiness_of(curves, measure).items():
-            numbers = [stats.NOT_MEASURED if value is None else f"{value:.3f}" for value in found]
+            numbers = [show.NOT_MEASURED if value is None else f"{value:.3f}" for value in found]
             rows.append([label, DISPLAY[model], *numbers])
     note = (
         "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
