@@ -14,11 +14,10 @@ from tppo.core.common import UserError
 from tppo.core.config import DPO, SFT, Recipe
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
-from tppo.core.stages import PRECISION_OF, REFERENCES, all_stages, split_stage, uses_llm_judge
+from tppo.core.stages import REFERENCES, STAGES, all_stages, evaluated_models, of_variant, split_stage, uses_llm_judge
 from tppo.estimate import GIB, Machine, ModelSize
 from tppo.evaluate.compare import voted_pairs
-from tppo.evaluate.readings import check_settings as check_evaluate
-from tppo.evaluate.readings import evaluated_models
+from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.judge.label import check_settings as check_label
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import PROBES
@@ -64,7 +63,8 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
         check_batch_sizes(recipe.dpo, "dpo")
     check_samples(recipe)
     check_evaluate(recipe)
-    if any(uses_llm_judge(stage, recipe) for stage in ("label", "evaluate")):
+    asked = any(reading.reader in ("llm", "vote") for reading in recipe.evaluate.readings)
+    if asked or any(uses_llm_judge(stage, recipe) for stage in ("label", "evaluate")):
         LLMJudge(recipe.judge)
     task, reward, judge = recipe.task, recipe.reward, recipe.judge
     length = task.max_prompt_tokens + task.max_response_tokens
@@ -131,6 +131,8 @@ class Planner:
         }
         if section == "rl":
             return self.rl(stage)
+        if section == "read":
+            return self.read(stage)
         if section in plans:
             return plans[section]()
         if section == "dpo":
@@ -270,14 +272,30 @@ class Planner:
         does = f"{count:,} examples x {len(names)} rows of the tables; {generated:,} responses generated"
         notes = []
         if uses_llm_judge("evaluate", self.recipe):
-            by_first = settings.judge == "llm" or (settings.judge == "label" and self.recipe.label.judge == "llm")
-            asked = count * by_first
-            if settings.second_judge == "llm":
-                asked += sum(min(c, settings.second_judge_examples or c) for c in counts)
-            voted = sum(min(c, settings.vote_examples or c) for c in counts) * settings.vote
-            requests = asked * len(names) * len(self.recipe.judge.rubrics) + 2 * len(voted_pairs(names)) * voted
+            requests = count * len(names) * len(self.recipe.judge.rubrics)
             notes = [f"evaluate: at most {requests:,} requests to {self.recipe.judge.model}"]
         return StagePlan("evaluate", does, memory, self._generate(generated, settings.batch_size, precision), notes)
+
+    def read(self, stage: str) -> StagePlan:
+        """A reading of the answers of `evaluate`."""
+        settings, names = self.recipe.evaluate, evaluated_models(self.recipe)
+        reading = of_variant(stage, self.recipe).evaluate.readings[0]
+        found = [self.examples(settings.max_examples, split) for split in settings.splits]
+        counts = [min(count, reading.examples or count) for count in found if count is not None]
+        if len(counts) < len(found):
+            return StagePlan(stage, "evaluation examples: unknown before prepare")
+        count, seconds = sum(counts), None
+        if reading.reader == "vote":
+            asked, does = 2 * len(voted_pairs(names)) * count, f"votes on {count:,} examples"
+        elif reading.reader == "distance":
+            asked, generated = 0, count * len(self.recipe.algorithms)
+            seconds = self._generate(generated, settings.batch_size, self.recipe.rl.precision)
+            does = f"{generated:,} responses generated"
+        else:
+            asked = count * len(names) * len(self.recipe.judge.rubrics) if reading.reader == "llm" else 0
+            does = f"{count:,} examples x {len(names)} answers read"
+        notes = [f"{stage}: at most {asked:,} requests to {self.recipe.judge.model}"] if asked else []
+        return StagePlan(stage, does, seconds=seconds, notes=notes)
 
     def _responses(self) -> int:
         sample = self.recipe.sample
@@ -310,7 +328,7 @@ def _on_the_assumed_device(recipe: Recipe) -> Recipe:
     """The recipe with `precision: auto` as bf16, which any device worth a plan multiplies in hardware."""
     auto = {
         section: replace(settings, precision="bf16")
-        for section in set(PRECISION_OF.values())
+        for section in {stage.precision for stage in STAGES.values() if stage.precision}
         if (settings := getattr(recipe, section)).precision == "auto"
     }
     return replace(recipe, **auto)
