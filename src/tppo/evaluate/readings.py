@@ -199,9 +199,10 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     """
     kind = recipe.evaluate.judge
     if kind == "label":
-        judge = saved_judge(run.require("label"), recipe)
+        judge = saved_judge(run.require("label"), recipe.judge)
     else:
-        judge, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+        train = load_examples(run.require("prepare"), "train")
+        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
     if recipe.reward.rubric not in judge.rubrics:
         raise UserError(
             f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "
@@ -222,7 +223,8 @@ def choose_second_judge(recipe: Recipe, run: RunFolder, first: Collection[str]) 
     kind = recipe.evaluate.second_judge
     if kind == "none":
         return None
-    second, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+    train = load_examples(run.require("prepare"), "train")
+    second, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
     if second.name in first:
         raise UserError(
             f"evaluate.second_judge={kind} is {second.name}, the first judge: it would only agree with itself; name "
