@@ -81,14 +81,15 @@ class LLMJudge:
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order. A response without any word is irrelevant, and nobody is asked.
 
-        Raises:
-            UserError: the server refused for good, could not be reached for some items, or the budget is used up.
+        UserError when the server refused for good, could not be reached for some items, or the budget is used up.
         """
-        asked = [item for item in items if split_response(item.response).words]
-        questions = [judge_question(item, rubric, self.settings.template, self.with_probability) for item in asked]
-        verdicts = iter(map(_verdict, self.answers(questions, description), questions))
-        irrelevant = Verdict([], 0.0, False, "ok", None)
-        return [next(verdicts) if split_response(item.response).words else irrelevant for item in items]
+        verdicts = [Verdict([], 0.0, False, "ok", None)] * len(items)
+        asked = [number for number, item in enumerate(items) if split_response(item.response).words]
+        template, probability = self.settings.template, self.with_probability
+        questions = [judge_question(items[number], rubric, template, probability) for number in asked]
+        for number, question, outcome in zip(asked, questions, self.answers(questions, description), strict=True):
+            verdicts[number] = _verdict(outcome, question)
+        return verdicts
 
     def answers(self, questions: Sequence[Question], description: str | None = None) -> list[Outcome]:
         """Outcome of every question, in order: from the ledger where it is finished, else from the server.

@@ -21,7 +21,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -292,7 +292,7 @@ def verdict_probabilities(template: Template, content: str, logprobs: Any) -> di
     A verdict that is not among the listed alternatives has probability 0: at least `TOP_LOGPROBS` others were likelier.
     BrokenReply when `logprobs`, as the server sent them, are not those of `content`, or no verdict has one.
     """
-    tokens = list(_tokens(logprobs))
+    tokens = _tokens(logprobs)
     if "".join(text for text, _ in tokens) != content:
         raise BrokenReply("logprobs", "the tokens that have log probabilities do not spell the reply")
     place = _VERDICT.search(content)
@@ -306,12 +306,13 @@ def verdict_probabilities(template: Template, content: str, logprobs: Any) -> di
     raise AssertionError("the tokens spell the reply, and the verdict stands in it")
 
 
-def _tokens(logprobs: Any) -> Iterator[tuple[str, dict[str, float]]]:
+def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]]:
     """Each token of the reply with the log probabilities of what might have stood there, itself included."""
     try:
-        for entry in logprobs["content"]:
-            listed = {str(other["token"]): float(other["logprob"]) for other in entry["top_logprobs"]}
-            yield entry["token"], listed | {entry["token"]: float(entry["logprob"])}
+        return [
+            (str(entry["token"]), {str(o["token"]): float(o["logprob"]) for o in (*entry["top_logprobs"], entry)})
+            for entry in logprobs["content"]
+        ]
     except (LookupError, TypeError, ValueError) as error:
         raise BrokenReply("logprobs", f"not the log probabilities of a chat completion: {error!r}"[:300]) from None
 
