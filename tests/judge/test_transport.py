@@ -17,8 +17,8 @@ from tppo.core.config import JudgeSettings
 from tppo.core.text import Event
 from tppo.judge import llm
 from tppo.judge.ledger import JudgeLedger
-from tppo.judge.llm import AdaptiveLimit, Budget, LLMJudge, retry_after
-from tppo.judge.prompts import Usage, judge_question
+from tppo.judge.llm import AdaptiveLimit, Budget, LLMJudge, Usage, retry_after
+from tppo.judge.prompts import judge_question
 from tppo.judge.verdict import JudgeItem
 
 MODEL = "judge-model"

@@ -251,24 +251,21 @@ class EmbeddingJudge:
 
     @classmethod
     def load(cls, saved: dict[str, Any], path: Path) -> EmbeddingJudge:
-        """The judge that `path` describes; `saved` is its content.
+        """The judge that `path` describes; `saved` is its content (KeyError or TypeError: it is not).
 
         UserError for another version of the rule, or other encoder weights than then.
         """
-        try:
-            if saved["rule_version"] != RULE_VERSION:
-                raise UserError(
-                    f"{path} holds rule version {saved['rule_version']}, this is version {RULE_VERSION}: "
-                    "its scores would not compare; give `--redo label`"
-                )
-            judge = cls(
-                saved["encoder"],
-                {rubric: Thresholds(**limits) for rubric, limits in saved["thresholds"].items()},
-                repeats_irrelevant=saved["repeats_irrelevant"],
-                batch_size=saved["batch_size"],
+        if saved["rule_version"] != RULE_VERSION:
+            raise UserError(
+                f"{path} holds rule version {saved['rule_version']}, this is version {RULE_VERSION}: "
+                "its scores would not compare; give `--redo label`"
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
+        judge = cls(
+            saved["encoder"],
+            {rubric: Thresholds(**limits) for rubric, limits in saved["thresholds"].items()},
+            repeats_irrelevant=saved["repeats_irrelevant"],
+            batch_size=saved["batch_size"],
+        )
         if judge._weights_hash() != saved["encoder_sha256"]:
             raise UserError(
                 f"the weights of encoder '{saved['encoder']}' are not those {path} was calibrated with: "

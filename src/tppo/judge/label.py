@@ -69,7 +69,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def check_settings(settings: Label) -> None:
-    """Raise UserError for a kind of constructed response that does not exist, or a count below 0."""
+    """UserError for a kind of constructed response that does not exist, or a count below 0."""
     for kind, count in settings.constructed.items():
         if kind not in CONSTRUCTIBLE:
             raise UserError(f"label.constructed: there is no kind '{kind}', only {', '.join(CONSTRUCTIBLE)}")
@@ -141,11 +141,7 @@ def _scale(judge: Judge, held_out: list[Example], seed: int) -> dict[str, Any]:
 def make_judge(
     kind: JudgeKind, label: Label, judge: JudgeSettings, train: list[Example], seed: int
 ) -> tuple[Judge, dict[str, Any]]:
-    """A judge ready to use, and facts about how it was made.
-
-    Args:
-        train: examples of training users, with which the embedding judge is calibrated.
-    """
+    """A judge ready to use, and facts about how it was made. `train`: what the embedding judge is calibrated with."""
     if kind == "llm":
         return LLMJudge(judge), {"settings": judge_identity(judge)}
     from tppo.judge.embedding import EmbeddingJudge  # here: an LLM judge need not wait for torch to load
@@ -156,21 +152,17 @@ def make_judge(
 
 
 def saved_judge(label_folder: Path, settings: JudgeSettings) -> Judge:
-    """The judge of a finished label stage.
-
-    Raises:
-        UserError: no judge.json, or the judge it describes is not to be had any more.
-    """
+    """The judge of a finished label stage; UserError when what judge.json describes is not to be had any more."""
     path = label_folder / JUDGE_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         kind = saved.get("kind", "embedding")
-    except (OSError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
-    if kind == "embedding":
-        from tppo.judge.embedding import EmbeddingJudge
+        if kind == "embedding":
+            from tppo.judge.embedding import EmbeddingJudge
 
-        return EmbeddingJudge.load(saved, path)
+            return EmbeddingJudge.load(saved, path)
+    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
     if kind == "llm":
         if saved.get("settings") != judge_identity(settings):
             raise UserError(f"{path} was made with other settings of section `judge`: give `--redo label`")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import math
 import os
 import random
@@ -24,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import anyio
@@ -41,12 +42,10 @@ from tppo.judge.prompts import (
     BrokenReply,
     Question,
     Template,
-    TryAgain,
-    Usage,
-    check_completion,
+    check_reply,
     judge_question,
-    read_completion,
     reply_schema,
+    verdict_probabilities,
 )
 from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, split_response
 
@@ -196,6 +195,16 @@ class AdaptiveLimit:
         self.places.total_tokens = int(self.limit)
 
 
+class Usage(NamedTuple):
+    """Tokens of one request, or of many."""
+
+    prompt_tokens: int
+    reply_tokens: int
+
+    def plus(self, other: Usage, times: int = 1) -> Usage:
+        return Usage(self.prompt_tokens + times * other.prompt_tokens, self.reply_tokens + times * other.reply_tokens)
+
+
 class Budget:
     """Tokens and money that may still be spent, enforced before sending.
 
@@ -239,6 +248,16 @@ class Budget:
         self.reserved = self.reserved.plus(estimate, times=-1)
         self.spent = self.spent.plus(used)
         self._settled.set()
+
+
+class TryAgain(Exception):
+    """A failure of transport that may pass."""
+
+    def __init__(self, outcome: str, problem: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{outcome}: {problem}")
+        self.outcome = outcome
+        self.problem = problem
+        self.retry_after = retry_after
 
 
 class Asker:
@@ -405,6 +424,54 @@ def _response_format(kind: str, template: Template) -> Any:
         "json_object_schema": {"type": "json_object", "schema": schema},
         "json_schema": {"type": "json_schema", "json_schema": {"name": template, "strict": True, "schema": schema}},
     }[kind]
+
+
+class Completion(NamedTuple):
+    """The parts of a chat completion that are used."""
+
+    content: str | None
+    finish_reason: str | None
+    usage: Usage | None
+    """None when the server does not count, or not in numbers."""
+    logprobs: Any = None
+    """As the server sent them."""
+
+
+def read_completion(body: bytes) -> Completion:
+    """Read an answer by hand: servers send nearly-completions, and the client library builds them unchecked.
+
+    TryAgain when the body is no chat completion.
+    """
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        content, finish_reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise TryAgain("bad_body", f"not a chat completion: {error!r}"[:300]) from None
+    if not isinstance(content, str | None) or not isinstance(finish_reason, str | None):
+        raise TryAgain("bad_body", f"the reply is a {type(content).__name__}, not text")
+    counts = answer.get("usage")
+    counts = counts if isinstance(counts, dict) else {}
+    usage = Usage(counts.get("prompt_tokens"), counts.get("completion_tokens"))  # type: ignore[arg-type]
+    counted = all(type(count) is int and 0 <= count < 2**40 for count in usage)
+    return Completion(content, finish_reason, usage if counted else None, choice.get("logprobs"))
+
+
+def check_completion(question: Question, completion: Completion) -> dict[str, Any]:
+    """The verdict of a completion that keeps the contract (else BrokenReply), as the ledger stores it.
+
+    UserError when the server gives no log probabilities, though asked.
+    """
+    if question.with_probability and completion.logprobs is None:
+        raise UserError(
+            "judge.score=probability needs a server that gives token log probabilities (`logprobs`), and this one "
+            "gave none: switch them on there, or take judge.score=verdict"
+        )
+    verdict = check_reply(question, completion.content, completion.finish_reason).model_dump()
+    if question.with_probability:
+        found = verdict_probabilities(question.template, completion.content or "", completion.logprobs)
+        verdict |= {"probabilities": found} if question.template == "pair" else {"probability": found["1"]}
+    return verdict
 
 
 def retry_after(header: str | None) -> float | None:

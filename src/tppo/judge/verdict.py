@@ -65,11 +65,9 @@ class Judge(Protocol):
 
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order. `rubric`: relevance to the targets, or to the history."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write judge.json, from which `tppo.judge.label.saved_judge` makes the same judge again."""
-        ...
 
 
 def split_response(response: str) -> ParsedResponse:
