@@ -34,6 +34,12 @@ from tppo.judge.verdict import JudgeItem, split_response
 TEMPLATE_VERSION = 1
 """Part of every ledger key: raise it with any change of wording, and no old verdict is taken for a new one."""
 Template = Literal["token", "sentence", "pair"]
+TOP_LOGPROBS = 20
+"""Alternatives asked for at each place: the most that OpenAI's interface takes."""
+_VERDICTS: dict[Template, tuple[str, ...]] = {"token": ("0", "1"), "sentence": ("0", "1"), "pair": ("a", "b", "tie")}
+"""All that could stand at the place of the verdict on the whole."""
+_VERDICT = re.compile(r'"(?:sentence"\s*:\s*|winner"\s*:\s*")(0|1|a|b|tie)')
+_TOLERANCE = 1e-6
 _MARKERS = "<>[]{}|｜▁#"
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BACKGROUND = """\
@@ -275,14 +281,6 @@ def _check_words(asked: tuple[str, ...], given: list[WordScore]) -> None:
             raise BrokenReply("index", f"entry {number} has i={entry.i}")
         if entry.word != word:
             raise BrokenReply("echo", f"entry {number} repeats another word than was sent")
-
-
-TOP_LOGPROBS = 20
-"""Alternatives asked for at each place: the most that OpenAI's interface takes."""
-_VERDICTS: dict[Template, tuple[str, ...]] = {"token": ("0", "1"), "sentence": ("0", "1"), "pair": ("a", "b", "tie")}
-"""All that could stand at the place of the verdict on the whole."""
-_VERDICT = re.compile(r'"(?:sentence"\s*:\s*|winner"\s*:\s*")(0|1|a|b|tie)')
-_TOLERANCE = 1e-6
 
 
 def verdict_probabilities(template: Template, content: str, logprobs: Any) -> dict[str, float]:
