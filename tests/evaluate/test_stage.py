@@ -207,7 +207,9 @@ def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judg
     run_stage(replace(recipe, evaluate=replace(recipe.evaluate, splits=["eval1"])), "evaluate", stage.run)
     first = first_judges([run.path("evaluate")])
     with pytest.raises(UserError, match=r"embedding is embedding-v2/minilm, the first judge"):
-        choose_second_judge("embedding", first, recipe, fake_run.make_examples(4, split="train", seed=5))
+        choose_second_judge(
+            "embedding", first, recipe.label, recipe.judge, fake_run.make_examples(4, split="train", seed=5), 0
+        )
 
 
 def test_the_second_judge_reads_the_same_examples_of_every_model():

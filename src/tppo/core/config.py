@@ -182,8 +182,6 @@ class Label:
     copies or repeats, so reward models that saw its responses only may prefer those who do."""
     batch_size: int = 64
     """Texts encoded together."""
-    injection_probes: int = 0
-    """Responses on which it is measured how often a text that orders a verdict gets it (three judgements each)."""
 
 
 @dataclass

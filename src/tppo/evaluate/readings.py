@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tppo.core.common import UserError
-from tppo.core.config import JudgeKind, Reading, Recipe, Rubric
+from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER
 from tppo.core.tables import Example, field, load_examples, write_table
@@ -186,7 +186,8 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
     """What a judge says of finished answers, or the votes between them."""
     prepare, given = run.require("prepare"), run.answers()
     answers = answers_of(given) if given else by_model(load_answers(run.require("evaluate")))
-    examples = answered_examples(answers, prepare, reading.examples, recipe.data_seed)
+    seed = recipe.data_seed
+    examples = answered_examples(answers, prepare, reading.examples, seed)
     if reading.reader == "vote":
         if not model_pairs(answers):
             raise UserError(
@@ -195,7 +196,9 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
             )
         return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
     first = first_judges(list(given.values()) or [run.require("evaluate")])
-    judge = choose_second_judge(cast(JudgeKind, reading.reader), first, recipe, load_examples(prepare))
+    judge = choose_second_judge(
+        cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, load_examples(prepare, "train"), seed
+    )
     # All answers to a history in a row: a server keeps what such prompts begin with.
     read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
     return judge_readings(judge, {e.example_id: e for e in examples}, read, "second judge")
@@ -223,13 +226,15 @@ def first_judges(folders: Sequence[Path]) -> set[str]:
     return {json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["judge"] for folder in folders}
 
 
-def choose_second_judge(kind: JudgeKind, first: set[str], recipe: Recipe, examples: list[Example]) -> Judge:
-    """Another judge than the first ones.
+def choose_second_judge(
+    kind: JudgeKind, first: set[str], label: Label, judge: JudgeSettings, train: list[Example], seed: int
+) -> Judge:
+    """Another judge than the first ones; see `make_judge`.
 
     Raises:
         UserError: it is a first judge again.
     """
-    second, _ = make_judge(kind, recipe, examples)
+    second, _ = make_judge(kind, label, judge, train, seed)
     if second.name in first:
         raise UserError(
             f"evaluate.readings: {kind} is {second.name}, the first judge: it would only agree with itself; "

@@ -170,9 +170,10 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     """
     kind = recipe.evaluate.judge
     if kind == "label":
-        judge = saved_judge(run.require("label"), recipe)
+        judge = saved_judge(run.require("label"), recipe.judge)
     else:
-        judge, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+        train = load_examples(run.require("prepare"), "train")
+        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
     if recipe.reward.rubric not in judge.rubrics:
         raise UserError(
             f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "
