@@ -80,7 +80,7 @@ def load_data(recipe: Recipe, max_rows: int | None) -> Data:
         UserError: the stage is not finished, or its labels cannot be learnt from.
     """
     run = RunFolder(recipe)
-    labels = load_labels(recipe, run)
+    labels = load_labels(run, recipe.reward)
     if max_rows:
         draw = rng(recipe.seed, "max_rows")
         share = min(1.0, max_rows / len(labels.train))

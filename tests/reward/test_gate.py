@@ -17,9 +17,9 @@ from tppo.reward.gate import (
     build_report,
     caution_lines,
     cautions,
-    check_rows,
     reasons,
     required,
+    requirement_table,
     verdict_lines,
 )
 
@@ -122,11 +122,11 @@ def test_the_report_names_the_model_that_failed():
         "sentence AUC: 0.500, and check_reward.min_sentence_auc asks for at least 0.7"
     ]
     assert verdict_lines(report)[0] == "The token-level reward model passed."
-    rows = {row.label: row for row in check_rows(report)}
-    assert [cell.text for cell in rows["token AUC"].cells] == ["0.900", ""]
-    assert [cell.status for cell in rows["sentence AUC"].cells] == ["passed", "failed"]
-    assert rows["real above one word repeated"].asked == "-"
-    assert rows["real above one word repeated"].cells[0].detail == "[0.70, 0.90]"
+    rows = {label: (asked, cells) for label, asked, *cells in requirement_table(report).rows}
+    assert [cell.text for cell in rows["token AUC"][1]] == ["0.900", ""]
+    assert [cell.said for cell in rows["sentence AUC"][1]] == ["passed", "failed"]
+    assert rows["real above one word repeated"][0] == "-"
+    assert rows["real above one word repeated"][1][0].detail == "[0.70, 0.90]"
     assert caution_lines(report) == []
     assert NOT_MEASURED not in str(rows)
     assert build_report({**models, "sentence": measured(0.8)}, counts, CheckReward())["passed"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from tppo.core.config import Rubric
 from tppo.core.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
 from tppo.core.text import QUERY_SEPARATOR, Event, Word, render_history
 from tppo.judge.verdict import CONSTRUCTED_FILE, split_response
-from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
+from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans, query_lengths
 
 VISIBLE_SEPARATOR = "|"
 RESERVED_TOKENS = 8  # of max_length: the special tokens of a pair, and a little history
@@ -188,6 +189,14 @@ def make_items(tokenizer: Any, labelled: Sequence[LabelledResponse], max_length:
         Item(pair, classes_from_words(row.words, row.classes, pair.spans), row.sentence_label)
         for row, pair in zip(labelled, pairs, strict=True)
     ]
+
+
+def suggested_length(rows: Sequence[LabelledResponse], items: Sequence[Item], num_queries: int) -> float | None:
+    """sl of Eq. 4 in reward-model tokens; None when no row holds a query."""
+    lengths: list[int] = []
+    for row, item in zip(rows, items, strict=True):
+        lengths += query_lengths(split_response(row.response), item.pair.spans)
+    return float(np.median(lengths)) * num_queries if lengths else None
 
 
 def collate(pairs: Sequence[Pair], pad_token_id: int, device: torch.device) -> Batch:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -23,7 +24,7 @@ from tppo.core.stats import ClusterBootstrap, IntervalEstimate, percentile_inter
 from tppo.reward import losses
 from tppo.reward.align import IRRELEVANT, RELEVANT
 from tppo.reward.data import Item, Pair
-from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel, sentence_probabilities, softmax
+from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel, sentence_probabilities
 
 
 def auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
@@ -176,7 +177,9 @@ def sentence_check(scores_N: np.ndarray, labels_N: np.ndarray, users: Sequence[s
 
 def mean_relevances(logits: Sequence[np.ndarray]) -> np.ndarray:
     """(N,) mean relevance of the tokens of N responses from the token model's logits (T_i, 3); 0 without tokens."""
-    return np.array([response_relevance(softmax(logits_TC)) if len(logits_TC) else 0.0 for logits_TC in logits])
+    return np.array(
+        [response_relevance(softmax(logits_TC, axis=-1)) if len(logits_TC) else 0.0 for logits_TC in logits]
+    )
 
 
 def _evaluate_sentences(scores_N: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
@@ -198,7 +201,10 @@ def _evaluate_tokens(
     mask_BT = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in classes], batch_first=True)
     keep_BT = torch.ones_like(mask_BT)
     loss = losses.token_loss(logits_BTC, classes_BT, mask_BT, torch.tensor(labels_B), keep_BT, settings)
-    probs_NC, classes_N = softmax(np.concatenate(logits)), np.concatenate([np.array(row, int) for row in classes])
+    probs_NC, classes_N = (
+        softmax(np.concatenate(logits), axis=-1),
+        np.concatenate([np.array(row, int) for row in classes]),
+    )
     word_N = classes_N > 0
     relevance_N, relevant_N = word_relevance(probs_NC[word_N]), classes_N[word_N] == RELEVANT
     token_auc, each_class = auc(relevant_N, relevance_N), class_auc(classes_N, probs_NC)
