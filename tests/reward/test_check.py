@@ -198,9 +198,7 @@ def test_models_that_know_their_job_pass(knowing: Recipe):
     assert run.facts("check_reward")["reasons"] == {"token": [], "sentence": []}
     token = report["models"]["token"]
     model = TokenRewardModel.load(run.path("reward") / "token")
-    held_out, _ = gate.load_held_out(
-        run, "history", knowing.check_reward.max_examples, knowing.task.num_queries, knowing.seed
-    )
+    held_out, _ = held_out_of(knowing)
     trained = evaluate(model, make_items(model.tokenizer, held_out.rows, 64), knowing.reward)
     assert token["metrics"] == {name: trained[name] for name in gate.MEASURES if name in trained}
     assert trained["token_auc"] > 0.95
@@ -217,9 +215,7 @@ def test_the_same_numbers_on_a_second_run_and_in_other_batches(knowing: Recipe, 
     run_stage(knowing, "check_reward", gate.run)
     assert (run.path("check_reward") / "check.json").read_bytes() == first
 
-    held_out, _ = gate.load_held_out(
-        run, "history", knowing.check_reward.max_examples, knowing.task.num_queries, knowing.seed
-    )
+    held_out, _ = held_out_of(knowing)
     bootstrap = UserBootstrap([e.user_id for e in held_out.examples], 100, 0)
     for kind in train.KINDS:
         model = kind.load(run.path("reward") / kind.kind)

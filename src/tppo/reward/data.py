@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError
 from tppo.core.config import Rubric
-from tppo.core.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
+from tppo.core.tables import LABELS, Example, load_examples, read_table
 from tppo.core.text import QUERY_SEPARATOR, Event, Word, render_history
-from tppo.judge.verdict import CONSTRUCTED_FILE, split_response
+from tppo.judge.verdict import split_response
 from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans, query_lengths
 
 VISIBLE_SEPARATOR = "|"
@@ -73,47 +72,35 @@ class Batch(NamedTuple):
 
 
 def load_labelled(
-    label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str
+    label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str, file: str = "labels.parquet"
 ) -> tuple[list[LabelledResponse], int]:
-    """Judged sampled responses of one split and rubric, in file order, and how many the judge abstained on.
+    """Judged responses of one split and rubric, in file order, and how many the judge abstained on.
 
     Raises:
         UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
     """
-    return _load(label_folder / "labels.parquet", LABELS, prepare_folder, rubric, split)
-
-
-def load_constructed(label_folder: Path, prepare_folder: Path, rubric: Rubric) -> tuple[list[LabelledResponse], int]:
-    """The same of constructed responses to training examples; none when the label stage was asked for none."""
-    path = label_folder / CONSTRUCTED_FILE
-    return _load(path, CONSTRUCTED, prepare_folder, rubric, "train") if path.exists() else ([], 0)
-
-
-def _load(
-    path: Path, schema: pa.Schema, prepare_folder: Path, rubric: Rubric, split: str
-) -> tuple[list[LabelledResponse], int]:
+    path = label_folder / file
     examples = {example.example_id: example for example in load_examples(prepare_folder, split)}
     labelled, abstained = [], 0
-    for number, row in enumerate(read_table(path, schema).to_pylist()):
+    for number, row in enumerate(read_table(path, LABELS).to_pylist()):
         if row["split"] != split or row["rubric"] != rubric:
             continue
         if row["status"] != "ok":
             abstained += 1
             continue
-        problem = _problem(row, examples)
-        if problem:
+        example_id = row["example_id"]
+        if problem := _problem(row, examples):
             raise UserError(
-                f"{path}, row {number} (example {row['example_id']}): {problem}; run `tppo label` again, "
+                f"{path}, row {number} (example {example_id}): {problem}; run `tppo label` again, "
                 "or mend the file that you brought"
             )
-        words = [Word(word["word"], word["start"], word["end"], word["query"]) for word in row["words"]]
         labelled.append(
             LabelledResponse(
-                row["example_id"],
-                examples[row["example_id"]].user_id,
-                examples[row["example_id"]].history,
+                example_id,
+                examples[example_id].user_id,
+                examples[example_id].history,
                 row["response"],
-                words,
+                [Word(word["word"], word["start"], word["end"], word["query"]) for word in row["words"]],
                 [word["label"] for word in row["words"]],
                 row["sentence_label"],
             )

@@ -19,16 +19,15 @@ Nothing depends on batch or order beyond rounding; all draws are seeded.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from scipy.special import softmax
-from scipy.stats import ConstantInputWarning, spearmanr
+from scipy.stats import spearmanr
 
 from tppo.core.common import UserError, console, draw, stream_seed
 from tppo.core.config import RL, CheckReward, Recipe, Reward, Rubric
@@ -84,23 +83,6 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Check:
-    """A requirement and how a reward model stands to it."""
-
-    model: str
-    name: str
-    value: float | None
-    low: float | None
-    high: float | None
-    setting: str
-    limit: float
-    status: Status
-    reason: str | None
-    """Why it is not met; None when it is, or when nothing is required."""
-    label: str
-
-
-@dataclass(frozen=True)
 class HeldOut:
     """What the models are measured on: judged responses, and probed examples with one response per probe."""
 
@@ -121,28 +103,35 @@ def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]
     folder = run.require_current("check_reward")
     model = "sentence" if config.algorithm == "ppo" and config.sentence_reward == "rival" else "token"
     why = run.facts("check_reward")["reasons"][model]
-    verdict = {"model": model, "passed": not why, "reasons": why}
-    if not why:
-        return verdict
     told = f"the {TITLES[model]}, which pays {config.algorithm}, did not pass its check:\n  - " + "\n  - ".join(why)
-    if recipe.check_reward.allow_failed:
+    if why and not recipe.check_reward.allow_failed:
+        raise UserError(
+            f"{told}\nAll numbers: {folder / 'README.md'}. Make a better reward model (more labels: "
+            "sample.train_examples; longer: reward.epochs; another reward.encoder or reward.rubric), hold out more "
+            "rows where it cannot be told (sample.reward_eval_examples), or lower the named threshold and give "
+            "`--redo check_reward`. `--check_reward.allow_failed true` starts RL all the same"
+        )
+    if why:
         console.print(f"check_reward.allow_failed: RL starts although {told}", markup=False)
-        return verdict
-    raise UserError(
-        f"{told}\nAll numbers: {folder / 'README.md'}. Make a better reward model (more labels: sample.train_examples; "
-        "longer: reward.epochs; another reward.encoder or reward.rubric), hold out more rows where it cannot be told "
-        "(sample.reward_eval_examples), or lower the named threshold and give `--redo check_reward`. "
-        "`--check_reward.allow_failed true` starts RL all the same"
-    )
+    return {"model": model, "passed": not why, "reasons": why}
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Measure both reward models; the stage finishes whether they pass or not."""
+    """Measure both reward models; the stage finishes whether they pass or not.
+
+    Raises:
+        UserError: the models learnt different rubrics, or do not say which.
+    """
     settings = recipe.check_reward
     check_settings(settings)
     reward_folder = run.require("reward")
     models = {kind.kind: kind.load(reward_folder / kind.kind) for kind in KINDS}
-    rubric = _rubric(models, reward_folder)
+    rubrics = {name: model.info.get("rubric") for name, model in models.items()}
+    rubric: Any = rubrics["token"]
+    if rubric not in get_args(Rubric) or rubrics["sentence"] != rubric:
+        raise UserError(
+            f"{reward_folder}: the reward.json of both models must name the same rubric, and they say {rubrics}"
+        )
     held_out, abstained = load_held_out(run, rubric, settings.max_examples, recipe.task.num_queries, recipe.seed)
     users = [example.user_id for example in held_out.examples]
     bootstrap = UserBootstrap(users, settings.bootstrap_samples, stream_seed(recipe.seed, "check_reward"))
@@ -151,6 +140,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     report = {"rubric": rubric, "judge": run.facts("label")["judge"], **build_report(measured, counts, settings)}
     write_json(folder / "check.json", report)
     write_text(folder / "README.md", to_markdown(report))
+    console.print(QUESTION)
     requirement_table(report).print()
     for line in (*verdict_lines(report), *caution_lines(report)):
         console.print(line, markup=False)
@@ -165,19 +155,6 @@ def check_settings(settings: CheckReward) -> None:
     """Raise UserError for a number out of range."""
     if settings.bootstrap_samples < 100:
         raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
-
-
-def _rubric(models: dict[str, RewardModel], folder: Path) -> Rubric:
-    """The rubric both models learnt.
-
-    Raises:
-        UserError: they learnt different ones, or do not say.
-    """
-    found = {name: model.info.get("rubric") for name, model in models.items()}
-    rubric = found["token"]
-    if rubric not in ("targets", "history") or set(found.values()) != {rubric}:
-        raise UserError(f"{folder}: the reward.json of both models must name the same rubric, and they say {found}")
-    return rubric
 
 
 def load_held_out(
@@ -199,8 +176,8 @@ def load_held_out(
             f"'{rubric}': raise prepare.reward_eval_share or sample.reward_eval_examples"
         )
     examples = draw(examples, max_examples or None, seed, "check_reward", "examples")
-    probe_seed = stream_seed(seed, "check_reward", "probes")
-    probes = make_probes(examples, log_words(everyone), rubric, num_queries, probe_seed)
+    seed = stream_seed(seed, "check_reward", "probes")
+    probes = make_probes(examples, log_words(everyone), rubric, num_queries, seed)
     trained_on = run.facts("reward")["train"]
     return HeldOut(rows, examples, probes, trained_on["words_relevant"] / trained_on["words"]), abstained
 
@@ -274,20 +251,17 @@ def length_correlations(model: RewardModel, held_out: HeldOut, pairs: Sequence[P
         labels = [row.classes.count(RELEVANT) / len(row.classes) if row.classes else 0.0 for row in rows]
     else:
         scores = sentence_scores(model, pairs)
-    reward, gold = _spearman(scores.tolist(), length), _spearman(labels, length)
+    reward, gold = _spearman(scores, length), _spearman(labels, length)
     distance = None if reward is None or gold is None else abs(reward - gold)
     return {"reward": reward, **correlations, "labels": gold, "distance": distance}
 
 
-def _spearman(values: Sequence[float], lengths: Sequence[float]) -> float | None:
+def _spearman(values: np.ndarray | Sequence[float], lengths: Sequence[float]) -> float | None:
     """None where ranks say nothing: fewer than three rows, or all equal."""
-    if len(values) < 3:
+    values = np.round(values, 6)  # so that what differs by floating-point noise only is a tie
+    if len(values) < 3 or np.ptp(values) == 0 or np.ptp(lengths) == 0:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        # Rounded, so that what differs by floating-point noise only is a tie.
-        found = float(spearmanr(np.round(values, 6), lengths).statistic)
-    return None if np.isnan(found) else found
+    return float(spearmanr(values, lengths).statistic)
 
 
 def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], settings: CheckReward) -> dict[str, Any]:
@@ -297,7 +271,7 @@ def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], se
         checks = assess(name, _evidence(found, counts), settings)
         models[name] = {
             **found,
-            "checks": [asdict(check) for check in checks],
+            "checks": checks,
             "reasons": reasons(checks),
             "cautions": cautions(found["beats"]),
         }
@@ -316,23 +290,26 @@ def _evidence(measured: dict[str, Any], counts: dict[str, int]) -> dict[str, Evi
     return evidence
 
 
-def required(model: str, settings: CheckReward) -> dict[str, tuple[str, float]]:
-    """Requirements on a reward model: name of the measurement -> setting and its limit."""
-    return {
-        name: (setting, getattr(settings, setting))
-        for name, (_, setting) in REQUIREMENTS.items()
-        if name not in NOT_ASKED[model]
-    }
+def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> list[dict[str, Any]]:
+    """Hold the measurements of a reward model against what is required of it.
 
-
-def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> list[Check]:
-    """Hold the measurements of a reward model, one per name of `required`, against its requirements."""
+    Returns:
+        One row per requirement: model, name, value, low, high, setting, limit, status, reason (why it is not met; None
+        when it is, or when nothing is required), label.
+    """
     checks = []
-    for name, (setting, limit) in required(model, settings).items():
-        found, (label, _) = evidence[name], REQUIREMENTS[name]
+    for name, (label, setting) in REQUIREMENTS.items():
+        if name in NOT_ASKED[model]:
+            continue
+        found, limit = evidence[name], getattr(settings, setting)
         status, why = _judge(found, setting, limit, settings)
-        reason = f"{label}: {why}" if why else None
-        checks.append(Check(model, name, found.value, found.low, found.high, setting, limit, status, reason, label))
+        checks.append(
+            {
+                **{"model": model, "name": name, "value": found.value, "low": found.low, "high": found.high},
+                **{"setting": setting, "limit": limit, "status": status},
+                **{"reason": f"{label}: {why}" if why else None, "label": label},
+            }
+        )
     return checks
 
 
@@ -355,9 +332,9 @@ def _judge(found: Evidence, setting: str, limit: float, settings: CheckReward) -
     return "failed", f"{found.value:.3f}, and check_reward.{setting} asks for {asked} {limit:g}"
 
 
-def reasons(checks: Sequence[Check]) -> list[str]:
+def reasons(checks: Sequence[dict[str, Any]]) -> list[str]:
     """Why the gate is closed; empty when it is open."""
-    return [check.reason for check in checks if check.reason]
+    return [check["reason"] for check in checks if check["reason"]]
 
 
 def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
@@ -372,6 +349,7 @@ def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
 
 # check.json in words, for the console, README.md and the run's report.
 
+QUESTION = "Do the reward models know their job?"
 TONES = {"passed": "good", "failed": "bad", "cannot be told": "bad"}
 ASIDE = (
     ("metrics", "weighted_auc", "weighted AUC, three classes"),
@@ -459,7 +437,7 @@ def data_line(report: dict[str, Any]) -> str:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The check as a page of numbers, without any text of the log."""
-    lines = ["# Do the reward models know their job?", "", *[f"- {line}" for line in verdict_lines(report)], ""]
+    lines = [f"# {QUESTION}", "", *[f"- {line}" for line in verdict_lines(report)], ""]
     lines += [data_line(report), ""]
     if found := caution_lines(report):
         lines += ["Cautions:", *[f"- {line}" for line in found], ""]

@@ -187,17 +187,17 @@ class RewardModel:
         return self.model(**inputs).logits
 
     def response_logits(
-        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
+        self, pairs: Sequence[Pair], description: str | None = None, batch_size: int = 64
     ) -> list[np.ndarray]:
         """Logits (T_i, C) of each pair's response tokens, in the order given."""
-        logits = self._outputs(self.logits, pairs, batch_size, description)
+        logits = self._outputs(self.logits, pairs, description, batch_size)
         return [
             logits_TC[pair.start : pair.start + len(pair.spans)] for pair, logits_TC in zip(pairs, logits, strict=True)
         ]
 
     @torch.inference_mode()
     def _outputs(
-        self, outputs: Callable[[Batch], Tensor], pairs: Sequence[Pair], batch_size: int, description: str | None
+        self, outputs: Callable[[Batch], Tensor], pairs: Sequence[Pair], description: str | None, batch_size: int = 64
     ) -> list[np.ndarray]:
         """The row of `outputs` (B,...) that belongs to each pair, in the order given.
 
@@ -239,7 +239,7 @@ class TokenRewardModel(RewardModel):
             that show nothing but white space, special tokens among them, are [1, 0, 0].
         """
         pairs = self.encode(histories, responses)
-        logits = self.response_logits(pairs, description=description)
+        logits = self.response_logits(pairs, description)
         return [
             pool_probabilities(pair.spans, softmax(logits_TC, axis=-1), target, response)
             for pair, logits_TC, target, response in zip(pairs, logits, spans, responses, strict=True)
@@ -274,21 +274,16 @@ class SentenceRewardModel(RewardModel):
         """(B,) for a batch."""
         return pool_sentence(self.logits(batch), batch.response_mask_BT, self.pooling)
 
-    def sentence_logits(
-        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
-    ) -> np.ndarray:
+    def sentence_logits(self, pairs: Sequence[Pair], description: str | None = None) -> np.ndarray:
         """(N,) float32, in the order given; 0 for a response without tokens."""
-        return np.array(self._outputs(self.pooled_logits, pairs, batch_size, description), np.float32)
+        return np.array(self._outputs(self.pooled_logits, pairs, description), np.float32)
 
     def score(
-        self,
-        histories: Sequence[Sequence[Event]],
-        responses: Sequence[str],
-        description: str | None = None,
+        self, histories: Sequence[Sequence[Event]], responses: Sequence[str], description: str | None = None
     ) -> list[float]:
         """One number in [0, 1] per response; 0 for a response without tokens, as the judge has it."""
         pairs = self.encode(histories, responses)
-        return sentence_probabilities(pairs, self.sentence_logits(pairs, description=description)).tolist()
+        return sentence_probabilities(pairs, self.sentence_logits(pairs, description)).tolist()
 
 
 def pool_sentence(logits_BT1: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
@@ -333,8 +328,8 @@ def first_layers(config: Any, encoder: str, layers: int) -> dict[str, int]:
 
 def _dropout_rates(config: Any, rate: float) -> dict[str, float]:
     """Every rate of dropout that the config has, whatever its model family calls it."""
-    rates = {name: value for name, value in config.to_dict().items() if "dropout" in name}
-    return {name: rate for name, value in rates.items() if isinstance(value, float | int)}
+    settings = config.to_dict().items()
+    return {name: rate for name, value in settings if "dropout" in name and isinstance(value, float | int)}
 
 
 def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
@@ -357,36 +352,13 @@ def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
     return tokenizer
 
 
-_NESTED = ("train", "constructed", "reward_eval", "metrics")  # fields of their own sections of the card
-_METRICS = {
-    "token_auc": "token AUC, relevant against irrelevant",
-    "weighted_auc": "weighted AUC, three classes",
-    "token_f1": "F1 of relevant words' tokens",
-    "token_ece": "calibration error of words' tokens",
-    "sentence_auc": "AUC of whole responses",
-    "sentence_f1": "F1 of relevant responses",
-    "sentence_ece": "calibration error of whole responses",
-}
-_COUNTS = {
-    "responses": "responses",
-    "responses_relevant": "of them relevant",
-    "words": "words",
-    "words_relevant": "of them relevant",
-}
-
-
 def model_card(info: dict[str, Any]) -> str:
     """README.md of a reward-model folder, in the hub's form; `info` is the content of reward.json."""
-    metrics = info.get("metrics", {})
     text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    return template.render(
-        token=info["kind"] == "token",
-        info=info,
-        fields=[(name, _plain(info[name]), FIELDS[name]) for name in FIELDS if name in info and name not in _NESTED],
-        counts=_COUNTS,
-        metrics={label: metrics[name] for name, label in _METRICS.items() if name in metrics},
-    )
+    sections = ("train", "constructed", "reward_eval", "metrics")  # they have a place of their own in the card
+    fields = [(name, _plain(info[name]), FIELDS[name]) for name in FIELDS if name in info and name not in sections]
+    return template.render(token=info["kind"] == "token", info=info, fields=fields)
 
 
 def _plain(value: Any) -> str:

@@ -27,18 +27,10 @@ from tppo.core.config import Recipe, Reward
 from tppo.core.device import autocast
 from tppo.core.models import load_encoder_path
 from tppo.core.run import RunFolder
+from tppo.judge.verdict import CONSTRUCTED_FILE
 from tppo.reward import losses
 from tppo.reward.align import IRRELEVANT, RELEVANT
-from tppo.reward.data import (
-    Item,
-    LabelledResponse,
-    collate,
-    load_constructed,
-    load_labelled,
-    make_items,
-    suggested_length,
-    targets,
-)
+from tppo.reward.data import Item, LabelledResponse, collate, load_labelled, make_items, suggested_length, targets
 from tppo.reward.metrics import evaluate, sentence_check, sentence_scores
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
 
@@ -61,17 +53,6 @@ class Labels(NamedTuple):
     """How many the judge abstained on, by split, and of the constructed ones."""
     constructed: list[LabelledResponse]
     """Constructed ones to learn from (`label.constructed`)."""
-
-
-class Trained(NamedTuple):
-    """A reward model as its best checkpoint, and what is to be said of it."""
-
-    model: RewardModel
-    train_items: list[Item]
-    """The sampled responses it has learnt from, encoded."""
-    facts: dict[str, Any]
-    """best (held-out metrics), steps, planned_steps, sentence_auc, score_std, collapsed, why, histories_truncated,
-    seconds."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -134,11 +115,12 @@ def load_labels(run: RunFolder, settings: Reward) -> Labels:
     """
     check_settings(settings)
     label, prepare = run.require("label"), run.require("prepare")
-    train, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
-    held_out, held_out_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
-    constructed, constructed_abstained = load_constructed(label, prepare, settings.rubric)
-    abstained = {"train": train_abstained, "reward_eval": held_out_abstained, "constructed": constructed_abstained}
-    labels = Labels(train, held_out, abstained, constructed)
+    found = {split: load_labelled(label, prepare, settings.rubric, split) for split in ("train", "reward_eval")}
+    found["constructed"] = [], 0
+    if (label / CONSTRUCTED_FILE).exists():  # the label stage was asked for some
+        found["constructed"] = load_labelled(label, prepare, settings.rubric, "train", CONSTRUCTED_FILE)
+    train, held_out, constructed = (rows for rows, _ in found.values())
+    labels = Labels(train, held_out, {name: abstained for name, (_, abstained) in found.items()}, constructed)
     check_labels(labels, label / "labels.parquet", settings)
     return labels
 
@@ -205,8 +187,15 @@ def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
             )
 
 
-def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log) -> Trained:
-    """One reward model from the start encoder, seeded; `log` gets the rows of metrics.jsonl."""
+def train_model(
+    kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log
+) -> tuple[RewardModel, list[Item], dict[str, Any]]:
+    """One reward model from the start encoder, seeded; `log` gets the rows of metrics.jsonl.
+
+    Returns:
+        The model as its best checkpoint; the sampled responses it has learnt from, encoded; and the facts `fit` and
+        `sentence_check` give, histories_truncated and seconds.
+    """
     settings = settings_for(kind, settings)
     seed_everything(seed, "reward")
     start = time.monotonic()
@@ -233,7 +222,7 @@ def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed:
     )
     cut = sum(item.pair.dropped > 0 for item in [*train_items, *constructed_items, *held_out_items])
     seconds = round(time.monotonic() - start, 1)
-    return Trained(reward_model, train_items, {**fitted, **check, "histories_truncated": cut, "seconds": seconds})
+    return reward_model, train_items, {**fitted, **check, "histories_truncated": cut, "seconds": seconds}
 
 
 def settings_for(kind: type[RewardModel], settings: Reward) -> Reward:
@@ -250,12 +239,12 @@ def fit(
     """Train in place; the model ends as its best checkpoint. `settings` are those of `settings_for`.
 
     Held-out rows are scored in the precision of training here; final numbers come from `check_reward`, in float32.
-    (A loop of our own: on transformers' Trainer it takes more code, all of it to undo or work around something, and
-    gives the same numbers to the last bit.)
+    (On transformers' Trainer the same numbers came out, to the last bit, of twice the code: batches drawn beforehand,
+    evaluations at uneven steps, the best weights and the rows for `log` each need a hook there.)
 
     Returns:
-        best: step, epoch and held-out metrics of the kept checkpoint; steps done, which are fewer than planned_steps
-        when training stopped early.
+        best (step, epoch and held-out metrics of the kept checkpoint), steps, and planned_steps, of which early
+        stopping leaves some out.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = reward_model.model.to(device)
