@@ -139,7 +139,7 @@ def test_separators_are_class_zero_and_batches_line_up(tmp_path):
     tokenizer = get_tokenizer("minilm")
     items = make_items(tokenizer, labelled, 64)
     assert items[0].classes == [1, 2, 0, 1]
-    batch = collate([item.pair for item in items], tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(items, tokenizer.pad_token_id, torch.device("cpu"))
     classes_BT, labels_B = targets(items, batch)
     assert batch.response_mask_BT.sum(dim=1).tolist() == [4, 1]
     assert classes_BT[0][batch.response_mask_BT[0]].tolist() == [1, 2, 0, 1]

@@ -56,10 +56,9 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A pair and what is to be learnt from it: a gold class per response token, a label for the response."""
+class Item(Pair):
+    """A pair with what is to be learnt from it: a gold class per response token, a label for the response."""
 
-    pair: Pair
     classes: list[int]
     label: int
 
@@ -173,7 +172,7 @@ def make_items(tokenizer: Any, labelled: Sequence[LabelledResponse], max_length:
     """Training items: words' labels become classes of the reward model's own tokens."""
     pairs = encode_pairs(tokenizer, [row.history for row in labelled], [row.response for row in labelled], max_length)
     return [
-        Item(pair, classes_from_words(row.words, row.classes, pair.spans), row.sentence_label)
+        Item(**vars(pair), classes=classes_from_words(row.words, row.classes, pair.spans), label=row.sentence_label)
         for row, pair in zip(labelled, pairs, strict=True)
     ]
 
@@ -182,7 +181,7 @@ def suggested_length(rows: Sequence[LabelledResponse], items: Sequence[Item], nu
     """sl of Eq. 4 in reward-model tokens; None when no row holds a query."""
     lengths: list[int] = []
     for row, item in zip(rows, items, strict=True):
-        lengths += query_lengths(split_response(row.response), item.pair.spans)
+        lengths += query_lengths(split_response(row.response), item.spans)
     return float(np.median(lengths)) * num_queries if lengths else None
 
 
@@ -206,6 +205,5 @@ def collate(pairs: Sequence[Pair], pad_token_id: int, device: torch.device) -> B
 def targets(items: Sequence[Item], batch: Batch) -> tuple[Tensor, Tensor]:
     """Gold classes (B,T), 0 outside the response, and labels (B,) of a batch made from these items."""
     classes_BT = torch.zeros_like(batch.inputs["input_ids"])
-    for row, item in zip(classes_BT, items, strict=True):
-        row[item.pair.start : item.pair.start + len(item.classes)] = torch.tensor(item.classes)
+    classes_BT[batch.response_mask_BT] = torch.tensor([c for item in items for c in item.classes]).to(classes_BT)
     return classes_BT, torch.tensor([item.label for item in items], device=classes_BT.device)

@@ -212,10 +212,10 @@ def measure(model: RewardModel, held_out: HeldOut, bootstrap: UserBootstrap, set
         beats[probe] = {**share, "ties": compared.tie}
     return {
         "metrics": {name: found[name] for name in MEASURES if name in found},
-        "length": length_correlations(model, held_out, [item.pair for item in items]),
+        "length": length_correlations(model, held_out, items),
         "probes": {probe: bootstrap.mean(values).as_dict() for probe, values in scores.items()},
         "beats": beats,
-        "histories_truncated": sum(item.pair.dropped > 0 for item in items),
+        "histories_truncated": sum(item.dropped > 0 for item in items),
     }
 
 

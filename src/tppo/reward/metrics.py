@@ -33,16 +33,16 @@ def evaluate(reward_model: RewardModel, items: Sequence[Item], settings: Reward)
 
     The columns of whole responses are the same for both models, so that their curves can share a chart.
     """
-    pairs, labels_N = [item.pair for item in items], np.array([item.label for item in items])
+    labels_N = np.array([item.label for item in items])
     if isinstance(reward_model, TokenRewardModel):
-        logits = reward_model.response_logits(pairs)
+        logits = reward_model.response_logits(items)
         scores_N = mean_relevances(logits)
-        own = _evaluate_tokens(logits, [item.classes for item in items], labels_N, settings)
+        own = _evaluate_tokens(logits, items, labels_N, settings)
     else:
         assert isinstance(reward_model, SentenceRewardModel)
-        logits_N = reward_model.sentence_logits(pairs)
-        scores_N = sentence_probabilities(pairs, logits_N)
-        readable_N = torch.tensor([len(pair.spans) > 0 for pair in pairs])
+        logits_N = reward_model.sentence_logits(items)
+        scores_N = sentence_probabilities(items, logits_N)
+        readable_N = torch.tensor([len(item.spans) > 0 for item in items])
         loss = losses.sentence_loss(
             torch.from_numpy(logits_N), torch.tensor(labels_N), readable_N, settings.sentence_loss
         )
@@ -57,11 +57,11 @@ def evaluate(reward_model: RewardModel, items: Sequence[Item], settings: Reward)
 
 
 def _evaluate_tokens(
-    logits: Sequence[np.ndarray], classes: Sequence[Sequence[int]], labels_B: np.ndarray, settings: Reward
+    logits: Sequence[np.ndarray], items: Sequence[Item], labels_B: np.ndarray, settings: Reward
 ) -> dict[str, Any]:
     logits_BTC = pad_sequence([torch.tensor(logits_TC) for logits_TC in logits], batch_first=True)
-    classes_BT = pad_sequence([torch.tensor(row, dtype=torch.long) for row in classes], batch_first=True)
-    mask_BT = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in classes], batch_first=True)
+    classes_BT = pad_sequence([torch.tensor(item.classes, dtype=torch.long) for item in items], batch_first=True)
+    mask_BT = pad_sequence([torch.ones(len(item.classes), dtype=torch.bool) for item in items], batch_first=True)
     keep_BT = torch.ones_like(mask_BT)
     loss = losses.token_loss(logits_BTC, classes_BT, mask_BT, torch.tensor(labels_B), keep_BT, settings)
     probs_NC, classes_N = softmax(np.concatenate(logits), axis=-1), classes_BT[mask_BT].numpy()

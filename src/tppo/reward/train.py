@@ -216,11 +216,11 @@ def train_model(
     fitted = fit(reward_model, [*train_items, *constructed_items], held_out_items, settings, seed, log)
     reward_model.info["encoder"] = settings.encoder
     check = sentence_check(
-        sentence_scores(reward_model, [item.pair for item in held_out_items]),
+        sentence_scores(reward_model, held_out_items),
         np.array([item.label for item in held_out_items]),
         [row.user_id for row in labels.held_out],
     )
-    cut = sum(item.pair.dropped > 0 for item in [*train_items, *constructed_items, *held_out_items])
+    cut = sum(item.dropped > 0 for item in [*train_items, *constructed_items, *held_out_items])
     seconds = round(time.monotonic() - start, 1)
     return reward_model, train_items, {**fitted, **check, "histories_truncated": cut, "seconds": seconds}
 
@@ -298,7 +298,7 @@ def _objective(
 ) -> tuple[Tensor, dict[str, float]]:
     """Training loss of a batch and its parts as numbers."""
     pad_token_id, device = reward_model.tokenizer.pad_token_id, reward_model.model.device
-    batch = collate([item.pair for item in items], pad_token_id, device)
+    batch = collate(items, pad_token_id, device)
     mask_BT = batch.response_mask_BT
     classes_BT, labels_B = targets(items, batch)
     if isinstance(reward_model, TokenRewardModel):
@@ -326,7 +326,7 @@ def _batches(items: Sequence[Item], settings: Reward, seed: int, epoch: int) -> 
     window = 8 * settings.batch_size
     batches: list[list[Item]] = []
     for i in range(0, len(order), window):
-        near = sorted(order[i : i + window], key=lambda j: len(items[j].pair))
+        near = sorted(order[i : i + window], key=lambda j: len(items[j]))
         for k in range(0, len(near), settings.batch_size):
             batches.append([items[j] for j in near[k : k + settings.batch_size]])
     return [batches[i] for i in generator.permutation(len(batches))]
