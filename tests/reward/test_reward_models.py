@@ -231,7 +231,7 @@ def test_save_and_load(tiny_encoder, tmp_path, kind):
     model.save(tmp_path / "model", rubric="targets", metrics={"auc": None})
     info = json.loads((tmp_path / "model" / "reward.json").read_text())
     assert info["kind"] == kind.kind
-    assert info["classes"] == list(kind.classes)
+    assert info["classes"] == list(kind.values)
     assert info["max_length"] == 64
     assert info["rubric"] == "targets"
     assert {path.suffix for path in (tmp_path / "model").iterdir()} <= {".json", ".safetensors", ".txt", ".md"}

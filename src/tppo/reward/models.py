@@ -55,17 +55,14 @@ FIELDS = {
     "reward_eval": "held-out rows",
     "metrics": "of the kept checkpoint, on the held-out rows",
 }
-VALUES: dict[str, dict[str, float | None]] = {
-    "token": {"separator": None, "irrelevant": 0.0, "relevant": 1.0},
-    "sentence": {"relevant": 1.0},
-}
 
 
 class RewardModel:
     """What both kinds share: loading, saving, encoding, logits. Use one of the two subclasses."""
 
     kind: ClassVar[str]
-    classes: ClassVar[tuple[str, ...]]
+    values: ClassVar[dict[str, float | None]]
+    """What each output stands for, in order, and its relevance."""
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, info: dict[str, Any]) -> None:
         if getattr(model.config, "type_vocab_size", 0) < 2:
@@ -110,9 +107,9 @@ class RewardModel:
                 encoder,
                 **({} if dropout is None else _dropout_rates(config, dropout)),
                 **first_layers(config, encoder, layers),
-                num_labels=len(cls.classes),
-                id2label=dict(enumerate(cls.classes)),
-                label2id={name: i for i, name in enumerate(cls.classes)},
+                num_labels=len(cls.values),
+                id2label=dict(enumerate(cls.values)),
+                label2id={name: i for i, name in enumerate(cls.values)},
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -166,8 +163,8 @@ class RewardModel:
         """Write the folder, whole or not at all; `facts` go into reward.json and the model card."""
         self.info = {
             "kind": self.kind,
-            "classes": list(self.classes),
-            "values": VALUES[self.kind],
+            "classes": list(self.values),
+            "values": self.values,
             "max_length": self.max_length,
             **self.info,
             **facts,
@@ -219,7 +216,7 @@ class TokenRewardModel(RewardModel):
     """Class probabilities (separator, irrelevant, relevant) for every token of a response."""
 
     kind = "token"
-    classes = ("separator", "irrelevant", "relevant")
+    values: ClassVar = {"separator": None, "irrelevant": 0.0, "relevant": 1.0}
 
     def score(
         self,
@@ -250,7 +247,7 @@ class SentenceRewardModel(RewardModel):
     """The chance that a response as a whole is relevant."""
 
     kind = "sentence"
-    classes = ("relevant",)
+    values: ClassVar = {"relevant": 1.0}
 
     @property
     def pooling(self) -> Pooling:
