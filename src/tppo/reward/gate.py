@@ -117,11 +117,7 @@ def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Measure both reward models; the stage finishes whether they pass or not.
-
-    Raises:
-        UserError: the models learnt different rubrics, or do not say which.
-    """
+    """Measure both reward models, of one rubric; the stage finishes whether they pass or not."""
     settings = recipe.check_reward
     check_settings(settings)
     reward_folder = run.require("reward")

@@ -47,12 +47,15 @@ def evaluate(reward_model: RewardModel, items: Sequence[Item], settings: Reward)
             torch.from_numpy(logits_N), torch.tensor(labels_N), readable_N, settings.sentence_loss
         )
         own = {"loss": loss.item(), "auc": auc(labels_N == 1, scores_N)}
+    return {**own, **_quality("sentence", labels_N == 1, scores_N), "sentence_std": float(scores_N.std())}
+
+
+def _quality(name: str, relevant_N: np.ndarray, scores_N: np.ndarray) -> dict[str, float | None]:
+    """How well scores in [0, 1] rank, decide at 0.5, and tell the chance of being relevant."""
     return {
-        **own,
-        "sentence_auc": auc(labels_N == 1, scores_N),
-        "sentence_f1": f1(labels_N == 1, scores_N > 0.5),
-        "sentence_ece": calibration_error(labels_N == 1, scores_N),
-        "sentence_std": float(scores_N.std()),
+        f"{name}_auc": auc(relevant_N, scores_N),
+        f"{name}_f1": f1(relevant_N, scores_N > 0.5),
+        f"{name}_ece": calibration_error(relevant_N, scores_N),
     }
 
 
@@ -67,17 +70,10 @@ def _evaluate_tokens(
     probs_NC, classes_N = softmax(np.concatenate(logits), axis=-1), classes_BT[mask_BT].numpy()
     word_N = classes_N > 0
     relevance_N, relevant_N = word_relevance(probs_NC[word_N]), classes_N[word_N] == RELEVANT
-    token_auc = auc(relevant_N, relevance_N)
+    words = _quality("token", relevant_N, relevance_N)
     macro_auc, weighted_auc = class_auc(classes_N, probs_NC)
-    return {
-        **losses.as_numbers(loss),
-        "auc": token_auc,
-        "token_auc": token_auc,
-        "macro_auc": macro_auc,
-        "weighted_auc": weighted_auc,
-        "token_f1": f1(relevant_N, relevance_N > 0.5),
-        "token_ece": calibration_error(relevant_N, relevance_N),
-    }
+    classes = {"macro_auc": macro_auc, "weighted_auc": weighted_auc}
+    return {**losses.as_numbers(loss), "auc": words["token_auc"], **classes, **words}
 
 
 def sentence_scores(reward_model: RewardModel, pairs: Sequence[Pair], description: str | None = None) -> np.ndarray:

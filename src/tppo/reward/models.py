@@ -256,8 +256,7 @@ class SentenceRewardModel(RewardModel):
     def use_pooling(self, pooling: Pooling) -> None:
         """Choose the pooling of a model that is to be trained; the folder remembers it.
 
-        Raises:
-            UserError: `cls` with a tokenizer that does not begin an input with a [CLS] token.
+        Raises a UserError for `cls` with a tokenizer that does not begin an input with a [CLS] token.
         """
         first = self.tokenizer("a", "a")["input_ids"][0]
         if pooling == "cls" and first != self.tokenizer.cls_token_id:

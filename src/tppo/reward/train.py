@@ -126,11 +126,7 @@ def load_labels(run: RunFolder, settings: Reward) -> Labels:
 
 
 def check_settings(settings: Reward) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        UserError: names the setting.
-    """
+    """Raises a UserError that names the setting when a number is out of range."""
     rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         (("epochs", "sentence_epochs", "batch_size", "evals_per_epoch"), lambda n: n >= 1, "at least 1"),
         (("patience", "encoder_layers"), lambda n: n >= 0, "at least 0"),
@@ -161,11 +157,7 @@ def _describe(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
 
 
 def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
-    """Refuse to train on what cannot be learnt from.
-
-    Raises:
-        UserError: a split without rows, or training rows of one class only; names `path`, where they are from.
-    """
+    """Raises a UserError when a split has no rows, or the training rows one class only; they are from `path`."""
     train = labels.train
     for split, rows in (("train", train), ("reward_eval", labels.held_out)):
         if not rows:
@@ -297,8 +289,7 @@ def _objective(
     reward_model: RewardModel, items: Sequence[Item], settings: Reward, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """Training loss of a batch and its parts as numbers."""
-    pad_token_id, device = reward_model.tokenizer.pad_token_id, reward_model.model.device
-    batch = collate(items, pad_token_id, device)
+    batch = collate(items, reward_model.tokenizer.pad_token_id, reward_model.model.device)
     mask_BT = batch.response_mask_BT
     classes_BT, labels_B = targets(items, batch)
     if isinstance(reward_model, TokenRewardModel):
