@@ -683,5 +683,5 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
-RETIRED: dict[str, Any] = {}
+RETIRED: dict[str, Any] = {"label.injection_probes": 0}
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""

@@ -157,12 +157,15 @@ def saved_judge(label_folder: Path, settings: JudgeSettings) -> Judge:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         kind = saved.get("kind", "embedding")
-        if kind == "embedding":
-            from tppo.judge.embedding import EmbeddingJudge
-
-            return EmbeddingJudge.load(saved, path)
-    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
+    if kind == "embedding":
+        from tppo.judge.embedding import EmbeddingJudge
+
+        try:
+            return EmbeddingJudge.load(saved, path)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
     if kind == "llm":
         if saved.get("settings") != judge_identity(settings):
             raise UserError(f"{path} was made with other settings of section `judge`: give `--redo label`")

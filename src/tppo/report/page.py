@@ -368,19 +368,14 @@ def reward_check_section(run: RunFolder) -> dict[str, Any]:
         "verdicts": gate.verdict_lines(report),
         "cautions": gate.caution_lines(report),
         "data": gate.data_line(report),
-        "tables": [
-            ("Requirement", gate.check_rows(report)),
-            ("Nothing required", gate.aside_rows(report)),
-            ("Mean score of a response", gate.probe_rows(report)),
-        ],
-        "tones": gate.TONES,
+        "tables": [table(report) for table in (gate.requirement_table, gate.aside_table, gate.probe_table)],
         "chart": interval_chart(_intervals(report), "Mean score of a response, % (95% interval)"),
         "note": gate.NOTE,
     }
 
 
 def _intervals(report: dict[str, Any]) -> list[Interval]:
-    found = [(model, probe, report["models"][model]["probes"][probe]) for probe in PROBES for model in gate.MODELS]
+    found = [(model, probe, report["models"][model]["probes"][probe]) for probe in PROBES for model in gate.TITLES]
     return [
         Interval(COLOURS[model], f"{PROBES[probe]} ({model})", cell["value"], cell["low"], cell["high"])
         for model, probe, cell in found
