@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tppo.core.config import RL
+from tppo.rl.policy import training_state
 from tppo.rl.reward_function import Scores
 from tppo.rl.trainer import TokenPPOTrainer
 
@@ -110,12 +111,7 @@ def weights() -> Any:
     """`weights(trainer)`: a copy of every tensor an update may change, the optimizer's included."""
 
     def copy(trainer: TokenPPOTrainer) -> dict[str, torch.Tensor]:
-        names = {parameter: name for name, parameter in trainer.policy.named_parameters()}
-        moments = {
-            f"{names[parameter]}|{key}": value
-            for parameter, state in trainer.optimizer.state.items()
-            for key, value in state.items()
-        }
+        moments = training_state(trainer.policy, trainer.optimizer)["optimizer"]
         return {name: value.clone() for name, value in {**trainer.policy.state_dict(), **moments}.items()}
 
     return copy
