@@ -1,5 +1,5 @@
-"""What stops a run before its first update (settings, prompts), and what stops an update: numbers that are none, samples
-from another distribution, memory, too much KL.
+"""What stops a run before its first update (settings, prompts) and what stops an update: numbers that are none,
+samples from another distribution, memory, too much KL.
 
 Every `GuardError` leaves weights and optimizer state as they were before the update and names the tensor or setting,
 the update and the sample. Policies are kept here for the run that `max_kl` halts, and for the best by `best_metric`.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tppo.core.common import UserError
 from tppo.core.config import RL
 from tppo.core.device import resolved
+from tppo.rl.policy import PolicyWithValue, load_training_state, training_state
 from tppo.rl.reward_function import Sample, name_sample
 
 RATIO_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (5e-3, 5e-2)}
@@ -208,6 +209,22 @@ def phase(name: str, config: RL, seconds: dict[str, float]) -> Iterator[None]:
             f"unchanged ({text.splitlines()[0][:200] if text else 'MemoryError'})"
         ) from error
     seconds[name] = time.perf_counter() - start
+
+
+@contextmanager
+def all_or_nothing(policy: PolicyWithValue, optimizer: torch.optim.Optimizer, num_steps: int) -> Iterator[None]:
+    """Take back the optimiser steps of an update that is stopped on the way; no gradient stays behind either way."""
+    # A single step changes nothing before its last check; only a second one needs the way back.
+    state = training_state(policy, optimizer) if num_steps > 1 else {}
+    before = {part: {name: value.clone() for name, value in tensors.items()} for part, tensors in state.items()}
+    try:
+        yield
+    except BaseException:
+        if before:
+            load_training_state(policy, optimizer, before)
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
 
 
 class KeptPolicy(NamedTuple):

@@ -329,7 +329,7 @@ def training_state(policy: PolicyWithValue, optimizer: torch.optim.Optimizer) ->
 
     Tied weights appear once among the parameters; state_dict would hold them twice.
     """
-    names = {parameter: name for name, parameter in policy.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters()}
     weights = {name: parameter.detach() for parameter, name in names.items() if parameter.requires_grad}
     sums = {f"value_head.{name}": buffer for name, buffer in policy.value_head.named_buffers()}
     moments = {

@@ -1,16 +1,15 @@
 """The RL stage: SFT model + reward models + training prompts -> a tuned policy, with curves and samples.
 
-The reward of a query-generation rollout: words and responses are scored for relevance, one of the two pays.
-
-Scoring both costs little and puts the curves of every algorithm on the same two scales. The scores come from the two
-reward models (`score_with_models`), or from any other callable of their kind, such as a known truth.
+Its reward scores words and responses for relevance; one of the two pays (`tppo.rl.rewards`). Scoring both costs little
+and puts the curves of every algorithm on the same two scales. The scores come from the two reward models
+(`score_with_models`), or from any other callable of their kind, such as a known truth.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -45,7 +44,21 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     config = replace(recipe.rl, algorithm=cast(Algorithm, split_stage(folder.name)[1]))
     reward_check = require_passed(recipe, run, config)
     examples = load_examples(run.require("prepare"), "train")
-    trainer, scale, dropped_events = build_trainer(recipe, run, config, examples)
+    if not examples:
+        raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
+    policy, tokenizer = load_policy(run.require("sft") / "model")
+    prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
+    reward_fn = query_reward(recipe, run, config, examples, tokenizer)
+    max_response_tokens = recipe.task.max_response_tokens
+    trainer = TokenPPOTrainer(
+        policy,
+        reward_fn,
+        prompts,
+        config,
+        tokenizer=tokenizer,
+        max_response_tokens=max_response_tokens,
+        seed=recipe.seed,
+    )
     halted = train(trainer, folder, [example.example_id for example in examples])
     model, saved_update = trainer.policy_to_save(halted is not None)
     card = (
@@ -53,13 +66,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         f"{config.batch_size} prompts with tppo's `rl` stage. Writes a user's next searches, one per line, after "
         "the prompt of `tppo.core.text.render_prompt`.\n"
     )
-    save_model(model, trainer.tokenizer, folder / "model", card)
+    save_model(model, tokenizer, folder / "model", card)
     remove_checkpoints(folder)
     rows = read_jsonl(folder / "metrics.jsonl")
     return {
         "algorithm": config.algorithm,
         "reward_check": reward_check,
-        "reward_scale": scale._asdict(),
+        "reward_scale": reward_fn.scale._asdict(),
         "prompts": len(examples),
         "prompts_with_dropped_events": dropped_events,
         "updates": len(rows),
@@ -71,48 +84,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_trainer(
-    recipe: Recipe, run: RunFolder, config: RL, examples: list[Example]
-) -> tuple[TokenPPOTrainer, RewardScale, int]:
-    """The trainer, what its rewards are measured in, and the number of history events dropped to fit the prompts."""
-    if not examples:
-        raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
-    sft_folder = run.require("sft") / "model"
-    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
-    prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-    reward_fn = query_reward(recipe, run, config, examples, tokenizer)
-    trainer = TokenPPOTrainer(
-        model,
-        reward_fn,
-        prompts,
-        config,
-        tokenizer=tokenizer,
-        max_response_tokens=recipe.task.max_response_tokens,
-        seed=recipe.seed,
-    )
-    return trainer, reward_fn.scale, dropped_events
-
-
 def query_reward(recipe: Recipe, run: RunFolder, config: RL, examples: list[Example], tokenizer: Any) -> QueryReward:
     """The reward of responses to `examples` by the run's reward models; `prompt_index` counts these examples."""
-    suggested_length = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
-    reward_folder = run.require("reward")
-    labelled = run.facts("reward")["train"]
-    scale = RewardScale(
-        suggested_length,
-        labelled["words_relevant"] / labelled["words"],
-        labelled["responses_relevant"] / labelled["responses"],
+    sl = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
+    reward_folder, labelled = run.require("reward"), run.facts("reward")["train"]
+    word_share = labelled["words_relevant"] / labelled["words"]
+    scale = RewardScale(sl, word_share, labelled["responses_relevant"] / labelled["responses"])
+    scorer = score_with_models(
+        TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
     )
-    return QueryReward(
-        score_with_models(
-            TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
-        ),
-        examples,
-        config,
-        recipe.task,
-        scale,
-        known_truth(run),
-    )
+    return QueryReward(scorer, examples, config, recipe.task, scale, known_truth(run))
 
 
 class Relevance(NamedTuple):
@@ -147,25 +128,18 @@ def score_with_models(token_model: TokenRewardModel, sentence_model: SentenceRew
     return score
 
 
+@dataclass
 class QueryReward:
     """Reward function of the RL stage (see `tppo.rl.reward_function`)."""
 
-    def __init__(
-        self,
-        scorer: RelevanceScorer,
-        examples: Sequence[Example],
-        config: RL,
-        task: Task,
-        scale: RewardScale,
-        truth: Truth | None = None,
-    ) -> None:
-        """`truth` of a synthetic log pays nothing: what it says of a rollout stands in the metrics."""
-        self.scorer = scorer
-        self.examples = examples
-        self.config = config
-        self.task = task
-        self.scale = scale
-        self.truth = truth
+    scorer: RelevanceScorer
+    examples: Sequence[Example]
+    """What `prompt_index` counts."""
+    config: RL
+    task: Task
+    scale: RewardScale
+    truth: Truth | None = None
+    """Of a synthetic log: it pays nothing, what it says of a rollout stands in the metrics."""
 
     def __call__(self, samples: list[Sample]) -> Scores:
         examples = [self.examples[sample.prompt_index] for sample in samples]
@@ -197,20 +171,15 @@ class QueryReward:
             **relevance.metrics,
         }
         if self.truth:
-            metrics |= self._known(self.truth, samples, parsed)
+            # Shares truly relevant: of the queries asked for, and of the words. What cannot be read counts as none.
+            shares = [
+                self.truth.shares(example, sample.response, self.task.num_queries)
+                for example, sample, response in zip(examples, samples, parsed, strict=True)
+                if response.problem is None
+            ]
+            metrics["known_queries"] = sum(queries for queries, _ in shares) / len(samples)
+            metrics["known_words"] = sum(words for _, words in shares) / len(samples)
         return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
-
-    def _known(self, truth: Truth, samples: list[Sample], parsed: list[ParsedResponse]) -> dict[str, float]:
-        """Shares truly relevant: of the queries asked for, and of the words. An unparseable response counts as none."""
-        shares = [
-            truth.shares(self.examples[sample.prompt_index], sample.response, self.task.num_queries)
-            for sample, found in zip(samples, parsed, strict=True)
-            if found.problem is None
-        ]
-        return {
-            "known_queries": sum(queries for queries, _ in shares) / len(samples),
-            "known_words": sum(words for _, words in shares) / len(samples),
-        }
 
 
 def without_repeats(
@@ -242,11 +211,11 @@ def token_means(class_probs: Sequence[np.ndarray]) -> Tensor:
 
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:
     """Per-response (T_i, 3) arrays -> (B, T, 3); padding is class 0 with certainty."""
+    lengths = [len(probs) for probs in class_probs]
+    assert lengths == response_mask_BT.sum(-1).tolist(), "one class distribution per response token"
     padded_BT3 = torch.zeros(*response_mask_BT.shape, 3)
     padded_BT3[..., 0] = 1.0
-    for row, probs in enumerate(class_probs):
-        assert len(probs) == int(response_mask_BT[row].sum()), "one class distribution per response token"
-        padded_BT3[row, : len(probs)] = torch.from_numpy(np.asarray(probs))
+    padded_BT3[response_mask_BT] = torch.from_numpy(np.concatenate(class_probs))
     return padded_BT3
 
 

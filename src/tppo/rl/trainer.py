@@ -12,8 +12,8 @@ Departures from the paper, each forced by a gap or a trap in it; a setting in br
 1. What a token is worth is centred on the share of relevant tokens, not 1 and 2 (`reward_values`).
 2. It is the expected value over the classes, not the most likely class's (`reward_estimator`).
 3. The length-weighted penalty shrinks positive rewards only (`length_penalty_on`).
-4. Positive rewards are weighted with the share of the asked queries that a response holds (`format_weight`), and what is
-   missing or cannot be read costs (`bad_format_reward`, `missing_query_reward`).
+4. Positive rewards are weighted with the share of the asked queries that a response holds (`format_weight`), and what
+   is missing or cannot be read costs (`bad_format_reward`, `missing_query_reward`).
 5. PPO's one reward is scaled so that its best return is as large as TPPO's (`returns`).
 6. A query that is not new may be paid as irrelevant (`repeats_irrelevant`, off by default).
 7. Eq. 6-7 write pi_ref for the policy that sampled the rollout: here it is `old`, in the ratio and in the advantage.
@@ -50,14 +50,12 @@ from tppo.rl.policy import (
     TokenBatch,
     ValueProbe,
     copy_weights,
-    load_training_state,
     pad_batch,
     reference_copy,
     reference_logprobs,
     require_float32,
     rollout_copy,
     set_attention,
-    training_state,
     with_adapters,
 )
 from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, make_sample, score
@@ -291,35 +289,24 @@ class TokenPPOTrainer:
         return self.policy.value_head.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
 
     def _optimize(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
-        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps. All or nothing."""
+        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps."""
         config = self.config
         warmup = min(1.0, (self.update + 1) / max(1, config.warmup_updates))
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * warmup
         steps = [minibatches[i] for epoch in range(config.ppo_epochs) for i in self._order(epoch, len(minibatches))]
-        # A single step changes nothing before its last check; only a second one needs the way back.
-        before = None
-        if len(steps) > 1:
-            state = training_state(self.policy, self.optimizer)
-            before = {part: {name: value.clone() for name, value in state[part].items()} for part in state}
         totals: dict[str, float] = {}
-        try:
+        with guards.all_or_nothing(self.policy, self.optimizer, len(steps)):
             for number, minibatch in enumerate(steps):
                 for name, value in self._minibatch_step(experience, minibatch, first=number == 0).items():
                     totals[name] = totals.get(name, 0.0) + value / len(steps)
-        except BaseException:
-            if before is not None:
-                load_training_state(self.policy, self.optimizer, before)
-            raise
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
         return totals | {"learning_rate": config.learning_rate * warmup}
 
     def _order(self, epoch: int, count: int) -> list[int]:
         """Order of the minibatches in a pass: as drawn, then shuffled."""
-        return (
-            list(range(count)) if not epoch else rng(self.seed, "pass", self.update, epoch).permutation(count).tolist()
-        )
+        if epoch == 0:
+            return list(range(count))
+        return rng(self.seed, "pass", self.update, epoch).permutation(count).tolist()
 
     def _minibatch_step(self, experience: Experience, minibatch: Minibatch, first: bool) -> dict[str, float]:
         """Gradients accumulated over micro-batches with one global denominator, then one optimiser step."""
