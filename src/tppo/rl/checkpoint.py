@@ -62,11 +62,10 @@ def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
     write_json(temporary / _CHECKSUMS, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
     fsync(temporary)
     if final.exists():  # a damaged one that was skipped
-        _remove(final)
+        _doom(final)
     temporary.rename(final)
     fsync(folder)
-    for old in _newest_first(folder)[trainer.config.keep_checkpoints :]:
-        _remove(old)
+    remove_checkpoints(folder, keep=trainer.config.keep_checkpoints)
     return final
 
 
@@ -92,9 +91,10 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    for path in _newest_first(folder):
-        _remove(path)
+def remove_checkpoints(folder: Path, keep: int = 0) -> None:
+    """Delete all but the newest ones, and leftovers."""
+    for path in _newest_first(folder)[keep:]:
+        _doom(path)
     remove_leftovers(folder)
 
 
@@ -146,11 +146,9 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; under another name first, so that half a one is never taken for a whole."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _doom(checkpoint: Path) -> None:
+    """Make a checkpoint a leftover: so half a deleted one is never taken for a whole."""
+    checkpoint.rename(checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}"))
 
 
 def _damage(path: Path) -> str | None:
@@ -187,10 +185,9 @@ def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
     if changed:
         raise UserError(f"{path} was made with other settings ({'; '.join(changed)}): give them, or another folder")
     saved = {name: load_file(path / f"{name}.safetensors") for name in ("policy", "optimizer")}
-    tensors = training_state(trainer.policy, trainer.optimizer)["policy"]
-    if {name: tensor.shape for name, tensor in saved["policy"].items()} != {
-        name: tensor.shape for name, tensor in tensors.items()
-    }:
+    live = training_state(trainer.policy, trainer.optimizer)
+    shapes, expected = ({n: t.shape for n, t in state["policy"].items()} for state in (saved, live))
+    if shapes != expected:
         raise UserError(f"{path} belongs to another model than the policy: give another folder, or delete it")
     load_training_state(trainer.policy, trainer.optimizer, saved)
     for name, facts in state["kept"].items():

@@ -1,8 +1,8 @@
 """What stops a run before its first update (settings, prompts) and what stops an update: numbers that are none,
 samples from another distribution, memory, too much KL.
 
-Every `GuardError` leaves weights and optimizer state as they were before the update and names the tensor or setting,
-the update and the sample. Policies are kept here for the run that `max_kl` halts, and for the best by `best_metric`.
+Every check of an update raises `GuardError`, which leaves weights and optimizer state as they were before the update
+and names the tensor or setting, the update and the sample. What a halted run ends with is kept here, too.
 
 Shapes: B responses, T response tokens.
 """
@@ -37,7 +37,7 @@ _WAY_OUT = "A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; 
 
 
 class GuardError(UserError):
-    """The update was not made; weights and optimizer state are those before it."""
+    """The update was not made."""
 
 
 class MaxKLExceeded(Exception):
@@ -99,11 +99,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[l
 
 
 def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sample]) -> None:
-    """Every row of `tensor` (B, ...) is finite.
-
-    Raises:
-        GuardError: names the tensor, the update and the first bad sample.
-    """
+    """Every row of `tensor` (B, ...) is finite; else the first sample that is not is named."""
     bad_B = ~tensor.isfinite().flatten(1).all(-1)
     if bad_B.any():
         way_out = "Mend the reward function for this sample" if name == "reward" else _WAY_OUT
@@ -114,11 +110,7 @@ def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sampl
 
 
 def raise_for_gradients(policy: nn.Module, update: int, samples: Sequence[Sample]) -> NoReturn:
-    """Their norm is no number: name the first gradient that is at fault, before anything scales or uses them.
-
-    Raises:
-        GuardError: names the first bad parameter and the update.
-    """
+    """Their norm is no number: name the first gradient that is at fault, before anything scales or uses them."""
     gradients = [(name, parameter.grad) for name, parameter in policy.named_parameters() if parameter.grad is not None]
     bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
     what = f"NaN or infinity in the gradient of {bad[0]}" if bad else "the norm of the gradients is infinite"
@@ -131,11 +123,7 @@ def raise_for_gradients(policy: nn.Module, update: int, samples: Sequence[Sample
 def check_first_ratio(
     log_ratio_BT: Tensor, response_mask_BT: Tensor, policy: nn.Module, config: RL, update: int
 ) -> None:
-    """Before any step of an update the policy is the one that was scored: |log ratio| within rounding.
-
-    Raises:
-        GuardError: names the cause.
-    """
+    """Before any step of an update the policy is the one that was scored: |log ratio| within rounding."""
     size_N = log_ratio_BT[response_mask_BT].abs()
     mean, largest = size_N.mean().item(), size_N.max().item()
     precision = resolved(config.precision)
@@ -163,9 +151,6 @@ def check_sampling(
 
     For such samples surprise - entropy is a martingale difference, so its mean is 0 within its standard error,
     and the mean KL (k1) is not negative.
-
-    Raises:
-        GuardError: names the sampling setting at fault.
     """
     if len(response_mask_BT) < _MIN_RESPONSES:
         return
@@ -189,11 +174,7 @@ def check_sampling(
 
 @contextmanager
 def phase(name: str, config: RL, seconds: dict[str, float]) -> Iterator[None]:
-    """A phase of an update: how long it took goes into `seconds`.
-
-    Raises:
-        GuardError: out of memory; names the setting to lower.
-    """
+    """A phase of an update: its time goes into `seconds`, and running out of memory names the setting to lower."""
     start = time.perf_counter()
     try:
         yield

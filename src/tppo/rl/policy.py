@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError, stream_seed
 from tppo.core.config import Precision
-from tppo.core.device import autocast, generation_dtype, resolved
+from tppo.core.device import autocast, resolved
 from tppo.core.models import lora_config
 from tppo.generate.engine import Generation
 
@@ -101,7 +102,9 @@ class PolicyWithValue(nn.Module):
         self.lm = lm
         hidden_size = lm.config.get_text_config().hidden_size
         self.value_trunk = copy.deepcopy(self._trunk) if value_function == "separate" else None
-        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else ValueHead(hidden_size)
+        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else skip_init(nn.Linear, hidden_size, 1)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)  # V = 0 at the start, as the probe's
 
     @property
     def _trunk(self) -> Any:
@@ -129,7 +132,7 @@ class PolicyWithValue(nn.Module):
                 with autocast(precision):
                     kept = [self.value_trunk(**model_inputs(batch), use_cache=False).last_hidden_state]
             hidden_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
-            values_BT = _padded(self.value_head(hidden_BTD) * mask_BT, width)
+            values_BT = _padded(self.value_head(hidden_BTD).view(mask_BT.shape) * mask_BT, width)
             hidden_BTD = _padded(hidden_BTD * mask_BT[..., None], width) if is_probe else None
         entropy_BT = None if entropy_BT is None else _padded(entropy_BT, width)
         return PolicyOutput(_padded(logprobs_BT, width), values_BT, entropy_BT, hidden_BTD)
@@ -138,11 +141,7 @@ class PolicyWithValue(nn.Module):
 def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
     """What a model of transformers reads; positions count from the first token that is no padding."""
     mask = batch.attention_mask.long()
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def response_logprobs(
@@ -173,21 +172,6 @@ def response_logprobs(
 def _padded(values: Tensor, width: int) -> Tensor:
     """(B, t, ...) -> (B, width, ...): zeros on the right."""
     return F.pad(values, (0, 0) * (values.dim() - 2) + (0, width - values.shape[1]))
-
-
-class ValueHead(nn.Linear):
-    """A linear head trained by the value loss; it starts at V = 0."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (...)"""
-        return super().forward(hidden).squeeze(-1)
 
 
 DECAY = 0.8
@@ -242,12 +226,11 @@ class ValueProbe(nn.Module):
         return {"gram": gram, "moment": moment, "errors": errors, "weights": weights}
 
 
-def rollout_copy(lm: Any, precision: Precision) -> Any:
-    """A frozen copy of the language model to sample with, in the rollout's precision."""
-    return copy.deepcopy(lm).to(generation_dtype(precision)).eval().requires_grad_(False)
-
-
 _ADAPTER = "default"
+
+
+def frozen_copy(lm: Any) -> Any:
+    return copy.deepcopy(lm).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -270,7 +253,7 @@ def reference_copy(lm: Any, precision: Precision) -> Any:
     Autocast rounds the weights of a linear layer to bf16 at every use, so they are held rounded. Embeddings
     (and output layers tied to them) and norms are used in float32, and stay so.
     """
-    reference = copy.deepcopy(lm).eval().requires_grad_(False)
+    reference = frozen_copy(lm)
     if resolved(precision) == "bf16":
         tied = {id(module.weight) for module in reference.modules() if isinstance(module, nn.Embedding)}
         for module in reference.modules():

@@ -33,12 +33,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tppo.core.common import rng, stream_seed
 from tppo.core.config import RL
-from tppo.core.device import resolved
+from tppo.core.device import generation_dtype, resolved
 from tppo.core.models import load_policy
 from tppo.generate.engine import generate
 from tppo.rl import guards
@@ -50,11 +51,11 @@ from tppo.rl.policy import (
     TokenBatch,
     ValueProbe,
     copy_weights,
+    frozen_copy,
     pad_batch,
     reference_copy,
     reference_logprobs,
     require_float32,
-    rollout_copy,
     set_attention,
     with_adapters,
 )
@@ -134,7 +135,7 @@ class TokenPPOTrainer:
         self.tokenizer = tokenizer
         self.prompts = guards.encode_prompts(tokenizer, prompts)
         set_attention(policy, config.attention, max(map(len, self.prompts)) + max_response_tokens)
-        self.rollout_model = rollout_copy(policy, config.precision)
+        self.rollout_model = frozen_copy(policy).to(generation_dtype(config.precision))
         self.reference = None if config.tuning == "lora" else reference_copy(policy, config.precision)
         lm = with_adapters(policy, config.lora_r, seed) if config.tuning == "lora" else policy
         # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
@@ -163,8 +164,7 @@ class TokenPPOTrainer:
             mask_BT = rollout.batch.response_mask
             rewards = self._reward(rollout)
             minibatches = self._minibatches()
-            old, ref_logprobs_BT = self._score_tokens(rollout.batch, minibatches)
-            self._check_scores(rollout, old, ref_logprobs_BT)
+            old, ref_logprobs_BT = self._score_tokens(rollout, minibatches)
             assert old.values is not None
             rewards_BT = rewards.rewards
             if config.kl_placement == "reward":
@@ -187,9 +187,9 @@ class TokenPPOTrainer:
             self.policy.value_head.load_state_dict(probe)
         self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, config.batch_size)
         self.update += 1
-        whole = sum(seconds.values())
-        metrics |= {"seconds": whole} | {f"seconds_{name}": seconds[name] for name in ("rollout", "update")}
-        metrics |= {"seconds_score": seconds["scoring"], "tokens_per_second": mask_BT.sum().item() / whole}
+        metrics |= zip(("seconds_rollout", "seconds_score", "seconds_update"), seconds.values(), strict=True)
+        metrics |= {"seconds": sum(seconds.values())}
+        metrics |= {"tokens_per_second": mask_BT.sum().item() / metrics["seconds"]}
         return StepResult({"update": self.update, **metrics}, rollout, rewards)
 
     def policy_to_save(self, halted: bool = False) -> tuple[Any, int]:
@@ -208,13 +208,10 @@ class TokenPPOTrainer:
     def prompt_index(self, update: int) -> list[int]:
         """Prompts of an update: consecutive slices of one seeded permutation after another."""
         size, total = self.config.batch_size, len(self.prompts)
-        index: list[int] = []
-        for position in range(update * size, (update + 1) * size):
-            epoch, place = divmod(position, total)
-            if not index or place == 0:
-                order = rng(self.seed, "prompts", epoch).permutation(total)
-            index.append(int(order[place]))
-        return index
+        first, end = update * size, (update + 1) * size
+        epochs = range(first // total, (end - 1) // total + 1)
+        order = np.concatenate([rng(self.seed, "prompts", epoch).permutation(total) for epoch in epochs])
+        return order[first - epochs[0] * total :][:size].tolist()
 
     def _roll_out(self) -> Rollout:
         """One response to each prompt of the update, from exactly softmax(logits / temperature)."""
@@ -258,28 +255,28 @@ class TokenPPOTrainer:
         return [part.sort().values.split(config.micro_batch_size) for part in rows.split(config.minibatch_size)]
 
     @torch.no_grad()
-    def _score_tokens(self, batch: TokenBatch, minibatches: Sequence[Minibatch]) -> tuple[PolicyOutput, Tensor]:
-        """The old policy's output and the reference's log-probabilities, in the micro-batches that are trained on."""
+    def _score_tokens(self, rollout: Rollout, minibatches: Sequence[Minibatch]) -> tuple[PolicyOutput, Tensor]:
+        """The old policy's output and the reference's log-probabilities, in the micro-batches that are trained on.
+
+        Checked: all are finite, and the rollout was drawn from the old policy.
+        """
         temperature, precision = self.config.temperature, self.config.precision
         rows = [rows for minibatch in minibatches for rows in minibatch]
-        parts = [batch.rows(index) for index in rows]
-        old = PolicyOutput.cat([self.policy(part, temperature, precision, scoring=True) for part in parts])
-        ref_logprobs_BT = torch.cat(
-            [reference_logprobs(self.policy.lm, self.reference, part, temperature, precision) for part in parts]
-        )
-        as_in_batch = torch.cat(rows).argsort()
-        return old.rows(as_in_batch), ref_logprobs_BT[as_in_batch]
-
-    def _check_scores(self, rollout: Rollout, old: PolicyOutput, ref_logprobs_BT: Tensor) -> None:
-        """Finite, and of the distribution that the rollout was drawn from."""
+        parts = [rollout.batch.rows(index) for index in rows]
+        as_in_rollout = torch.cat(rows).argsort()
+        outputs = [self.policy(part, temperature, precision, scoring=True) for part in parts]
+        old = PolicyOutput.cat(outputs).rows(as_in_rollout)
+        ref_logprobs = [reference_logprobs(self.policy.lm, self.reference, p, temperature, precision) for p in parts]
+        ref_logprobs_BT = torch.cat(ref_logprobs)[as_in_rollout]
         assert old.values is not None
         assert old.entropy is not None
         self._check("log-probability of the policy", old.logprobs, rollout)
         self._check("log-probability of the reference", ref_logprobs_BT, rollout)
         self._check("value", old.values, rollout)
-        kl_B, temperature = kl_estimate("k1", old.logprobs, ref_logprobs_BT).sum(-1), self.config.temperature
+        kl_B = kl_estimate("k1", old.logprobs, ref_logprobs_BT).sum(-1)
         mask_BT = rollout.batch.response_mask
         guards.check_sampling(old.logprobs, old.entropy, kl_B, mask_BT, temperature, self.update + 1)
+        return old, ref_logprobs_BT
 
     def _fitted_probe(self, old: PolicyOutput, returns_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor] | None:
         """The value probe as this rollout leaves it, to be taken over when the update is done."""
