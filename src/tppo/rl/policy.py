@@ -66,26 +66,19 @@ def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy says of a batch; 0 outside the response."""
+    """What the policy says of a batch; float32, 0 outside the response."""
 
     logprobs: Tensor
-    """(B, T) float32, log pi(y_t | x, y_<t) at the sampling temperature."""
-    values: Tensor | None
-    """(B, T) float32, V(s_t) before token t is chosen. None for a probe while training."""
-    entropy: Tensor | None
-    """(B, T) float32, in nats. Only when scoring."""
-    hidden: Tensor | None
-    """(B, T, D) float32, what a probe reads. Only when scoring with a probe."""
+    """(B, T), log pi(y_t | x, y_<t) at the sampling temperature."""
+    values: Tensor
+    """(B, T), V(s_t) before token t is chosen; 0 for a probe while training."""
+    entropy: Tensor
+    """(B, T), in nats; 0 unless scoring."""
+    hidden: Tensor
+    """(B, T, D), what a probe reads; (B, T, 0) unless scoring with a probe."""
 
     def rows(self, index: Tensor) -> PolicyOutput:
-        """Some responses."""
-        return PolicyOutput(*(None if tensor is None else tensor[index] for tensor in self))  # type: ignore[arg-type]
-
-    @staticmethod
-    def cat(parts: Sequence[PolicyOutput]) -> PolicyOutput:
-        """Micro-batches one after another."""
-        fields = zip(*parts, strict=True)
-        return PolicyOutput(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))  # type: ignore[arg-type]
+        return PolicyOutput(*(tensor[index] for tensor in self))
 
 
 class PolicyWithValue(nn.Module):
@@ -126,16 +119,15 @@ class PolicyWithValue(nn.Module):
                 logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy=scoring)
         finally:
             handle.remove()
-        values_BT = hidden_BTD = None
+        values_BT, hidden_BTD = torch.zeros_like(logprobs_BT), logprobs_BT.new_zeros(*logprobs_BT.shape, 0)
         if scoring or not is_probe:
             if self.value_trunk is not None:
                 with autocast(precision):
                     kept = [self.value_trunk(**model_inputs(batch), use_cache=False).last_hidden_state]
-            hidden_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
-            values_BT = _padded(self.value_head(hidden_BTD).view(mask_BT.shape) * mask_BT, width)
-            hidden_BTD = _padded(hidden_BTD * mask_BT[..., None], width) if is_probe else None
-        entropy_BT = None if entropy_BT is None else _padded(entropy_BT, width)
-        return PolicyOutput(_padded(logprobs_BT, width), values_BT, entropy_BT, hidden_BTD)
+            read_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
+            values_BT = self.value_head(read_BTD).view(mask_BT.shape) * mask_BT
+            hidden_BTD = read_BTD * mask_BT[..., None] if is_probe else hidden_BTD
+        return PolicyOutput(*(_padded(t, width) for t in (logprobs_BT, values_BT, entropy_BT, hidden_BTD)))
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
@@ -146,8 +138,8 @@ def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
 
 def response_logprobs(
     lm: Any, batch: TokenBatch, temperature: float, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (and entropy) of the response tokens, in float32, (B, T).
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (and entropy, else 0) of the response tokens, in float32, (B, T).
 
     The logits of the prompt are never made: position P-1+t predicts response token t, so the last T+1
     positions suffice. Columns that are padding in every row are left out of the computation.
@@ -162,11 +154,11 @@ def response_logprobs(
     targets_BT = batch.input_ids[:, -num_response:]
     log_p_BTV = logits_BTV.log_softmax(-1)
     logprobs_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0] * batch.response_mask
-    entropy_BT = None
+    entropy_BT = torch.zeros_like(logprobs_BT)
     if with_entropy:
         log_p_BTV = log_p_BTV.detach()
-        entropy_BT = _padded(-(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask, width)
-    return _padded(logprobs_BT, width), entropy_BT
+        entropy_BT = -(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask
+    return _padded(logprobs_BT, width), _padded(entropy_BT, width)
 
 
 def _padded(values: Tensor, width: int) -> Tensor:

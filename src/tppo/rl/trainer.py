@@ -140,6 +140,7 @@ class TokenPPOTrainer:
         lm = with_adapters(policy, config.lora_r, seed) if config.tuning == "lora" else policy
         # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
         self.policy = PolicyWithValue(lm, config.value_function).eval()
+        self.probe = self.policy.value_head if isinstance(self.policy.value_head, ValueProbe) else None
         self.reward_fn = reward_fn
         self.max_response_tokens = max_response_tokens
         self.seed = seed
@@ -165,26 +166,26 @@ class TokenPPOTrainer:
             rewards = self._reward(rollout)
             minibatches = self._minibatches()
             old, ref_logprobs_BT = self._score_tokens(rollout, minibatches)
-            assert old.values is not None
             rewards_BT = rewards.rewards
             if config.kl_placement == "reward":
                 kl_BT = kl_estimate(config.kl_estimator, old.logprobs, ref_logprobs_BT)
                 rewards_BT = rewards_BT - self.kl_coef * kl_BT
             advantages_BT, returns_BT = gae(rewards_BT, old.values, mask_BT, config.gamma, config.gae_lambda)
-            metrics = rollout_metrics(rewards.rewards, old, ref_logprobs_BT, advantages_BT, returns_BT, mask_BT)
+            experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
+            metrics = rollout_metrics(rewards.rewards, old.entropy, experience)
             metrics |= {"kl_coef": self.kl_coef} | rewards.metrics
-            probe = self._fitted_probe(old, returns_BT, mask_BT)
+            if self.probe is not None:
+                next_probe = self.probe.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
             if config.whiten_advantages:
-                advantages_BT = whiten(advantages_BT, mask_BT)
-            self._check("advantage", advantages_BT, rollout)
+                experience = experience._replace(advantages=whiten(advantages_BT, mask_BT))
+            self._check("advantage", experience.advantages, rollout.samples)
             if config.max_kl and metrics["kl"] > config.max_kl:
                 raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], config.max_kl)
             guards.keep_policy(self.kept, config, self.update, metrics, self.rollout_model)
         with guards.phase("update", config, seconds):
-            experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
             metrics |= self._optimize(experience, minibatches)
-        if probe is not None:
-            self.policy.value_head.load_state_dict(probe)
+        if self.probe is not None:
+            self.probe.load_state_dict(next_probe)
         self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, config.batch_size)
         self.update += 1
         metrics |= zip(("seconds_rollout", "seconds_score", "seconds_update"), seconds.values(), strict=True)
@@ -234,7 +235,7 @@ class TokenPPOTrainer:
         """The reward function's rewards and the penalties for length, (B, T)."""
         start, mask_BT = time.perf_counter(), rollout.batch.response_mask
         rewards = score(self.reward_fn, rollout.samples, mask_BT)
-        self._check("reward", rewards.rewards, rollout)
+        self._check("reward", rewards.rewards, rollout.samples)
         assert not rewards.rewards[~mask_BT].any(), "a reward outside the response"
         finished_B = torch.tensor([sample.finished for sample in rollout.samples], device=mask_BT.device)
         penalties_BT = length_penalty_rewards(self.config, mask_BT, finished_B, self.max_response_tokens)
@@ -265,25 +266,16 @@ class TokenPPOTrainer:
         parts = [rollout.batch.rows(index) for index in rows]
         as_in_rollout = torch.cat(rows).argsort()
         outputs = [self.policy(part, temperature, precision, scoring=True) for part in parts]
-        old = PolicyOutput.cat(outputs).rows(as_in_rollout)
+        old = PolicyOutput(*(torch.cat(tensors)[as_in_rollout] for tensors in zip(*outputs, strict=True)))
         ref_logprobs = [reference_logprobs(self.policy.lm, self.reference, p, temperature, precision) for p in parts]
         ref_logprobs_BT = torch.cat(ref_logprobs)[as_in_rollout]
-        assert old.values is not None
-        assert old.entropy is not None
-        self._check("log-probability of the policy", old.logprobs, rollout)
-        self._check("log-probability of the reference", ref_logprobs_BT, rollout)
-        self._check("value", old.values, rollout)
+        self._check("log-probability of the policy", old.logprobs, rollout.samples)
+        self._check("log-probability of the reference", ref_logprobs_BT, rollout.samples)
+        self._check("value", old.values, rollout.samples)
         kl_B = kl_estimate("k1", old.logprobs, ref_logprobs_BT).sum(-1)
         mask_BT = rollout.batch.response_mask
         guards.check_sampling(old.logprobs, old.entropy, kl_B, mask_BT, temperature, self.update + 1)
         return old, ref_logprobs_BT
-
-    def _fitted_probe(self, old: PolicyOutput, returns_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor] | None:
-        """The value probe as this rollout leaves it, to be taken over when the update is done."""
-        if not isinstance(self.policy.value_head, ValueProbe):
-            return None
-        assert old.hidden is not None
-        return self.policy.value_head.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
 
     def _optimize(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
         """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps."""
@@ -313,7 +305,7 @@ class TokenPPOTrainer:
         for rows in minibatch:
             part = experience.rows(rows)
             output = self.policy(part.rollout.batch, config.temperature, config.precision)
-            self._check("log-probability of the policy", output.logprobs.detach(), part.rollout)
+            self._check("log-probability of the policy", output.logprobs.detach(), part.rollout.samples)
             if first:
                 log_ratio_BT, mask_BT = output.logprobs.detach() - part.old_logprobs, part.rollout.batch.response_mask
                 guards.check_first_ratio(log_ratio_BT, mask_BT, self.policy, config, self.update + 1)
@@ -351,11 +343,11 @@ class TokenPPOTrainer:
             terms["kl_loss"] = (kl_BT * mask_BT).sum() / num_tokens
             loss = loss + self.kl_coef * terms["kl_loss"]
         # A probe is not trained here; the error it made on this rollout is the same figure.
-        values_BT = part.old_values if output.values is None else output.values
+        values_BT = output.values if self.probe is None else part.old_values
         terms["value_loss"] = value_loss(
             values_BT, part.old_values, part.returns, mask_BT, config.value_clip_range, num_tokens
         ).loss
-        if output.values is not None:
+        if self.probe is None:
             loss = loss + config.value_coef * terms["value_loss"]
         return loss, terms | {"loss": loss.detach()}
 
@@ -363,7 +355,7 @@ class TokenPPOTrainer:
         """Raise GuardError for the first sample whose own loss is no number."""
         rows = torch.arange(len(part.rollout.samples)).split(1)
         losses = [self._loss(output.rows(index), part.rows(index), num_tokens)[0].detach() for index in rows]
-        self._check("loss", torch.stack(losses)[:, None], part.rollout)
+        self._check("loss", torch.stack(losses)[:, None], part.rollout.samples)
         raise guards.GuardError(f"the loss of update {self.update + 1} is infinite in sum; the weights are unchanged")
 
     def _clip_gradients(self, samples: Sequence[Sample]) -> float:
@@ -379,33 +371,25 @@ class TokenPPOTrainer:
             norms.append(norm.item())
         return norms[-1]
 
-    def _check(self, name: str, tensor: Tensor, rollout: Rollout) -> None:
-        guards.check_finite(name, tensor, self.update + 1, rollout.samples)
+    def _check(self, name: str, tensor: Tensor, samples: Sequence[Sample]) -> None:
+        guards.check_finite(name, tensor, self.update + 1, samples)
 
 
-def rollout_metrics(
-    rewards_BT: Tensor,
-    old: PolicyOutput,
-    ref_logprobs_BT: Tensor,
-    advantages_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-) -> dict[str, float]:
+def rollout_metrics(rewards_BT: Tensor, entropy_BT: Tensor, experience: Experience) -> dict[str, float]:
     """What is said of a rollout before the update; KL (k1) in nats per response, the rest per token or response."""
-    assert old.values is not None
-    assert old.entropy is not None
-    reward_B = rewards_BT.sum(-1)
-    residual = (returns_BT - old.values)[mask_BT]
+    rollout, old_logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT = experience
+    mask_BT, reward_B = rollout.batch.response_mask, rewards_BT.sum(-1)
+    residual_N = (returns_BT - values_BT)[mask_BT]
     return {
         "reward_mean": reward_B.mean().item(),
         "reward_std": reward_B.std().item(),
         "token_reward_mean": masked_mean(rewards_BT, mask_BT).item(),
-        "kl": kl_estimate("k1", old.logprobs, ref_logprobs_BT).sum(-1).mean().item(),
-        "entropy": masked_mean(old.entropy, mask_BT).item(),
+        "kl": kl_estimate("k1", old_logprobs_BT, ref_logprobs_BT).sum(-1).mean().item(),
+        "entropy": masked_mean(entropy_BT, mask_BT).item(),
         "response_length": mask_BT.sum(-1).float().mean().item(),
-        "value_mean": masked_mean(old.values, mask_BT).item(),
+        "value_mean": masked_mean(values_BT, mask_BT).item(),
         "advantage_std": advantages_BT[mask_BT].std().item(),
-        "explained_variance": (1 - residual.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
+        "explained_variance": (1 - residual_N.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
     }
 
 
