@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from tests.helpers.letters import PROMPTS, WORDS, letter_tokenizer
 from tppo.core.config import RL, Scratch, Task
 from tppo.core.tables import Example
 from tppo.core.text import Event
@@ -44,22 +43,20 @@ SETTINGS: dict[str, Any] = {
     "lora_r": 4,
     "precision": "fp32",
 }
-LETTERS = [chr(ord("a") + i) for i in range(20)]
 TASK = Task(num_queries=1, max_response_tokens=8)
 
 
 def trajectory(settings: dict[str, Any]) -> list[dict[str, float]]:
     """The columns of every update with these settings, to six decimals."""
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *LETTERS])}, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
     sizes = Scratch(hidden_size=32, intermediate_size=48, layers=2, heads=4)
-    lm = make_policy(llama_config(sizes, len(tokenizer), positions=16, initializer_range=0.1), seed=0)
+    lm = make_policy(llama_config(sizes, len(WORDS), positions=16, initializer_range=0.1), seed=0)
     config = RL(**SETTINGS | settings)
-    prompts: list[str | list[int]] = [[1 + (i * j) % 20 for j in range(1, 3 + i % 4)] for i in range(24)]
     example = Example("e", "u", "train", [Event("search", "a b")], ["c"], datetime(2020, 1, 1))
-    reward = QueryReward(made_up_relevance, [example] * len(prompts), config, TASK, RewardScale(4.0, 0.4, 0.3))
-    trainer = TokenPPOTrainer(lm, reward, prompts, config, tokenizer=tokenizer, max_response_tokens=8, seed=0)
+    reward = QueryReward(made_up_relevance, [example] * len(PROMPTS), config, TASK, RewardScale(4.0, 0.4, 0.3))
+    limit = TASK.max_response_tokens
+    trainer = TokenPPOTrainer(
+        lm, reward, PROMPTS, config, tokenizer=letter_tokenizer(), max_response_tokens=limit, seed=0
+    )
     rows = [trainer.step().metrics for _ in range(UPDATES)]
     return [{name: round(row[name], 6) for name in COLUMNS} for row in rows]
 

@@ -48,15 +48,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
     policy, tokenizer = load_policy(run.require("sft") / "model")
     prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-    reward_fn = query_reward(recipe, run, config, examples, tokenizer)
-    max_response_tokens = recipe.task.max_response_tokens
+    reward_fn = query_reward(run, config, recipe.task, examples, tokenizer)
     trainer = TokenPPOTrainer(
         policy,
         reward_fn,
         prompts,
         config,
         tokenizer=tokenizer,
-        max_response_tokens=max_response_tokens,
+        max_response_tokens=recipe.task.max_response_tokens,
         seed=recipe.seed,
     )
     halted = train(trainer, folder, [example.example_id for example in examples])
@@ -84,16 +83,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
-def query_reward(recipe: Recipe, run: RunFolder, config: RL, examples: list[Example], tokenizer: Any) -> QueryReward:
+def query_reward(run: RunFolder, config: RL, task: Task, examples: list[Example], tokenizer: Any) -> QueryReward:
     """The reward of responses to `examples` by the run's reward models; `prompt_index` counts these examples."""
-    sl = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
+    sl = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, task)
     reward_folder, labelled = run.require("reward"), run.facts("reward")["train"]
     word_share = labelled["words_relevant"] / labelled["words"]
     scale = RewardScale(sl, word_share, labelled["responses_relevant"] / labelled["responses"])
     scorer = score_with_models(
         TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
     )
-    return QueryReward(scorer, examples, config, recipe.task, scale, known_truth(run))
+    return QueryReward(scorer, examples, config, task, scale, known_truth(run))
 
 
 class Relevance(NamedTuple):
@@ -150,15 +149,11 @@ class QueryReward:
         if self.config.repeats_irrelevant:
             relevance = without_repeats(relevance, examples, samples, parsed)
         class_probs_BT3 = pad_class_probs(relevance.class_probs, mask_BT)
-        sentence_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
-        rewards_BT = token_level_rewards(
-            self.config,
-            class_probs_BT3,
-            sentence_score_B if self.config.sentence_reward == "rival" else token_means(relevance.class_probs),
-            format_reward(parsed, self.config, self.task),
-            mask_BT,
-            self.scale,
-        )
+        sentence_score_B = paid_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
+        if self.config.sentence_reward == "token_mean":
+            paid_score_B = torch.tensor([response_relevance(probs_T3) for probs_T3 in relevance.class_probs])
+        form = format_reward(parsed, self.config, self.task)
+        rewards_BT = token_level_rewards(self.config, class_probs_BT3, paid_score_B, form, mask_BT, self.scale)
         classes_BT = class_probs_BT3.argmax(-1)
         # Class 0 tokens carry no judgement; a response of class 0 tokens only has none to average.
         judged_BT = (classes_BT > 0) & mask_BT
@@ -202,11 +197,6 @@ def without_repeats(
 def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:
     """The responses' own entries, without padding."""
     return [row[:length].tolist() for row, length in zip(values_BT, length_B.tolist(), strict=True)]
-
-
-def token_means(class_probs: Sequence[np.ndarray]) -> Tensor:
-    """The token model's answer to the sentence-level question: (T_i, 3) per response -> (B,) in [0, 1]."""
-    return torch.tensor([response_relevance(probs_T3) for probs_T3 in class_probs], dtype=torch.float32)
 
 
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:
