@@ -52,7 +52,7 @@ def trajectory(settings: dict[str, Any]) -> list[dict[str, float]]:
     lm = make_policy(llama_config(sizes, len(WORDS), positions=16, initializer_range=0.1), seed=0)
     config = RL(**SETTINGS | settings)
     example = Example("e", "u", "train", [Event("search", "a b")], ["c"], datetime(2020, 1, 1))
-    reward = QueryReward(made_up_relevance, [example] * len(PROMPTS), config, TASK, RewardScale(4.0, 0.4, 0.3))
+    reward = QueryReward(made_up_relevance, [example] * len(PROMPTS), config, TASK, RewardScale(2.0, 0.4, 0.3))
     limit = TASK.max_response_tokens
     trainer = TokenPPOTrainer(
         lm, reward, PROMPTS, config, tokenizer=letter_tokenizer(), max_response_tokens=limit, seed=0
