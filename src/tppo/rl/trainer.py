@@ -163,15 +163,18 @@ class TokenPPOTrainer:
             rollout = self._roll_out()
         with guards.phase("scoring", config, seconds):
             mask_BT = rollout.batch.response_mask
+            # The reward of every token, and every token's log-probability under the old policy and the reference.
             rewards = self._reward(rollout)
             minibatches = self._minibatches()
             old, ref_logprobs_BT = self._score_tokens(rollout, minibatches)
+            # Minus KL, then GAE.
             rewards_BT = rewards.rewards
             if config.kl_placement == "reward":
                 kl_BT = kl_estimate(config.kl_estimator, old.logprobs, ref_logprobs_BT)
                 rewards_BT = rewards_BT - self.kl_coef * kl_BT
             advantages_BT, returns_BT = gae(rewards_BT, old.values, mask_BT, config.gamma, config.gae_lambda)
             experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
+            # Before anything is trained: what the rollout says of the old policy, and the fit of its values.
             metrics = rollout_metrics(rewards.rewards, old.entropy, experience)
             metrics |= {"kl_coef": self.kl_coef} | rewards.metrics
             if self.probe is not None:
@@ -182,6 +185,7 @@ class TokenPPOTrainer:
             if config.max_kl and metrics["kl"] > config.max_kl:
                 raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], config.max_kl)
             guards.keep_policy(self.kept, config, self.update, metrics, self.rollout_model)
+        # Eq. 6-7: clipped losses.
         with guards.phase("update", config, seconds):
             metrics |= self._optimize(experience, minibatches)
         if self.probe is not None:
