@@ -24,8 +24,8 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError, stream_seed
-from tppo.core.config import Precision
-from tppo.core.device import autocast, resolved
+from tppo.core.config import RL, Precision
+from tppo.core.device import autocast, generation_dtype, resolved
 from tppo.core.models import lora_config
 from tppo.generate.engine import Generation
 
@@ -218,7 +218,36 @@ class ValueProbe(nn.Module):
         return {"gram": gram, "moment": moment, "errors": errors, "weights": weights}
 
 
+EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
 _ADAPTER = "default"
+
+
+def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyWithValue, Any, Any | None]:
+    """From a language model whose longest sequence (prompt and response) has `longest` tokens: the policy to be
+    trained, the copy that samples (in the rollout's precision, see `copy_weights`), the reference (None with LoRA).
+
+    Raises:
+        UserError: weights that are not float32. Small steps vanish in bf16: 1e-5 added to 1 is 1.
+    """
+    for name, parameter in lm.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
+                "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
+            )
+    attention: str = config.attention
+    if attention == "auto":
+        attention = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
+    lm.set_attn_implementation(attention)
+    rollout_model, reference = frozen_copy(lm).to(generation_dtype(config.precision)), None
+    if config.tuning == "lora":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "rl", "lora"))
+            lm = get_peft_model(lm, lora_config(config.lora_r))
+    else:
+        reference = reference_copy(lm, config.precision)
+    # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
+    return PolicyWithValue(lm, config.value_function).eval(), rollout_model, reference
 
 
 def frozen_copy(lm: Any) -> Any:
@@ -262,37 +291,6 @@ def reference_logprobs(
     model = lm if reference is None else reference
     with model.disable_adapter() if reference is None else nullcontext(), autocast(precision):
         return response_logprobs(model, batch, temperature)[0]
-
-
-def with_adapters(lm: Any, rank: int, seed: int) -> Any:
-    """The language model with fresh LoRA adapters on every linear layer but the output; they start at zero change."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "rl", "lora"))
-        return get_peft_model(lm, lora_config(rank))
-
-
-def require_float32(lm: Any) -> None:
-    """Small steps vanish in bf16 weights: 1e-5 added to 1 is 1.
-
-    Raises:
-        UserError: a parameter of another dtype.
-    """
-    for name, parameter in lm.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UserError(
-                f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
-                "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
-            )
-
-
-EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
-
-
-def set_attention(lm: Any, attention: str, longest: int) -> None:
-    """Set `rl.attention` on a model whose longest sequence (prompt and response) has this many tokens."""
-    if attention == "auto":
-        attention = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
-    lm.set_attn_implementation(attention)
 
 
 TrainingState = dict[str, dict[str, Tensor]]

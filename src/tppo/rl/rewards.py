@@ -55,7 +55,7 @@ def apply_length_penalty(rewards_BT: Tensor, suggested_length: float, alpha: flo
     """Eq. 5: R' = lwp(l) R, on positive rewards only (`on="positive"`) or on all (`on="paper"`)."""
     if alpha == 0:
         return rewards_BT
-    weighted_BT = rewards_BT * length_weight(rewards_BT.shape[1], suggested_length, alpha)
+    weighted_BT = rewards_BT * length_weight(rewards_BT.shape[1], suggested_length, alpha).to(rewards_BT.device)
     return torch.where(rewards_BT > 0, weighted_BT, rewards_BT) if on == "positive" else weighted_BT
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import unpad_sequence
 
 from tppo.core.common import UserError
 from tppo.core.config import RL, Algorithm, Recipe, Task
@@ -174,13 +175,15 @@ class QueryReward:
             ]
             metrics["known_queries"] = sum(queries for queries, _ in shares) / len(samples)
             metrics["known_words"] = sum(words for _, words in shares) / len(samples)
-        return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
+        rewards, classes = (unpad_sequence(rows, length_B, batch_first=True) for rows in (rewards_BT, classes_BT))
+        return Scores([row.tolist() for row in rewards], metrics, [row.tolist() for row in classes])
 
 
 def without_repeats(
     relevance: Relevance, examples: Sequence[Example], samples: Sequence[Sample], parsed: Sequence[ParsedResponse]
 ) -> Relevance:
-    """The relevance with every query that is not new as irrelevant (`rl.repeats_irrelevant`)."""
+    """Every query that is not new as irrelevant (`rl.repeats_irrelevant`), by the judge's own rule and not by the
+    reward model's guess: it sees too few repeats to learn what they are worth."""
     class_probs, sentence_scores = [], []
     rows = zip(relevance.class_probs, relevance.sentence_scores, examples, samples, parsed, strict=True)
     for probs_T3, score, example, sample, response in rows:
@@ -192,11 +195,6 @@ def without_repeats(
         class_probs.append(np.where(hit_T[:, None], irrelevant_T3, probs_T3).astype(np.float32))
         sentence_scores.append(score * (1 - len(old) / max(1, len(response.queries))))
     return relevance._replace(class_probs=class_probs, sentence_scores=sentence_scores)
-
-
-def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:
-    """The responses' own entries, without padding."""
-    return [row[:length].tolist() for row, length in zip(values_BT, length_B.tolist(), strict=True)]
 
 
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:

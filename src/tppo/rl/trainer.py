@@ -39,7 +39,7 @@ from torch import Tensor
 
 from tppo.core.common import rng, stream_seed
 from tppo.core.config import RL
-from tppo.core.device import generation_dtype, resolved
+from tppo.core.device import resolved
 from tppo.core.models import load_policy
 from tppo.generate.engine import generate
 from tppo.rl import guards
@@ -51,13 +51,9 @@ from tppo.rl.policy import (
     TokenBatch,
     ValueProbe,
     copy_weights,
-    frozen_copy,
+    make_policies,
     pad_batch,
-    reference_copy,
     reference_logprobs,
-    require_float32,
-    set_attention,
-    with_adapters,
 )
 from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, make_sample, score
 from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
@@ -131,15 +127,10 @@ class TokenPPOTrainer:
         guards.check_config(config, max_response_tokens)
         if isinstance(policy, str | Path):
             policy, tokenizer = load_policy(policy)
-        require_float32(policy)
         self.tokenizer = tokenizer
         self.prompts = guards.encode_prompts(tokenizer, prompts)
-        set_attention(policy, config.attention, max(map(len, self.prompts)) + max_response_tokens)
-        self.rollout_model = frozen_copy(policy).to(generation_dtype(config.precision))
-        self.reference = None if config.tuning == "lora" else reference_copy(policy, config.precision)
-        lm = with_adapters(policy, config.lora_r, seed) if config.tuning == "lora" else policy
-        # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
-        self.policy = PolicyWithValue(lm, config.value_function).eval()
+        longest = max(map(len, self.prompts)) + max_response_tokens
+        self.policy, self.rollout_model, self.reference = make_policies(policy, config, longest, seed)
         self.probe = self.policy.value_head if isinstance(self.policy.value_head, ValueProbe) else None
         self.reward_fn = reward_fn
         self.max_response_tokens = max_response_tokens
