@@ -7,6 +7,7 @@ the commit. Deterministic on one machine; between kinds of CPU sums are taken in
 import json
 
 import pytest
+import torch
 
 from tests.rl import make_trajectory
 
@@ -15,6 +16,15 @@ TOLERANCE = 1e-5
 at most, 1 and 2 threads by nothing; rounding to six decimals adds up to 1e-6. Changes of maths that were tried move a
 number by more: the probe's DECAY from 0.8 to 0.79 by 1.5e-5, 6 to 5.99 in Eq. 4 by 9e-5, a weight decay of 0.01 by
 6e-4, the epsilon of whitening from 1e-8 to 1e-4 by 5e-3."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where the cores are busy, two threads that wait for each other take a minute for what one does in a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", make_trajectory.CASES)
