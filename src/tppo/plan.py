@@ -26,7 +26,7 @@ from tppo.model_sizes import encoder_size, policy_size
 from tppo.reward.gate import check_settings as check_gate
 from tppo.reward.train import KINDS, settings_for
 from tppo.reward.train import check_settings as check_reward
-from tppo.rl.trainer import check_config
+from tppo.rl.guards import check_config
 from tppo.tune.trl import check_batch_sizes
 
 
