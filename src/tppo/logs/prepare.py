@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,27 @@ from rich.table import Table
 from tppo.core.common import UserError, console, progress_bar
 from tppo.core.config import Columns, Prepare, Recipe, Task
 from tppo.core.run import RunFolder
-from tppo.core.tables import SPLITS
+from tppo.core.tables import SPLITS, field
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import examples, readers
-from tppo.logs.clean import UserHasher, clean_text, clean_url, hash_key
-from tppo.logs.readers import BAD_ROWS, INTERACTIONS, BadRow, RawRow
+from tppo.logs.clean import clean_text, clean_url, hash_key, hash_user
+from tppo.logs.readers import BadRow, RawRow
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
 BATCH_ROWS = 20_000
+INTERACTIONS = pa.schema(
+    [
+        field("file", pa.int32(), "number of the log file"),
+        field("line", pa.int64(), "1-based line of the row"),
+        field("user_id", pa.uint64(), "keyed hash of the user id"),
+        field("time", pa.timestamp("us"), "time in UTC (as given, when without a zone)"),
+        field("kind", pa.string(), "search, click, purchase or visit"),
+        field("text", pa.string(), "normalised text"),
+        field("click", pa.string(), "host clicked in the same row (AOL), else null", nullable=True),
+    ]
+)
+"""Staged rows: cleaned one by one, not yet compared with each other."""
+BAD_ROWS = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string())])
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -46,7 +59,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     scratch.mkdir()
     try:
         with _connect(recipe.prepare, scratch) as con:
-            rows_read = _stage_files(con, files, format, columns, UserHasher(key), recipe.prepare.max_text_chars)
+            rows_read = _stage_files(con, files, format, columns, key, recipe.prepare.max_text_chars)
             facts: dict[str, Any] = {"files": len(files), "rows_read": rows_read}
             console.print("prepare: event sequences, windows and splits")
             examples.build_events(con)
@@ -70,14 +83,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 def check_settings(prepare: Prepare) -> None:
     """UserError for a number out of range."""
-    for name in (
-        "min_history",
-        "windows_per_user",
-        "window_stride",
-        "min_users_per_target",
-        "max_text_chars",
-        "threads",
-    ):
+    counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")
+    for name in counts:
         if getattr(prepare, name) < 1:
             raise UserError(f"prepare.{name} is {getattr(prepare, name)}: it must be at least 1")
     shares = ("reward_eval_share", "eval1_share", "eval2_share", "eval2_time_share")
@@ -120,7 +127,7 @@ def _stage_files(
     files: list[Path],
     format: str,
     columns: Columns,
-    hasher: UserHasher,
+    key: bytes,
     max_text_chars: int,
 ) -> int:
     """Fill the tables `files`, `rows` and `rejects`; returns the number of rows read."""
@@ -128,9 +135,8 @@ def _stage_files(
     for name, schema in (("rows", INTERACTIONS), ("rejects", BAD_ROWS)):
         con.register("empty", schema.empty_table())
         con.execute(f"CREATE TABLE {name} AS FROM empty")
-    rows_read = 0
+    rows_read = done = 0
     total = sum(path.stat().st_size for path in files)
-    done = 0
     console.print(f"prepare: reading {len(files)} file(s), {total / 1e6:.1f} MB")
     with progress_bar() as bar:
         task = bar.add_task("kB read", total=total // 1000)
@@ -138,13 +144,28 @@ def _stage_files(
             con.execute("INSERT INTO files VALUES (?, ?)", [number, str(path)])
             with path.open("rb") as raw:
                 rows = readers.read_rows(path, raw, format, columns)
-                for kept, bad in _batches(rows, number, hasher, max_text_chars):
-                    rows_read += len(kept) + len(bad)
-                    _insert(con, "rows", kept, INTERACTIONS)
-                    _insert(con, "rejects", bad, BAD_ROWS)
+                while batch := list(islice(rows, BATCH_ROWS)):
+                    rows_read += len(batch)
+                    _stage_batch(con, number, batch, key, max_text_chars)
                     bar.update(task, completed=(done + raw.tell()) // 1000)
             done += path.stat().st_size
     return rows_read
+
+
+def _stage_batch(
+    con: duckdb.DuckDBPyConnection, file: int, batch: list[RawRow | BadRow], key: bytes, max_text_chars: int
+) -> None:
+    kept: list[tuple[Any, ...]] = []
+    bad: list[tuple[Any, ...]] = []
+    for row in batch:
+        if isinstance(row, BadRow):
+            bad.append((file, row.line, row.reason))
+        elif isinstance(cleaned := clean_row(row, max_text_chars), str):
+            bad.append((file, row.line, cleaned))
+        else:
+            kept.append((file, row.line, hash_user(key, row.user), *cleaned))
+    _insert(con, "rows", kept, INTERACTIONS)
+    _insert(con, "rejects", bad, BAD_ROWS)
 
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]], schema: pa.Schema) -> None:
@@ -152,28 +173,6 @@ def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ..
         columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
         con.register("batch", pa.Table.from_arrays(columns, schema=schema))
         con.execute(f"INSERT INTO {table} FROM batch")
-        con.unregister("batch")
-
-
-Batch = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]
-
-
-def _batches(rows: readers.Rows, file: int, hasher: UserHasher, max_text_chars: int) -> Iterator[Batch]:
-    """(rows as INTERACTIONS, rows as BAD_ROWS), some ten thousand at a time."""
-    kept: list[tuple[Any, ...]] = []
-    bad: list[tuple[Any, ...]] = []
-    for row in rows:
-        cleaned = row.reason if isinstance(row, BadRow) else clean_row(row, max_text_chars)
-        if isinstance(cleaned, str):
-            bad.append((file, row.line, cleaned))
-        else:
-            assert isinstance(row, RawRow)
-            when, kind, text, click = cleaned
-            kept.append((file, row.line, hasher.hash(row.user), when, kind, text, click))
-        if len(kept) + len(bad) == BATCH_ROWS:
-            yield kept, bad
-            kept, bad = [], []
-    yield kept, bad
 
 
 def clean_row(row: RawRow, max_text_chars: int) -> tuple[datetime, str, str, str | None] | str:
@@ -229,22 +228,18 @@ def _row_facts(con: duckdb.DuckDBPyConnection, rows_read: int) -> dict[str, Any]
 
 
 def _example_facts(con: duckdb.DuckDBPyConnection, task: Task) -> dict[str, Any]:
-    by_split = {
-        split: (count, users)
-        for split, count, users in _all(
-            con,
-            "SELECT split, count(*), count(DISTINCT user_id) FROM windows WHERE long_enough GROUP BY split",
-        )
-    }
-    history = "SELECT median(least(position - 1, ?)) FROM windows WHERE long_enough"
-    median = con.execute(history, [task.history_events]).fetchall()[0][0] or 0
-    users_without = "SELECT count(*) FROM (SELECT DISTINCT user_id FROM events) ANTI JOIN {} USING (user_id)"
+    """Facts about windows and splits."""
+    by_split = "SELECT split, count(*), count(DISTINCT user_id) FROM windows WHERE long_enough GROUP BY split"
+    counts = {split: numbers for split, *numbers in _all(con, by_split)}
+    examples, users = ({split: counts.get(split, (0, 0))[i] for split in SPLITS} for i in range(2))
+    history = f"SELECT median(least(position - 1, {task.history_events})) FROM windows WHERE long_enough"
+    without = "SELECT count(DISTINCT user_id) FROM events ANTI JOIN (FROM windows WHERE long_enough) USING (user_id)"
     return {
-        "examples": {split: by_split.get(split, (0, 0))[0] for split in SPLITS},
-        "example_users": {split: by_split.get(split, (0, 0))[1] for split in SPLITS},
+        "examples": examples,
+        "example_users": users,
         "windows_too_short": _all(con, "SELECT count(*) FROM windows WHERE NOT long_enough")[0][0],
-        "users_too_few_events": _all(con, users_without.format("(FROM windows WHERE long_enough)"))[0][0],
-        "median_history": median,
+        "users_too_few_events": _all(con, without)[0][0],
+        "median_history": _all(con, history)[0][0] or 0,
     }
 
 
@@ -276,23 +271,30 @@ def print_summary(facts: dict[str, Any]) -> None:
     table = Table(title="prepare", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name in ("files", "rows_read", "rows_kept", "rows_rejected"):
-        table.add_row(name.replace("_", " "), f"{facts[name]:,}")
-    for reason, count in facts["rejected"].items():
-        table.add_row(f"  rejected: {reason}", f"{count:,}")
-    table.add_section()
-    for kind, count in facts["events"].items():
-        table.add_row(f"events: {kind}", f"{count:,}")
-    table.add_row("time span", f"{facts['first_time']:%Y-%m-%d} to {facts['last_time']:%Y-%m-%d}")
-    table.add_row("users", f"{facts['users']:,}")
-    table.add_row("users with too few events", f"{facts['users_too_few_events']:,}")
-    table.add_section()
-    for split, count in facts["examples"].items():
-        table.add_row(f"examples: {split}", f"{count:,} of {facts['example_users'][split]:,} users")
-    table.add_row("eval2 targets from", f"{facts['time_cut']:%Y-%m-%d %H:%M}")
-    table.add_row("windows with too short a history", f"{facts['windows_too_short']:,}")
-    table.add_row("median events in a history", f"{facts['median_history']:g}")
-    table.add_section()
-    table.add_row("seconds", f"{facts['seconds']:.1f}")
-    table.add_row("rows per second", f"{facts['rows_per_second']:,}")
+    sections = [
+        {
+            **{name.replace("_", " "): facts[name] for name in ("files", "rows_read", "rows_kept", "rows_rejected")},
+            **{f"  rejected: {reason}": count for reason, count in facts["rejected"].items()},
+        },
+        {
+            **{f"events: {kind}": count for kind, count in facts["events"].items()},
+            "time span": f"{facts['first_time']:%Y-%m-%d} to {facts['last_time']:%Y-%m-%d}",
+            "users": facts["users"],
+            "users with too few events": facts["users_too_few_events"],
+        },
+        {
+            **{
+                f"examples: {split}": f"{count:,} of {facts['example_users'][split]:,} users"
+                for split, count in facts["examples"].items()
+            },
+            "eval2 targets from": f"{facts['time_cut']:%Y-%m-%d %H:%M}",
+            "windows with too short a history": facts["windows_too_short"],
+            "median events in a history": f"{facts['median_history']:g}",
+        },
+        {"seconds": f"{facts['seconds']:.1f}", "rows per second": facts["rows_per_second"]},
+    ]
+    for section in sections:
+        for name, value in section.items():
+            table.add_row(name, value if isinstance(value, str) else f"{value:,}")
+        table.add_section()
     console.print(table)
