@@ -271,30 +271,8 @@ def print_summary(facts: dict[str, Any]) -> None:
     table = Table(title="prepare", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    sections = [
-        {
-            **{name.replace("_", " "): facts[name] for name in ("files", "rows_read", "rows_kept", "rows_rejected")},
-            **{f"  rejected: {reason}": count for reason, count in facts["rejected"].items()},
-        },
-        {
-            **{f"events: {kind}": count for kind, count in facts["events"].items()},
-            "time span": f"{facts['first_time']:%Y-%m-%d} to {facts['last_time']:%Y-%m-%d}",
-            "users": facts["users"],
-            "users with too few events": facts["users_too_few_events"],
-        },
-        {
-            **{
-                f"examples: {split}": f"{count:,} of {facts['example_users'][split]:,} users"
-                for split, count in facts["examples"].items()
-            },
-            "eval2 targets from": f"{facts['time_cut']:%Y-%m-%d %H:%M}",
-            "windows with too short a history": facts["windows_too_short"],
-            "median events in a history": f"{facts['median_history']:g}",
-        },
-        {"seconds": f"{facts['seconds']:.1f}", "rows per second": facts["rows_per_second"]},
-    ]
-    for section in sections:
-        for name, value in section.items():
-            table.add_row(name, value if isinstance(value, str) else f"{value:,}")
-        table.add_section()
+    for name, value in facts.items():
+        for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+            label = f"{name} {key}".replace("_", " ")
+            table.add_row(label, f"{number:,}" if isinstance(number, int | float) else str(number))
     console.print(table)
