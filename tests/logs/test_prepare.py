@@ -76,9 +76,11 @@ def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ..
     rows: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for number, line in enumerate(path.read_text().splitlines()[1:], start=2):
         fields = line.split("\t")
-        cleaned = prepare.clean_row(RawRow(number, *fields), settings.max_text_chars) if len(fields) == 4 else "bad"
-        if not isinstance(cleaned, str):
-            when, kind, text, _ = cleaned
+        if len(fields) != 4:
+            continue
+        cleaned = prepare.clean_row(RawRow(number, *fields), KEY.encode(), settings.max_text_chars)
+        reason, _, when, kind, text, _ = cleaned
+        if reason is None:
             rows[hash_user(KEY.encode(), fields[0])].append((when, number, kind, text))
     events: dict[int, list[tuple[Any, ...]]] = {}
     for user, found in rows.items():

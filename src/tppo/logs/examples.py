@@ -32,7 +32,7 @@ SELECT * EXCLUDE (occurrence) FROM (
     SELECT *, row_number() OVER (
         PARTITION BY user_id, time, kind, text ORDER BY file, line, part) AS occurrence
     FROM (
-        SELECT file, line, 0::TINYINT AS part, user_id, time, kind, text FROM rows
+        SELECT file, line, 0::TINYINT AS part, user_id, time, kind, text FROM rows WHERE reason IS NULL
         UNION ALL
         SELECT file, line, 1::TINYINT, user_id, time, 'click', click FROM rows WHERE click IS NOT NULL
     )
@@ -56,9 +56,9 @@ SELECT user_id, kind, text, time, file, line,
        row_number() OVER (PARTITION BY user_id ORDER BY time, file, line, part) AS position
 FROM fresh WHERE occurrence = 1;
 """
-_COMPARED_REJECTS = """
-INSERT INTO rejects
-SELECT file, line, CASE WHEN first_events.file IS NULL THEN 'duplicate' ELSE 'repeat' END
+_REJECTS = """
+CREATE TABLE rejects AS
+SELECT file, line, coalesce(reason, CASE WHEN first_events.file IS NULL THEN 'duplicate' ELSE 'repeat' END) AS reason
 FROM rows ANTI JOIN events USING (file, line)
 LEFT JOIN (SELECT DISTINCT file, line FROM first_events) AS first_events USING (file, line);
 """
@@ -114,16 +114,12 @@ SELECT printf('%016x-%d', user_id, back) AS example_id, printf('%016x', user_id)
 FROM kept JOIN histories USING (user_id, back) JOIN targets USING (user_id, back)
 ORDER BY user_id, back
 """
-_REJECTS = """
-SELECT files.name AS file, line, reason FROM rejects JOIN files ON rejects.file = files.number
-ORDER BY files.number, line
-"""
 
 
 def build_events(con: duckdb.DuckDBPyConnection) -> None:
-    """Table `rows` -> tables `first_events` and `events`; rows without an event left join table `rejects`."""
+    """Table `rows` -> tables `first_events` and `events`, and `rejects`: the rows that no event is left of."""
     con.execute(_EVENTS)
-    con.execute(_COMPARED_REJECTS)
+    con.execute(_REJECTS)
 
 
 def build_windows(con: duckdb.DuckDBPyConnection, prepare: Prepare, task: Task) -> Any:
@@ -155,7 +151,8 @@ def write_examples(con: duckdb.DuckDBPyConnection, path: Path, task: Task) -> No
 
 def write_rejects(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     """Write rejects.parquet (tables.REJECTS), ordered by file and line."""
-    _write(con.sql(_REJECTS), path, REJECTS)
+    query = "SELECT name AS file, line, reason FROM rejects JOIN files ON file = number ORDER BY number, line"
+    _write(con.sql(query), path, REJECTS)
 
 
 def _write(query: duckdb.DuckDBPyRelation, path: Path, schema: pa.Schema) -> None:

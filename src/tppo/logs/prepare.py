@@ -1,9 +1,9 @@
 """Stage `prepare`: interaction log -> examples.parquet and rejects.parquet.
 
-Each row is read, cleaned and hashed on its own in Python, streaming; whatever compares rows (duplicates,
-repeats, windows, splits) is SQL in DuckDB over a scratch database in the stage's folder, within
-`prepare.memory_limit` (DuckDB's; Python and its libraries come on top, about 200 MB). The scratch holds no
-user id of the log, only keyed hashes, and is deleted at the end.
+Each row is read, cleaned and hashed on its own in Python, streaming; whatever compares rows (duplicates, repeats,
+windows, splits) is SQL in DuckDB over a scratch database in the stage's folder, within `prepare.memory_limit`
+(DuckDB's; Python and its libraries come on top, about 200 MB). The scratch holds no user id of the log, only keyed
+hashes, and is deleted at the end.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from tppo.logs.readers import BadRow, RawRow
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
 BATCH_ROWS = 20_000
-INTERACTIONS = pa.schema(
+STAGED = pa.schema(
     [
         field("file", pa.int32(), "number of the log file"),
         field("line", pa.int64(), "1-based line of the row"),
+        field("reason", pa.string(), "why the row is rejected, else null; of a rejected row nothing else is kept"),
         field("user_id", pa.uint64(), "keyed hash of the user id"),
         field("time", pa.timestamp("us"), "time in UTC (as given, when without a zone)"),
         field("kind", pa.string(), "search, click, purchase or visit"),
         field("text", pa.string(), "normalised text"),
-        field("click", pa.string(), "host clicked in the same row (AOL), else null", nullable=True),
+        field("click", pa.string(), "host clicked in the same row (AOL), else null"),
     ]
 )
-"""Staged rows: cleaned one by one, not yet compared with each other."""
-BAD_ROWS = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string())])
+"""Table `rows`: cleaned one by one, not yet compared with each other."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -123,18 +123,12 @@ def _connect(prepare: Prepare, scratch: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _stage_files(
-    con: duckdb.DuckDBPyConnection,
-    files: list[Path],
-    format: str,
-    columns: Columns,
-    key: bytes,
-    max_text_chars: int,
+    con: duckdb.DuckDBPyConnection, files: list[Path], format: str, columns: Columns, key: bytes, max_text_chars: int
 ) -> int:
-    """Fill the tables `files`, `rows` and `rejects`; returns the number of rows read."""
+    """Fill the tables `files` and `rows` (STAGED); returns the number of rows read."""
     con.execute("CREATE TABLE files (number INTEGER, name VARCHAR)")
-    for name, schema in (("rows", INTERACTIONS), ("rejects", BAD_ROWS)):
-        con.register("empty", schema.empty_table())
-        con.execute(f"CREATE TABLE {name} AS FROM empty")
+    con.register("batch", STAGED.empty_table())
+    con.execute("CREATE TABLE rows AS FROM batch")
     rows_read = done = 0
     total = sum(path.stat().st_size for path in files)
     console.print(f"prepare: reading {len(files)} file(s), {total / 1e6:.1f} MB")
@@ -145,51 +139,36 @@ def _stage_files(
             with path.open("rb") as raw:
                 rows = readers.read_rows(path, raw, format, columns)
                 while batch := list(islice(rows, BATCH_ROWS)):
+                    staged = [(number, row.line, *clean_row(row, key, max_text_chars)) for row in batch]
+                    con.register("batch", pa.table(list(zip(*staged, strict=True)), schema=STAGED))
+                    con.execute("INSERT INTO rows FROM batch")
                     rows_read += len(batch)
-                    _stage_batch(con, number, batch, key, max_text_chars)
                     bar.update(task, completed=(done + raw.tell()) // 1000)
             done += path.stat().st_size
     return rows_read
 
 
-def _stage_batch(
-    con: duckdb.DuckDBPyConnection, file: int, batch: list[RawRow | BadRow], key: bytes, max_text_chars: int
-) -> None:
-    kept: list[tuple[Any, ...]] = []
-    bad: list[tuple[Any, ...]] = []
-    for row in batch:
-        if isinstance(row, BadRow):
-            bad.append((file, row.line, row.reason))
-        elif isinstance(cleaned := clean_row(row, max_text_chars), str):
-            bad.append((file, row.line, cleaned))
-        else:
-            kept.append((file, row.line, hash_user(key, row.user), *cleaned))
-    _insert(con, "rows", kept, INTERACTIONS)
-    _insert(con, "rejects", bad, BAD_ROWS)
-
-
-def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]], schema: pa.Schema) -> None:
-    if rows:
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
-        con.register("batch", pa.Table.from_arrays(columns, schema=schema))
-        con.execute(f"INSERT INTO {table} FROM batch")
-
-
-def clean_row(row: RawRow, max_text_chars: int) -> tuple[datetime, str, str, str | None] | str:
-    """(time in UTC, kind, normalised text, clicked host or None), or the reason to reject the row."""
+def clean_row(row: RawRow | BadRow, key: bytes, max_text_chars: int) -> tuple[Any, ...]:
+    """The columns of STAGED from `reason` on: why the row is rejected, or what is kept of it."""
+    if isinstance(row, BadRow):
+        return _rejected(row.reason)
     if not row.user.strip():
-        return "missing_value"
+        return _rejected("missing_value")
     when = parse_time(row.time)
     if when is None:
-        return "bad_time"
+        return _rejected("bad_time")
     kind = row.kind if row.kind in EVENT_KINDS else row.kind.strip().lower()
     if kind not in EVENT_KINDS:
-        return "unknown_kind"
+        return _rejected("unknown_kind")
     text, reason = clean_text(kind, row.text, max_text_chars)
     click = None
     if reason is None and row.url is not None:
         click, reason = clean_url(row.url, max_text_chars)
-    return reason or (when, kind, text, click)
+    return _rejected(reason) if reason else (None, hash_user(key, row.user), when, kind, text, click)
+
+
+def _rejected(reason: str) -> tuple[Any, ...]:
+    return reason, None, None, None, None, None
 
 
 def parse_time(value: str | datetime) -> datetime | None:
@@ -248,22 +227,21 @@ def _all(con: duckdb.DuckDBPyConnection, query: str) -> list[Any]:
 
 
 def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:
-    for split, count in facts["examples"].items():
-        if count:
-            continue
-        setting = {
-            "train": "lower the other shares",
-            "reward_eval": f"raise prepare.reward_eval_share ({prepare.reward_eval_share:g})",
-            "eval1": f"raise prepare.eval1_share ({prepare.eval1_share:g})",
-            "eval2": f"raise prepare.eval2_share ({prepare.eval2_share:g}) or prepare.eval2_time_share "
-            f"({prepare.eval2_time_share:g})",
-        }[split]
-        raise UserError(
-            f"split {split} has no examples ({facts['users']} users in the log, "
-            f"{facts['users_too_few_events']} of them with too few events): {setting}, "
-            f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
-            f"({prepare.min_users_per_target}), or give a log with more users"
-        )
+    ways_out = {
+        "train": "lower the other shares",
+        "reward_eval": f"raise prepare.reward_eval_share ({prepare.reward_eval_share:g})",
+        "eval1": f"raise prepare.eval1_share ({prepare.eval1_share:g})",
+        "eval2": f"raise prepare.eval2_share ({prepare.eval2_share:g}) or prepare.eval2_time_share "
+        f"({prepare.eval2_time_share:g})",
+    }
+    for split, way_out in ways_out.items():
+        if not facts["examples"][split]:
+            raise UserError(
+                f"split {split} has no examples ({facts['users']} users in the log, "
+                f"{facts['users_too_few_events']} of them with too few events): {way_out}, "
+                f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
+                f"({prepare.min_users_per_target}), or give a log with more users"
+            )
 
 
 def print_summary(facts: dict[str, Any]) -> None:

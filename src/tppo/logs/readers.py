@@ -286,14 +286,15 @@ def _json_row(number: int, text: str, columns: Columns) -> RawRow | BadRow:
         record = json.loads(text)
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict):
-        return BadRow(number, "malformed")
+    return _typed_row(number, record, columns) if isinstance(record, dict) else BadRow(number, "malformed")
+
+
+def _typed_row(line: int, record: dict[str, Any], columns: Columns) -> RawRow | BadRow:
+    """A row of a typed format; whole numbers pass as user ids and texts, nothing else is converted."""
+    user, time, text = (record.get(name) for name in (columns.user_id, columns.time, columns.text))
     kind = record.get(columns.kind) if columns.kind else "search"
-    return _typed(number, record.get(columns.user_id), record.get(columns.time), kind, record.get(columns.text))
-
-
-def _typed(line: int, user: Any, time: Any, kind: Any, text: Any) -> RawRow | BadRow:
-    """Values of a typed format; whole numbers pass as user ids and texts, nothing else is converted."""
+    if any(isinstance(value, bytes) for value in (user, time, kind, text)):
+        return BadRow(line, "bad_utf8")
     user, text = (str(value) if type(value) is int else value for value in (user, text))
     if not (isinstance(user, str) and isinstance(kind, str) and isinstance(text, str)) or time is None:
         return BadRow(line, "missing_value")
@@ -309,14 +310,10 @@ def _read_parquet(path: Path, raw: BinaryIO, columns: Columns) -> Rows:
         names = [name for name in (columns.user_id, columns.time, columns.kind, columns.text) if name]
         line = 0
         for batch in file.iter_batches(batch_size=1 << 14, columns=names):
-            values = {name: _parquet_values(path, name, batch.column(name)) for name in names}
-            kinds = values[columns.kind] if columns.kind else ["search"] * len(batch)
-            for fields in zip(values[columns.user_id], values[columns.time], kinds, values[columns.text], strict=True):
+            values = [_parquet_values(path, name, batch.column(name)) for name in names]
+            for fields in zip(*values, strict=True):
                 line += 1
-                if any(isinstance(value, bytes) for value in fields):
-                    yield BadRow(line, "bad_utf8")
-                else:
-                    yield _typed(line, *fields)
+                yield _typed_row(line, dict(zip(names, fields, strict=True)), columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}): check prepare.format") from None
 
