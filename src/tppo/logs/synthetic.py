@@ -141,11 +141,12 @@ def relevant_words(query: Sequence[str], possible: Sequence[tuple[str, ...]]) ->
     to several queries, nor to say a word again.
     """
     written = Counter(query)
-    best: tuple[tuple[int, int], tuple[str, ...]] = ((0, 0), ())
-    for other in possible:
-        shared = sum(min(count, other.count(word)) for word, count in written.items())
-        best = max(best, ((shared, -len(other)), other), key=lambda entry: entry[0])
-    left = Counter(best[1])
+
+    def likeness(other: tuple[str, ...]) -> tuple[int, int]:
+        return sum(min(count, other.count(word)) for word, count in written.items()), -len(other)
+
+    candidates: list[tuple[str, ...]] = [(), *possible]
+    left = Counter(max(candidates, key=likeness))
     marks = []
     for word in query:
         marks.append(left[word] > 0)

@@ -158,9 +158,8 @@ def serve(recipe: Recipe) -> None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:
             folders[algorithm] = run.path(stage) / "model"
-    listener = listen(recipe.serve.host, recipe.serve.port)
-    try:
-        loopback = is_loopback(recipe.serve.host)
+    loopback = is_loopback(recipe.serve.host)
+    with listen(recipe.serve.host, recipe.serve.port) as listener:
         if not loopback:
             console.print(
                 f"[bold red]WARNING[/]: listening on {recipe.serve.host}: anyone who can reach this machine "
@@ -173,5 +172,3 @@ def serve(recipe: Recipe) -> None:
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
         console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on {address_of(listener)} (Ctrl+C stops)")
         run_server(app, listener)
-    finally:
-        listener.close()
