@@ -145,8 +145,8 @@ def relevant_words(query: Sequence[str], possible: Sequence[tuple[str, ...]]) ->
     def likeness(other: tuple[str, ...]) -> tuple[int, int]:
         return sum(min(count, other.count(word)) for word, count in written.items()), -len(other)
 
-    candidates: list[tuple[str, ...]] = [(), *possible]
-    left = Counter(max(candidates, key=likeness))
+    nearest: tuple[str, ...] = max([(), *possible], key=likeness)
+    left = Counter(nearest)
     marks = []
     for word in query:
         marks.append(left[word] > 0)
