@@ -185,6 +185,7 @@ def hash_key() -> bytes:
     return key
 
 
+@lru_cache(maxsize=1 << 10)  # a user's rows mostly follow each other; an id can be 64 KiB long
 def hash_user(key: bytes, user: str) -> int:
     """User id -> 64-bit HMAC-SHA256; tables show it as 16 hexadecimal digits."""
     return int.from_bytes(hmac.digest(key, user.encode("utf-8", "surrogatepass"), "sha256")[:8], "big")

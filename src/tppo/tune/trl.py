@@ -214,15 +214,13 @@ class ProgressCallback(TrainerCallback):
         self.bar.start()
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The whole file anew: on a resumed run the rows after the checkpoint are made again.
         rows = metric_rows(state.log_history, self.metrics)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        if state.log_history and "loss" in state.log_history[-1]:
-            self.bar.update(self.task, description=f"{self.title} loss {state.log_history[-1]['loss']:.2f}")
+        if "loss" in state.log_history[-1]:
+            description = f"{self.title} loss {state.log_history[-1]['loss']:.2f}"
+            self.bar.update(self.task, completed=state.global_step, description=description)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
