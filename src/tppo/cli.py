@@ -23,33 +23,55 @@ def run_one(recipe: Recipe, stage: str) -> bool:
     return run_stage(recipe, stage, importlib.import_module(STAGES[split_stage(stage)[0]].module).run)
 
 
-def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
-    """Every stage of the recipe, then the summary on the console."""
-    run, stages = RunFolder(recipe), all_stages(recipe)
-    if unknown := set(redo) - set(stages):
-        raise UserError(f"--redo {sorted(unknown)}: this recipe's stages are {stages}")
+def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) -> None:
+    """Run the stages of a recipe that are not finished, each in a process of its own.
+
+    >>> import tempfile
+    >>> from tppo.core.config import Synthetic
+    >>> recipe = Recipe(run_dir=tempfile.mkdtemp(), synthetic=Synthetic(users=60, events_per_user=40))
+    >>> run(recipe, ["synthetic", "prepare"])
+    >>> RunFolder(recipe).facts("prepare")["rows"] > 1000
+    True
+
+    Args:
+        stages: those wanted; empty: all of the recipe's, left to right.
+        redo: stages to make anew, with all that follows from them.
+
+    Raises:
+        UserError: a stage that the recipe does not have, one that stopped, or one finished with other settings.
+    """
+    folder, known = RunFolder(recipe), all_stages(recipe)
+    for name, asked in (("--redo", redo), ("stages", stages)):
+        if unknown := set(asked) - set(known):
+            raise UserError(f"{name} {sorted(unknown)}: this recipe's stages are {known}")
     check_samples(recipe)
-    _discard(run, redo)
-    run_stages(recipe, stages)
+    _discard(folder, redo)
+    run_stages(recipe, [stage for stage in known if not stages or stage in stages])
+
+
+def _run_all(recipe: Recipe, redo: Sequence[str]) -> None:
+    """Every stage, then the summary on the console."""
+    run(recipe, redo=redo)
     from tppo.report.page import print_summary  # here: no other command draws
 
-    print_summary(run)
+    folder = RunFolder(recipe)
+    print_summary(folder)
     # Whole lines, so that they can be copied.
-    console.print(f"report: {run.path('report') / 'report.html'}", soft_wrap=True)
-    console.print(f"serve:  tppo serve --config {run.root / 'recipe.yaml'}", soft_wrap=True)
+    console.print(f"report: {folder.path('report') / 'report.html'}", soft_wrap=True)
+    console.print(f"serve:  tppo serve --config {folder.root / 'recipe.yaml'}", soft_wrap=True)
 
 
-def _discard(run: RunFolder, redo: Sequence[str]) -> None:
+def _discard(folder: RunFolder, redo: Sequence[str]) -> None:
     for stage in redo:
-        run.check_own(stage)
+        folder.check_own(stage)
     for stage in redo:
-        run.discard_from(stage)
+        folder.discard_from(stage)
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> None:
     recipe, redo = parse_recipe(command, arguments)
     if command == "run":
-        run_all(recipe, redo)
+        _run_all(recipe, redo)
     elif command == "study":
         from tppo.study.run import run_study  # here: no other command needs it
 

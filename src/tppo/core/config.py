@@ -350,7 +350,11 @@ class CheckReward:
 
 @dataclass
 class RL:
-    """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum)."""
+    """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum).
+
+    >>> RL(algorithm="ppo", kl_coef=0.1).ppo_epochs
+    1
+    """
 
     algorithm: Algorithm = "tppo"
     """tppo: token rewards; ppo: the sentence-level reward model's score at the last token; ppo_sum: the sum
@@ -647,7 +651,12 @@ class Plan:
 
 @dataclass
 class Recipe:
-    """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task)."""
+    """A whole run: every stage reads its own section and the shared ones (run_dir, seed, task).
+
+    >>> recipe = Recipe(run_dir="runs/mine", rl=RL(updates=60))
+    >>> recipe.task.num_queries
+    3
+    """
 
     run_dir: str = "runs/demo"
     """Folder of the run; every stage writes one folder in it."""

@@ -37,6 +37,10 @@ transformers_logging.disable_progress_bar()
 def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal language model (in eval mode, on the CPU) and its tokenizer (left padding, pad token set).
 
+    >>> policy, tokenizer = load_policy("smollm2")  # bundled; converted once
+    >>> policy.config.num_hidden_layers
+    30
+
     Args:
         name_or_path: `smollm2`, a local folder, or a hub name.
         dtype: dtype of the weights in memory, whatever the file holds.

@@ -46,6 +46,11 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
 
     This decodes n prefixes of n tokens, which sounds slow and is little beside one forward pass.
     A sliding window would have to know how each tokenizer treats its first token; a prefix does not.
+
+    >>> from tppo.tune.scratch import train_tokenizer
+    >>> tokenizer = train_tokenizer(["red shoes", "red hat"], 300)
+    >>> token_spans(tokenizer, tokenizer("red hat")["input_ids"])
+    [(0, 3), (3, 7)]
     """
     text = decode_response(tokenizer, ids)
     spans: list[Span] = []
@@ -103,6 +108,10 @@ def classes_from_words(words: Sequence[Word], word_classes: Sequence[int], spans
 
     A token that touches no word (white space, separators, specials) is of class 0. Every token gets exactly
     one class; a word gives its class to all of its tokens.
+
+    >>> words = [Word("red", 0, 3, 0), Word("shoes", 4, 9, 0)]
+    >>> classes_from_words(words, [RELEVANT, IRRELEVANT], [(0, 3), (3, 7), (7, 9), (9, 9)])  # red, _sho, es, the end
+    [2, 1, 1, 0]
     """
     assert len(words) == len(word_classes), (len(words), len(word_classes))
     if not words or not spans:
@@ -120,6 +129,10 @@ def pool_probabilities(
     A target token's distribution is the mean of those of the source tokens it shares characters with,
     weighted by how many; white space counts for nothing, so " new" and "new" are the same. A target token
     without any shared character is a separator for sure: [1, 0, 0].
+
+    >>> one_token = np.array([[0.0, 0.25, 0.75]])  # "shoes" by the reward model's tokenizer
+    >>> pool_probabilities([(0, 5)], one_token, [(0, 3), (3, 5), (5, 5)], "shoes").tolist()  # sho, es, the end
+    [[0.0, 0.25, 0.75], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0]]
     """
     assert source_probs.shape == (len(source_spans), 3), source_probs.shape
     # Positions among the non-space characters only: in these coordinates white space has no width.

@@ -213,7 +213,15 @@ class RewardModel:
 
 
 class TokenRewardModel(RewardModel):
-    """Class probabilities (separator, irrelevant, relevant) for every token of a response."""
+    """Class probabilities (separator, irrelevant, relevant) for every token of a response.
+
+    >>> from tppo.core.models import load_encoder_path
+    >>> model = TokenRewardModel.start(load_encoder_path("minilm"), 64)  # a fresh head; a trained one: `load`
+    >>> words = [(0, 3), (4, 9), (9, 9)]  # of the policy's tokens: red, shoes, end-of-sequence
+    >>> [probs_T3] = model.score([[Event("search", "blue shoes")]], ["red shoes"], [words])
+    >>> probs_T3.shape, probs_T3[-1].tolist()
+    ((3, 3), [1.0, 0.0, 0.0])
+    """
 
     kind = "token"
     values: ClassVar = {"separator": None, "irrelevant": 0.0, "relevant": 1.0}
@@ -244,7 +252,14 @@ class TokenRewardModel(RewardModel):
 
 
 class SentenceRewardModel(RewardModel):
-    """The chance that a response as a whole is relevant."""
+    """The chance that a response as a whole is relevant.
+
+    >>> from tppo.core.models import load_encoder_path
+    >>> model = SentenceRewardModel.start(load_encoder_path("minilm"), 64)
+    >>> [score] = model.score([[Event("search", "blue shoes")]], ["red shoes"])
+    >>> 0 < score < 1
+    True
+    """
 
     kind = "sentence"
     values: ClassVar = {"relevant": 1.0}

@@ -23,7 +23,12 @@ _SHOWN_PROMPT = 60
 
 @dataclass(frozen=True)
 class Sample(Generation):
-    """A response to be rewarded. `response_ids` ends with end-of-sequence iff `finished`."""
+    """A response to be rewarded. `response_ids` ends with end-of-sequence iff `finished`.
+
+    >>> sample = Sample([5], [7, 8, 0], "red shoes", True, prompt_index=0, prompt="p", spans=[(0, 3), (3, 9), (9, 9)])
+    >>> [sample.response[start:end] for start, end in sample.spans]
+    ['red', ' shoes', '']
+    """
 
     prompt_index: int
     """Which of the trainer's prompts it answers."""
@@ -38,7 +43,11 @@ Reward = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Scores:
-    """A reward function's answer with extras; a bare list of rewards does as well."""
+    """A reward function's answer with extras; a bare list of rewards does as well.
+
+    >>> Scores([[0.5, -1.0, 0.0], 2.0], {"good": 0.5}).metrics  # a float per token; one for the response
+    {'good': 0.5}
+    """
 
     rewards: Sequence[Reward]
     metrics: dict[str, float] = field(default_factory=dict)

@@ -81,6 +81,12 @@ def token_level_rewards(
     - ppo: the sentence-level score in [0, 1] (by `sentence_reward`: the rival's, or the token model's mean) at the
       last token, on the same value scale as a token (`reward_values`) and, with `returns="matched"`, times the
       suggested length, so that the best return is as large as tppo's and one beta means the same for both.
+
+    >>> probs_BT3 = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])  # relevant, not, separator
+    >>> neutral = FormatReward(torch.ones(1), torch.zeros(1))
+    >>> config = RL(algorithm="tppo", reward_values="centered")
+    >>> token_level_rewards(config, probs_BT3, None, neutral, torch.ones(1, 3).bool(), RewardScale(9.0, 0.3, 0.2))
+    tensor([[ 1., -1.,  0.]])
     """
     if config.algorithm == "ppo":
         assert sentence_score_B is not None
@@ -127,6 +133,10 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, response_mask_BT: Tensor, gamma: 
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}; the value after the last token
     is 0: the episode is over, also when the token limit ended it.
+
+    >>> found = gae(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), torch.ones(1, 2).bool(), gamma=1.0, lam=0.5)
+    >>> found.advantages, found.returns
+    (tensor([[0.5000, 1.0000]]), tensor([[0.5000, 1.0000]]))
     """
     values_BT = values_BT * response_mask_BT
     rewards_BT = rewards_BT * response_mask_BT

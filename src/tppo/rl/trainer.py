@@ -96,6 +96,17 @@ class StepResult:
 class TokenPPOTrainer:
     """PPO over token-level rewards, for any causal language model and any reward function.
 
+    >>> from tppo.core.config import Scratch
+    >>> from tppo.tune.scratch import llama_config, make_policy, train_tokenizer
+    >>> tokenizer = train_tokenizer(["red shoes", "blue hat"], 300)
+    >>> policy = make_policy(llama_config(Scratch(layers=1), len(tokenizer), 64), seed=0)
+    >>> def short_is_good(samples):
+    ...     return [[-0.1] * len(sample.response_ids) for sample in samples]
+    >>> config = RL(batch_size=4, minibatch_size=4, micro_batch_size=4)
+    >>> trainer = TokenPPOTrainer(policy, short_is_good, ["red"], config, tokenizer=tokenizer, max_response_tokens=8)
+    >>> trainer.step().metrics["update"]
+    1
+
     Args:
         policy: a causal language model of transformers with float32 weights, trained in place; or the folder (or name)
             of one, which brings its tokenizer. The reference and the copy that samples are made from it.
