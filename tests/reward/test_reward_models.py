@@ -16,7 +16,7 @@ from tppo.core.config import Reward
 from tppo.core.tables import EXAMPLES, LABELS, write_table
 from tppo.core.text import Event, parse_response
 from tppo.generate.engine import decode_response
-from tppo.model_sizes import encoder_size
+from tppo.plan import encoder_size
 from tppo.reward.align import token_spans
 from tppo.reward.data import collate, encode_pairs, load_labelled, make_items, targets
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel, pool_sentence
