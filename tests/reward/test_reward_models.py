@@ -326,5 +326,5 @@ def test_the_first_layers_of_an_encoder(tiny_encoder, tmp_path):
     with pytest.raises(UserError, match=r"reward.encoder_layers=3: .* has 2 layers; 0 keeps all"):
         TokenRewardModel.start(str(tiny_encoder), 64, layers=3)
     size = encoder_size(Reward(encoder=str(tiny_encoder), encoder_layers=1))
-    assert size.layers == 1
+    assert size.config.num_hidden_layers == 1
     assert size.parameters == sum(p.numel() for p in first.model.parameters())
