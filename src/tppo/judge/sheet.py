@@ -55,9 +55,9 @@ _RESTORE = (
 _LABELS = {"0": 0, "1": 1, "": None}
 _LABEL_OF_CLASS = {IRRELEVANT: 0, RELEVANT: 1}
 Label = Annotated[int, Field(strict=True, ge=0, le=1)]
-Answer = int | Literal["abstained", "not_judged", "unanswered"]
-"""1 relevant, 0 not, or why there is no answer, which is never read as 0: a judge abstained; it judges whole responses
-only (sentence template); a person left the question empty."""
+Answer = int | str
+"""1 relevant, 0 not, or why there is no answer, which is never read as 0: `abstained` (a judge), `not_judged` (a judge
+of whole responses only: sentence template), `unanswered` (a person left the question empty)."""
 ResponseKey = tuple[str, int]
 """example_id and sample: which response."""
 
@@ -175,7 +175,7 @@ def blank_answers(key: SheetKey) -> list[ItemAnswers]:
 
 def _rows(key: SheetKey, answers: Sequence[ItemAnswers]) -> list[tuple[str, ...]]:
     """The sheet's rows with `answers` (one per item) filled in: the words of a response, then the whole."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, (item, given) in enumerate(zip(key.items, answers, strict=True), start=1):
         response = f"[{' | '.join(' '.join(words) for words in split_response(item.response).query_words)}]"
         against = f"[{' | '.join(' '.join(text.split()) for text in item.against)}]"
@@ -322,8 +322,8 @@ def _judged(row: dict[str, Any], where: str) -> Judged:
     if broken:
         raise UserError(f"{where} is broken: {broken}. Make the labels anew with `tppo label`")
     # A judge with the sentence template writes no word labels, though the response has words.
-    answers: tuple[Answer, ...] = tuple(_LABEL_OF_CLASS[word["label"]] for word in given)
-    return Judged(row["response"], answers or ("not_judged",) * len(words), row["sentence_label"])
+    answers: list[Answer] = [_LABEL_OF_CLASS[word["label"]] for word in given]
+    return Judged(row["response"], tuple(answers or ["not_judged"] * len(words)), row["sentence_label"])
 
 
 def create_app(key: SheetKey, path: Path) -> FastAPI:
