@@ -257,8 +257,8 @@ def pair_table(pair: PairAgreement) -> Table:
     for name, found in (("words", pair.words), ("sentences", pair.sentences)):
         undefined = bool(found.compared) and found.kappa.value is None
         kappa = "undefined" if undefined else with_interval(found.kappa)
-        shares = [with_interval(share, "rate") for share in (found.agreement, *found.prevalence.values())]
-        columns.append([f"{found.compared}/{found.questions}", kappa, *shares])
+        agree, *relevant = (with_interval(share, "rate") for share in (found.agreement, *found.prevalence.values()))
+        columns.append([f"{found.compared}/{found.questions}", agree, kappa, *relevant])
         for side, missing in found.missing.items():
             if missing:
                 reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in missing.items())
@@ -271,7 +271,7 @@ def pair_table(pair: PairAgreement) -> Table:
             notes.append(f"{name}: only {found.responses} responses, so the intervals are a little narrow")
     return Table(
         ("", "words", "sentences"),
-        list(zip(("compared", "kappa", "agree %", "relevant % a", "relevant % b"), *columns, strict=True)),
+        list(zip(("compared", "agree %", "kappa", "relevant % a", "relevant % b"), *columns, strict=True)),
         title=f"{pair.a} (a) and {pair.b} (b): {pair.items} responses",
         note="\n".join(f"- {note}" for note in notes),
     )
