@@ -33,8 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from tppo.core.show import Table
 
 if TYPE_CHECKING:
     from tppo.reward.models import TokenRewardModel
@@ -180,20 +179,21 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
     threads = next((row["threads"] for row in rows if row["seconds"]), None)
     title = f"{arguments.encoder}, batches of {arguments.batch_size}, {threads or '?'} threads"
-    table = Table(title=title, title_justify="left")
-    for head in ("", "work", "tokens", "input dropped %", "s / batch", "peak MiB", "added MiB"):
-        table.add_column(head, justify="right" if head not in ("", "work") else "left")
+    heads = ["", "work", "tokens", "input dropped %", "s / batch", "peak MiB", "added MiB"]
+    lines = []
     for row in rows:
         seconds = row["seconds"]
         if seconds is None:
-            table.add_row(row["name"], row["work"], "", "", "out of memory", "", "")
+            lines.append([row["name"], row["work"], "", "", "out of memory", "", ""])
             continue
-        table.add_row(
-            *(row["name"], row["work"], f"{row['tokens']:.0f}", f"{100 * row['dropped_share']:.0f}"),
-            f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
-            *(f"{row[name]:.0f}" for name in ("peak_mib", "added_mib")),
+        lines.append(
+            [
+                *(row["name"], row["work"], f"{row['tokens']:.0f}", f"{100 * row['dropped_share']:.0f}"),
+                f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
+                *(f"{row[name]:.0f}" for name in ("peak_mib", "added_mib")),
+            ]
         )
-    Console(width=140).print(table)
+    print(Table(heads, lines, title).markdown())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,13 +29,12 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import to_hex
 from reward_trials import KIND, Data, Trial, as_flags, load_data, own_settings, run_trials
-from rich.console import Console
-from rich.table import Table
 
 from tppo.core.common import UserError
 from tppo.core.config import Recipe
 from tppo.core.files import write_json, write_text
 from tppo.core.recipe import parse_recipe
+from tppo.core.show import Table, digits
 from tppo.report.charts import REWARD_CHARTS, reward_lines, save_line_chart, seed_line
 
 Rows = list[dict[str, Any]]
@@ -112,7 +111,7 @@ def curves(recipe: Recipe, data: Data, arguments: argparse.Namespace, output: Pa
     heads = ["model", "seeds", "own AUC", "sentence AUC", "reaches the rival's best", "std over seeds", "wobble"]
     cells = [
         [kind, str(found["seeds"]), *_aucs(found), _reached(found["reach_steps"]), *(
-            _number(found[name]) for name in ("seed_std", "wobble"))]
+            digits(found[name]) for name in ("seed_std", "wobble"))]
         for kind, found in compared["models"].items()
     ]  # fmt: skip
     _publish(output, "curves", heads, cells, claims(compared), {**compared, "points": points})
@@ -233,8 +232,8 @@ def claims(compared: dict[str, Any]) -> list[str]:
         f"against {_mean(rival['sentence_auc'])})",
         f"faster: {_verdict(faster, 'seeds')} (steps to the rival's best, {compared['rival_best']:.3f}: "
         f"{_reached(token['reach_steps'])} against {_reached(rival['reach_steps'])})",
-        f"steadier: {_verdict(steadier, 'measures')} (std over seeds {_number(token['seed_std'])} against "
-        f"{_number(rival['seed_std'])}, wobble {_number(token['wobble'])} against {_number(rival['wobble'])})",
+        f"steadier: {_verdict(steadier, 'measures')} (std over seeds {digits(token['seed_std'])} against "
+        f"{digits(rival['seed_std'])}, wobble {digits(token['wobble'])} against {digits(rival['wobble'])})",
     ]
     if rival["collapsed"]:
         lines.append(f"the rival collapsed with {rival['collapsed']} of {rival['seeds']} seeds: no fair comparison")
@@ -263,11 +262,7 @@ def _aucs(row: dict[str, Any]) -> list[str]:
 
 
 def _mean(value: dict[str, float | None]) -> str:
-    return _number(value["mean"]) + ("" if value["std"] is None else f" ± {value['std']:.3f}")
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+    return digits(value["mean"]) + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
 def _reached(steps: Sequence[int | None]) -> str:
@@ -282,12 +277,9 @@ def _publish(
     output: Path, name: str, heads: list[str], cells: list[list[str]], lines: Sequence[str], numbers: dict[str, Any]
 ) -> None:
     """The table on stdout and in `name`.md with the lines below it; the numbers in `name`.json."""
-    table = Table(*heads, title=name)
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table, *lines, sep="\n", markup=False)
-    markdown = [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *cells]]
-    write_text(output / f"{name}.md", "\n".join([*markdown, "", *(f"- {line}" for line in lines), ""]))
+    text = "\n".join([Table(heads, cells).markdown(), *(f"- {line}" for line in lines), ""])
+    print(text)
+    write_text(output / f"{name}.md", text)
     write_json(output / f"{name}.json", numbers)
 
 

@@ -80,7 +80,7 @@ def load_data(recipe: Recipe, max_rows: int | None) -> Data:
         UserError: the stage is not finished, or its labels cannot be learnt from.
     """
     run = RunFolder(recipe)
-    labels = load_labels(recipe, run)
+    labels = load_labels(run, recipe.reward)
     if max_rows:
         draw = rng(recipe.seed, "max_rows")
         share = min(1.0, max_rows / len(labels.train))
@@ -141,7 +141,7 @@ def train_trial(trial: Trial, labels: Labels) -> dict[str, Any]:
         if row["split"] == "reward_eval":
             curve.append({name: value for name, value in row.items() if name != "split"})
 
-    facts = train_model(KIND[trial.kind], labels, trial.settings, trial.seed, log).facts
+    _, _, facts = train_model(KIND[trial.kind], labels, trial.settings, trial.seed, log)
     gc.collect()  # the model hangs in reference cycles: free it before the next one is loaded
     return {"kind": trial.kind, "seed": trial.seed, "settings": trial.identity(), "facts": facts, "curve": curve}
 

@@ -61,14 +61,13 @@ def test_numbers_of_the_plan_by_hand():
     assert sft.memory["weights"] / GIB == pytest.approx(26.98, abs=0.01)
     assert sft.seconds == pytest.approx(6 * size * 25_000 * 2 * 2048 / (312e12 * 0.4))
     assert "= 781 steps of 64" in sft.does
-    # 2,000 examples: three policies and eight samples of best_of_n; the judge reads 3 + 4 + 2 rows of each, and
-    # votes on three pairs of models and one of references, in both orders.
+    # 2,000 examples: three policies and eight samples of best_of_n; the judge reads 3 + 4 + 2 rows of each. It votes on
+    # three pairs of models and one of references, in both orders.
     assert "22,000 responses generated" in found["evaluate"].does
-    assert found["evaluate"].notes == ["evaluate: at most 34,000 requests to meta-llama/Meta-Llama-3-70B-Instruct"]
-    some = plans(load("paper-aol.yaml", "--evaluate.vote_examples", "100"))["evaluate"]
-    assert some.notes == [
-        f"evaluate: at most {18_000 + 2 * 4 * 100:,} requests to meta-llama/Meta-Llama-3-70B-Instruct"
-    ]
+    assert found["evaluate"].notes == ["evaluate: at most 18,000 requests to meta-llama/Meta-Llama-3-70B-Instruct"]
+    assert found["read_vote"].notes == ["read_vote: at most 16,000 requests to meta-llama/Meta-Llama-3-70B-Instruct"]
+    some = plans(load("paper-aol.yaml", "--evaluate.readings", "[{reader: vote, examples: 100}]"))["read_vote"]
+    assert some.notes == [f"read_vote: at most {2 * 4 * 100:,} requests to meta-llama/Meta-Llama-3-70B-Instruct"]
 
 
 def test_an_encoder_made_a_longformer_is_counted_as_one():

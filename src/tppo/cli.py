@@ -1,8 +1,4 @@
-"""The command line: a subcommand per stage, nothing else.
-
-Every command takes the whole recipe (`--config recipe.yaml`), so one file serves them all; its help shows only
-the sections the stage reads.
-"""
+"""The command line: a subcommand per stage, the whole road, and what looks at its results."""
 
 from __future__ import annotations
 
@@ -14,37 +10,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jsonargparse
-
 from tppo import __version__
-from tppo.core.common import UserError
+from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
-from tppo.core.recipe import ACTIONS, COMMANDS, parse_recipe
+from tppo.core.recipe import COMMANDS, check_samples, parse_recipe
 from tppo.core.run import RunFolder, run_stage, run_stages
-from tppo.core.stages import MODULES, all_stages, rl_stage, split_stage
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from tppo.core.stages import STAGES, all_stages, read_stages, rl_stage, split_stage
 
 
 def run_one(recipe: Recipe, stage: str) -> bool:
     """Run a stage in this process unless it is done. True when work was done."""
-    module = importlib.import_module(MODULES[split_stage(stage)[0]])
-    return run_stage(recipe, stage, module.run)
+    return run_stage(recipe, stage, importlib.import_module(STAGES[split_stage(stage)[0]].module).run)
 
 
 def run_all(recipe: Recipe, redo: Sequence[str]) -> None:
     """Every stage of the recipe, then the summary on the console."""
-    from tppo.core.common import console
-    from tppo.core.recipe import check_samples
-
-    run = RunFolder(recipe)
-    stages = all_stages(recipe)
+    run, stages = RunFolder(recipe), all_stages(recipe)
     if unknown := set(redo) - set(stages):
         raise UserError(f"--redo {sorted(unknown)}: this recipe's stages are {stages}")
     check_samples(recipe)
     _discard(run, redo)
     run_stages(recipe, stages)
-    from tppo.report.page import print_summary
+    from tppo.report.page import print_summary  # here: no other command draws
 
     print_summary(run)
     # Whole lines, so that they can be copied.
@@ -64,19 +51,30 @@ def dispatch(command: str, arguments: Sequence[str]) -> None:
     if command == "run":
         run_all(recipe, redo)
     elif command == "study":
-        from tppo.study.run import run_study
+        from tppo.study.run import run_study  # here: no other command needs it
 
         run_study(recipe, redo)
-    elif command in ACTIONS:
-        module, function = ACTIONS[command]
+    elif action := COMMANDS[command].action:
+        module, function = action.split(":")
         getattr(importlib.import_module(module), function)(recipe)
     else:
-        algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
-        algorithm = algorithms.get(command)
-        stage = rl_stage(algorithm) if algorithm else command.replace("-", "_")
-        _discard(RunFolder(recipe), redo)
-        if algorithm and algorithm not in recipe.algorithms:
+        _run_stages_of(command, recipe, redo)
+
+
+def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
+    """The stage a command is called after; of one with variants those that the recipe names."""
+    algorithms: dict[str, TuningAlgorithm] = {"rl": recipe.rl.algorithm, "dpo": "dpo"}
+    stages = [command.replace("-", "_")]
+    if algorithm := algorithms.get(command):
+        stages = [rl_stage(algorithm)]
+        if algorithm not in recipe.algorithms:
             recipe = replace(recipe, algorithms=[*recipe.algorithms, algorithm])
+    if command == "read":
+        stages = read_stages(recipe)
+        if not stages:
+            raise UserError("evaluate.readings is empty: say who reads, as `--evaluate.readings '[{reader: vote}]'`")
+    _discard(RunFolder(recipe), redo)
+    for stage in stages:
         if not run_one(recipe, stage):
             print(f"{RunFolder(recipe).path(stage)} is finished already; --redo {stage} makes it anew")
 
@@ -87,7 +85,7 @@ def help_text() -> str:
         "",
         "usage: tppo COMMAND [--config recipe.yaml] [--section.field value ...]",
         "",
-        *(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<12} {command.help}" for name, command in COMMANDS.items()),
         "",
         "Each command has its own --help and --print_config. Start with: tppo run recipes/demo.yaml",
     ]

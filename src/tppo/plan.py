@@ -33,10 +33,9 @@ from tppo.core.config import DPO, RL, SFT, Recipe, Reward
 from tppo.core.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
-from tppo.core.stages import REFERENCES, all_stages, split_stage, uses_llm_judge
+from tppo.core.stages import REFERENCES, all_stages, evaluated_models, of_variant, split_stage, uses_llm_judge
 from tppo.evaluate.compare import voted_pairs
-from tppo.evaluate.readings import check_settings as check_evaluate
-from tppo.evaluate.readings import evaluated_models
+from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.judge import label, llm, probes
 from tppo.logs import prepare
 from tppo.reward import gate, train
@@ -342,15 +341,30 @@ class Planner:
         if len(counts) < len(found):
             return StagePlan(stage, "all evaluation examples: unknown before prepare", memory)
         does = f"{count:,} examples x {len(names)} rows of the tables; {generated:,} responses generated"
-        if not uses_llm_judge("evaluate", self.recipe):
-            return StagePlan(stage, does, memory, seconds)
-        by_first = settings.judge == "llm" or (settings.judge == "label" and self.recipe.label.judge == "llm")
-        asked = count * by_first
-        if settings.second_judge == "llm":
-            asked += sum(min(c, settings.second_judge_examples or c) for c in counts)
-        voted = sum(min(c, settings.vote_examples or c) for c in counts) * settings.vote
-        requests = asked * len(names) * len(judge.rubrics) + 2 * len(voted_pairs(names)) * voted
-        return StagePlan(stage, does, memory, seconds, [f"evaluate: at most {requests:,} requests to {judge.model}"])
+        requests = count * len(names) * len(judge.rubrics)
+        note = f"evaluate: at most {requests:,} requests to {judge.model}"
+        return StagePlan(stage, does, memory, seconds, [note] if uses_llm_judge("evaluate", self.recipe) else [])
+
+    def read(self, stage: str) -> StagePlan:
+        """A reading of the answers of `evaluate`."""
+        settings, judge, names = self.recipe.evaluate, self.recipe.judge, evaluated_models(self.recipe)
+        reading = of_variant(stage, self.recipe).evaluate.readings[0]
+        found = [self.examples(settings.max_examples, split) for split in settings.splits]
+        counts = [min(count, reading.examples or count) for count in found if count is not None]
+        if len(counts) < len(found):
+            return StagePlan(stage, "evaluation examples: unknown before prepare")
+        count, asked, seconds = sum(counts), 0, None
+        if reading.reader == "vote":
+            asked, does = 2 * len(voted_pairs(names)) * count, f"votes on {count:,} examples"
+        elif reading.reader == "distance":
+            generated = count * len(self.recipe.algorithms)
+            seconds = self._generation(generated, settings.batch_size, self.recipe.rl.precision)[1]
+            does = f"{generated:,} responses generated"
+        else:
+            asked = count * len(names) * len(judge.rubrics) if reading.reader == "llm" else 0
+            does = f"{count:,} examples x {len(names)} answers read"
+        notes = [f"{stage}: at most {asked:,} requests to {judge.model}"] if asked else []
+        return StagePlan(stage, does, seconds=seconds, notes=notes)
 
     def _generation(self, count: int, batch: int, precision: str) -> tuple[Bytes, float]:
         """Memory and time of `count` responses, `batch` at a time."""
@@ -388,7 +402,8 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
         check_batch_sizes(recipe.dpo, "dpo")
     check_samples(recipe)
     check_evaluate(recipe)
-    if any(uses_llm_judge(stage, recipe) for stage in ("label", "evaluate")):
+    asked = any(reading.reader in ("llm", "vote") for reading in recipe.evaluate.readings)
+    if asked or any(uses_llm_judge(stage, recipe) for stage in ("label", "evaluate")):
         llm.LLMJudge(judge)
     length, by_llm = task.max_prompt_tokens + task.max_response_tokens, recipe.label.judge == "llm"
     wrong = ""

@@ -19,7 +19,7 @@ from tppo.core.common import UserError
 from tppo.core.config import RL, Recipe
 from tppo.core.device import Numerics, choose, warn_of_slow_bf16
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.stages import PRECISION_OF
+from tppo.core.stages import STAGES
 
 MACHINES = {  # oneDNN may use bf16, AMX, AVX512-BF16, AVX2
     "avx2 only": ((False, False, False, True), "fp32", "neither AVX512-BF16 nor AMX"),
@@ -167,7 +167,7 @@ class TestStages:
         assert json.loads((tmp_path / "sft" / "manifest.json").read_text())["numerics"]["precision"] == "bf16"
 
     def test_every_stage_with_a_precision_is_listed(self):
-        assert set(PRECISION_OF.values()) == {
+        assert {stage.precision for stage in STAGES.values() if stage.precision} == {
             section for section in Recipe.__dataclass_fields__ if hasattr(getattr(Recipe(), section), "precision")
         }
         assert RL().precision == "auto"

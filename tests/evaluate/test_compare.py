@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.helpers import fake_run
 from tppo.core.config import Reward
 from tppo.core.tables import Example
 from tppo.core.text import Event
-from tppo.evaluate.answers import Answers
-from tppo.evaluate.compare import Metrics, build_metrics, paired_scores
-from tppo.evaluate.readings import Readers, response_rows
+from tppo.evaluate.answers import ANSWERS, Answers, answer_rows
+from tppo.evaluate.compare import Metrics, _Scope, user_bootstrap
+from tppo.evaluate.readings import READINGS, judge_readings
 from tppo.judge.verdict import Verdict
 from tppo.report import words
 
@@ -22,16 +24,28 @@ EXAMPLES = [
 GOOD, HALF, BAD = "blue shoes\nblue hat", "blue shoes\nyellow socks", "yellow socks"
 
 
-def answers(model: str, texts: list[str], finished: list[bool] | None = None) -> list[dict[str, Any]]:
+Part = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Answers, and what the judge and the texts say of them."""
+
+
+def answers(model: str, texts: list[str], finished: list[bool] | None = None) -> Part:
     found = Answers(texts, finished or [True] * 4, [5] * 4)
-    return response_rows(Readers(fake_run.WordOverlapJudge()), EXAMPLES, found, model=model, num_queries=2)
+    rows = answer_rows(found, EXAMPLES, model=model, seed=0, num_queries=2)
+    return rows, fake_run.read(EXAMPLES, rows)
+
+
+def joined(*parts: Part) -> Part:
+    return [row for part in parts for row in part[0]], [row for part in parts for row in part[1]]
+
+
+def metrics_of(tmp_path: Path, *parts: Part) -> Metrics:
+    return fake_run.metrics_of(*joined(*parts), fake_run.make_recipe(tmp_path, ["tppo"]))
 
 
 @pytest.fixture
 def metrics(tmp_path: Path) -> Metrics:
-    rows = answers("sft", [BAD, BAD, HALF, GOOD], [True, True, True, False])
-    rows += answers("tppo", [GOOD, GOOD, GOOD, ""])
-    return Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    sft = answers("sft", [BAD, BAD, HALF, GOOD], [True, True, True, False])
+    return metrics_of(tmp_path, sft, answers("tppo", [GOOD, GOOD, GOOD, ""]))
 
 
 def test_rates_count_unparseable_answers_as_irrelevant(metrics: Metrics):
@@ -57,34 +71,43 @@ def test_wins_follow_the_documented_score(metrics: Metrics):
     assert (row["win"], row["tie"], row["lose"]) == (0.75, 0.25, 0.0)  # empty against cut off: both 0
 
 
-def test_paired_scores_are_label_plus_word_share():
-    rows = answers("sft", [GOOD, HALF, BAD, GOOD], [True, True, True, False])
-    assert paired_scores(rows, "targets") == [2.0, 1.5, 0.0, 0.0]
-    assert paired_scores([{"relevant_targets": None, "words_targets": None}], "targets") == [None]
+def test_scores_are_label_plus_word_share(tmp_path: Path):
+    rows, readings = joined(
+        answers("sft", [GOOD, HALF, BAD, GOOD], [True, True, True, False]), answers("tppo", [GOOD] * 4)
+    )
+    frames = (pa.Table.from_pylist(part, schema=s).to_pandas() for part, s in ((rows, ANSWERS), (readings, READINGS)))
+    scope = _Scope("eval1", *frames, "word-overlap-v1", user_bootstrap(100, 0))
+    assert scope.scores("sft", "targets").tolist() == [2.0, 1.5, 0.0, 0.0]
+    assert np.isnan(scope.scores("ppo", "targets")).all(), "nobody of that name was read"
 
 
 def test_abstentions_are_counted_and_left_out(tmp_path: Path):
-    rows = answers("sft", [GOOD] * 4) + answers("tppo", [GOOD] * 4)
-    rows[0] |= {"relevant_targets": None, "words_targets": None, "status_targets": "abstained"}
-    found = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    rows, readings = joined(answers("sft", [GOOD] * 4), answers("tppo", [GOOD] * 4))
+    first = ("sft", "e0", "word-overlap-v1")
+    kept = [
+        row
+        for row in readings
+        if (row["model"], row["example_id"], row["reader"]) != first or not row["measure"].endswith("_targets")
+    ]
+    gone = next(row for row in readings if row["measure"] == "relevant_targets")
+    found = metrics_of(tmp_path, (rows, [*kept, {**gone, "value": None}]))
     assert found.cell("eval1", "sft", "relevant_targets").examples == 3
     assert found.difference("eval1", "tppo", "sft", "relevant_targets").examples == 3
+    assert found.wins("eval1", "tppo", "sft", "targets")["net"]["examples"] == 3
     assert any("abstained 1 times" in note for note in words.cautions(found, "eval1", {}))
 
 
 def test_headline_is_the_rubric_the_reward_model_learnt(tmp_path: Path):
     recipe = fake_run.make_recipe(tmp_path, ["tppo"])
     recipe.reward = Reward(rubric="history")
-    found = build_metrics(answers("sft", [GOOD] * 4), recipe)
+    found = fake_run.metrics_of(*answers("sft", [GOOD] * 4), recipe).data
     assert (found["headline"], found["check"]) == ("relevant_history", "relevant_targets")
 
 
 def test_splits_are_pooled_only_when_there_are_several(tmp_path: Path):
     examples = fake_run.make_examples(4) + fake_run.make_examples(4, split="eval2")
-    rows = []
-    for split in ("eval1", "eval2"):
-        rows += fake_run.generation_rows([e for e in examples if e.split == split], "sft")
-    found = Metrics(build_metrics(rows, fake_run.make_recipe(tmp_path)))
+    parts = [fake_run.made_up_rows([e for e in examples if e.split == split], "sft") for split in ("eval1", "eval2")]
+    found = fake_run.metrics_of(*joined(*parts), fake_run.make_recipe(tmp_path))
     assert found.scopes == ["all", "eval1", "eval2"]
     sizes = [found.cell(scope, "sft", "hit").examples for scope in found.scopes]
     assert sizes == [16, 8, 8]
@@ -101,24 +124,25 @@ class AgainstEverything:
         return [Verdict(None, 0.0, False, "ok", None) for _ in items]
 
 
-def test_a_second_judge_has_columns_of_its_own(tmp_path: Path):
-    readers = Readers(fake_run.WordOverlapJudge(), AgainstEverything(), [True, False, True, False])
-    found = Answers([GOOD] * 4, [True] * 4, [5] * 4)
-    rows = response_rows(readers, EXAMPLES, found, model="sft", num_queries=2)
-    assert [row["second_relevant_targets"] for row in rows] == [0.0, None, 0.0, None]
-    assert [row["second_status_targets"] for row in rows] == ["ok", "not_asked", "ok", "not_asked"]
-    assert {row["second_status_history"] for row in rows} == {"not_asked"}
-    assert {row["second_words_targets"] for row in rows} == {None}  # it judged responses only
-    metrics = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, [])), **fake_run.JUDGE})
+def test_a_second_judge_has_rows_of_its_own(tmp_path: Path):
+    rows, readings = answers("sft", [GOOD] * 4)
+    second = judge_readings(AgainstEverything(), {e.example_id: e for e in EXAMPLES}, [rows[0], rows[2]], "again")
+    assert {(row["example_id"], row["measure"], row["value"]) for row in second} == {
+        (name, measure, 0.0)  # it judged responses only, against the targets only
+        for name in ("e0", "e2")
+        for measure in ("relevant_targets", "sentence_score_targets")
+    }
+    metrics = metrics_of(tmp_path, (rows, readings + second))
+    assert metrics.second_judges == ["against-everything"]
     assert metrics.cell("eval1", "sft", "relevant_targets").value == 1.0
-    cell = metrics.cell("eval1", "sft", "second_relevant_targets")
+    cell = metrics.cell("eval1", "sft", "relevant_targets", "against-everything")
     assert (cell.value, cell.examples) == (0.0, 2)
+    assert metrics.cell("eval1", "sft", "words_targets", "against-everything").value is None
 
 
 def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
-    rows = answers("sft", [BAD] * 4) + answers("tppo", [GOOD] * 4)
-    rows += answers("nearest", [GOOD] * 4) + answers("repeat_last", [BAD] * 4)
-    metrics = Metrics({**build_metrics(rows, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    others = [answers("tppo", [GOOD] * 4), answers("nearest", [GOOD] * 4), answers("repeat_last", [BAD] * 4)]
+    metrics = metrics_of(tmp_path, answers("sft", [BAD] * 4), *others)
     assert metrics.policies == ["sft", "tppo"]
     assert metrics.pairs("eval1") == [("tppo", "sft")]
     assert metrics.baseline_pairs("eval1") == [(m, b) for m in ("tppo", "sft") for b in ("repeat_last", "nearest")]
@@ -127,6 +151,5 @@ def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
     assert words.baseline_verdicts(metrics, "eval1") == [lost]
     assert lost in words.lead(metrics, "eval1")
 
-    won = [row for row in rows if row["model"] != "sft"] + answers("sft", [GOOD] * 4)
-    metrics = Metrics({**build_metrics(won, fake_run.make_recipe(tmp_path, ["tppo"])), **fake_run.JUDGE})
+    metrics = metrics_of(tmp_path, answers("sft", [GOOD] * 4), *others)
     assert words.baseline_verdicts(metrics, "eval1")[0].startswith("No model is shown to lose")

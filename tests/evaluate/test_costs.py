@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import fake_run
 from tppo.core.stats import Estimate
-from tppo.evaluate.compare import closure, cost_markdown, model_costs, per_point
+from tppo.evaluate.compare import closure, cost_table, model_costs, per_point
 from tppo.report import page
 
 
@@ -29,13 +29,15 @@ def test_no_gain_shown_has_no_price(nothing: Estimate):
 def test_costs_count_what_was_made_for_a_model_and_not_for_sft(tmp_path: Path):
     recipe, run = fake_run.make_run(tmp_path / "run", ["tppo", "dpo"], users=4)
     assert closure("rl_tppo", recipe) - closure("sft", recipe) == {"sample", "label", "reward", "rl_tppo"}
-    costs = {cost.model: cost for cost in model_costs(recipe, run, page.load_metrics(run), "all")}
+    costs = {cost.model: cost for cost in model_costs(recipe, run, page.load_metrics(run.path("evaluate")), "all")}
     assert list(costs) == ["dpo", "tppo"]
     assert (costs["tppo"].labels, costs["dpo"].labels) == (2400, 0)  # App. H's pairs need no labels
     seconds = sum(run.manifest(stage)["seconds"] for stage in ("sample", "label", "reward", "rl_tppo"))
     assert costs["tppo"].seconds == pytest.approx(seconds)
-    assert costs["tppo"].gain == page.load_metrics(run).difference("all", "tppo", "sft", "relevant_targets")
+    assert costs["tppo"].gain == page.load_metrics(run.path("evaluate")).difference(
+        "all", "tppo", "sft", "relevant_targets"
+    )
     (run.path("label") / "manifest.json").unlink()
-    costs = {cost.model: cost for cost in model_costs(recipe, run, page.load_metrics(run), "all")}
+    costs = {cost.model: cost for cost in model_costs(recipe, run, page.load_metrics(run.path("evaluate")), "all")}
     assert (costs["tppo"].seconds, costs["tppo"].labels) == (None, None)
-    assert "| TPPO | not measured | not measured |" in cost_markdown(list(costs.values()))
+    assert "| TPPO | not measured | not measured |" in cost_table(list(costs.values())).markdown()

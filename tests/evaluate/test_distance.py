@@ -10,13 +10,14 @@ from tests.evaluate.test_stage import judge_file, make_inputs  # noqa: F401  (a 
 from tests.helpers import fake_run
 from tppo.cli import main, run_one
 from tppo.core.common import UserError
+from tppo.core.config import Reading
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.stages import stage_config
 from tppo.core.tables import read_table
-from tppo.evaluate import distance
+from tppo.evaluate import readings
 from tppo.evaluate.distance import log_ratios
-from tppo.evaluate.metrics import DISTANCES
+from tppo.evaluate.readings import READINGS
 from tppo.generate.engine import Generation, encode_examples, generate
 
 
@@ -32,18 +33,18 @@ def by_hand(lm, generation: Generation) -> float:
 def test_the_stage_measures_every_algorithm(tmp_path: Path, tiny_policy: Path, judge_file: Path):  # noqa: F811
     examples = fake_run.make_examples(5) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
-    recipe.evaluate.distance_examples = 4
-    run_one(recipe, "distance")
-    folder = run.require("distance")
-    rows = read_table(folder / "distance.parquet", DISTANCES).to_pylist()
+    recipe.evaluate.readings = [Reading("distance", 4)]
+    run_one(recipe, "read_distance")
+    folder = run.require("read_distance")
+    found = read_table(folder / "readings.parquet", READINGS).to_pylist()
+    assert {row["measure"] for row in found} == {"sampled_tokens", "kl_from_sft"}
+    rows = [row for row in found if row["measure"] == "kl_from_sft"]
     assert [row["model"] for row in rows] == ["tppo"] * 8 + ["ppo"] * 8
     assert [row["split"] for row in rows[:8]] == ["eval1"] * 4 + ["eval2"] * 4
     assert [row["example_id"] for row in rows[:8]] == [row["example_id"] for row in rows[8:]]
     # PPO is the SFT model itself here.
-    assert [row["kl_from_sft"] for row in rows[8:]] == [0.0] * 8
-    assert run.facts("distance")["kl_from_sft"]["tppo"] == pytest.approx(
-        sum(row["kl_from_sft"] for row in rows[:8]) / 8
-    )
+    assert [row["value"] for row in rows[8:]] == [0.0] * 8
+    assert run.facts("read_distance")["kl_from_sft"]["tppo"] == pytest.approx(sum(row["value"] for row in rows[:8]) / 8)
 
 
 def test_log_ratios_are_those_of_each_response_alone(tmp_path: Path, tiny_policy: Path, judge_file: Path):  # noqa: F811
@@ -62,20 +63,20 @@ def test_log_ratios_are_those_of_each_response_alone(tmp_path: Path, tiny_policy
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    recipe = fake_run.make_recipe(tmp_path / "run", ["tppo"])
-    with pytest.raises(UserError, match=r"distance measures \['tppo'\] on evaluate\.distance_examples=0"):
-        distance.run(recipe, RunFolder(recipe), tmp_path)
-    recipe = replace(recipe, algorithms=[], evaluate=replace(recipe.evaluate, distance_examples=3))
-    with pytest.raises(UserError, match=r"distance measures \[\] on"):
-        distance.run(recipe, RunFolder(recipe), tmp_path)
+    recipe = fake_run.make_recipe(tmp_path / "run", [], readings=[Reading("distance", 3)])
+    with pytest.raises(UserError, match=r"distance measures \[\]: name an algorithm"):
+        readings.run(recipe, RunFolder(recipe), tmp_path)
     with pytest.raises(SystemExit):
-        main(["distance", "--help"])
-    assert "evaluate.distance_examples" in capsys.readouterr().out
+        main(["read", "--help"])
+    assert "evaluate.readings" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["read", "--run_dir", str(tmp_path)])
+    assert "evaluate.readings is empty: say who reads" in capsys.readouterr().err
 
 
 def test_it_makes_no_evaluation_stale(tmp_path: Path):
-    recipe = fake_run.make_recipe(tmp_path / "run", ["tppo"])
-    other = replace(recipe, evaluate=replace(recipe.evaluate, distance_examples=3))
+    recipe = fake_run.make_recipe(tmp_path / "run", ["tppo"], readings=[Reading("distance", 2)])
+    other = replace(recipe, evaluate=replace(recipe.evaluate, readings=[Reading("distance", 3), Reading("vote")]))
     assert stage_config("evaluate", other) == stage_config("evaluate", recipe)
-    assert stage_config("distance", other) != stage_config("distance", recipe)
-    assert RunFolder(other).path("distance").name == "distance"
+    assert stage_config("read_distance", other) != stage_config("read_distance", recipe)
+    assert RunFolder(other).path("read_distance").name == "read_distance"

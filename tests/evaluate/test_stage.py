@@ -4,19 +4,21 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers import fake_run
 from tppo.core.common import UserError
-from tppo.core.config import RL, Evaluate, Recipe, Task
+from tppo.core.config import RL, Recipe, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.stages import stage_config
+from tppo.core.stages import evaluated_models, stage_config
 from tppo.core.tables import EXAMPLES, Example, read_table, write_table
-from tppo.evaluate import answers, readings
-from tppo.evaluate.metrics import GENERATIONS
+from tppo.evaluate import answers, stage
+from tppo.evaluate.answers import ANSWERS
+from tppo.evaluate.readings import READINGS, choose_second_judge, first_judges
 from tppo.judge.embedding import EmbeddingJudge, Thresholds
 
 
@@ -55,16 +57,28 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
     return recipe, run
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Answers with everything that was read in them, by measure."""
+    rows = read_table(folder / "answers.parquet", ANSWERS).to_pylist()
+    by_answer = {(row["model"], row["example_id"]): row for row in rows}
+    for reading in read_table(folder / "readings.parquet", READINGS).to_pylist():
+        row = by_answer[reading["model"], reading["example_id"]]
+        row[reading["measure"]] = reading["value"]
+        if reading["labels"] is not None:
+            row["word_labels_" + reading["measure"].removeprefix("words_")] = reading["labels"]
+    return rows
+
+
 def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     examples = fake_run.make_examples(5) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     recipe.evaluate.max_examples = 6
-    assert run_stage(recipe, "evaluate", readings.run)
+    assert run_stage(recipe, "evaluate", stage.run)
     folder = run.require("evaluate")
-    rows = read_table(folder / "generations.parquet", GENERATIONS).to_pylist()
+    rows = read_rows(folder)
     baselines = ["frequent_next", "repeat_last", "nearest"]
     models = ["sft", "tppo", "ppo", *baselines, "targets", "other_user"]
-    assert readings.evaluated_models(recipe) == models
+    assert evaluated_models(recipe) == models
     by_model = {model: [row for row in rows if row["model"] == model] for model in models}
     assert [len(found) for found in by_model.values()] == [12] * len(models)
     assert not (folder / "parts").exists()
@@ -110,9 +124,9 @@ def test_a_restart_keeps_the_parts_it_finds(
 
     monkeypatch.setattr(answers, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(recipe, "evaluate", readings.run)
+        run_stage(recipe, "evaluate", stage.run)
     assert run.manifest("evaluate") is None
-    assert run_stage(recipe, "evaluate", readings.run)
+    assert run_stage(recipe, "evaluate", stage.run)
     answered = [text.removeprefix("evaluate: ") for text in asked]
     # sft on both sets and tppo on eval1 were written before the interruption and are not done again.
     assert answered[3:] == [
@@ -121,14 +135,14 @@ def test_a_restart_keeps_the_parts_it_finds(
         "ppo answers eval1",
         "ppo answers eval2",
     ]
-    assert read_table(run.path("evaluate") / "generations.parquet", GENERATIONS).num_rows == 2 * 6 * 8
+    assert read_table(run.path("evaluate") / "answers.parquet", ANSWERS).num_rows == 2 * 6 * 8
 
 
 def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     examples = fake_run.make_examples(1)
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     recipe.evaluate.splits = ["eval1"]
-    run_stage(recipe, "evaluate", readings.run)
+    run_stage(recipe, "evaluate", stage.run)
     metrics = json.loads((run.path("evaluate") / "metrics.json").read_text())
     assert metrics["models"] == ["sft", "ppo", "tppo", "frequent_next", "repeat_last", "nearest", "targets"]
     assert {row["low"] for row in metrics["rows"]} == {None}
@@ -137,7 +151,7 @@ def test_one_user_has_no_other_user(tmp_path: Path, tiny_policy: Path, judge_fil
 def test_an_empty_evaluation_set_is_named(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     recipe, _ = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(2))
     with pytest.raises(UserError, match=r"eval2.*prepare\.eval2_share"):
-        run_stage(recipe, "evaluate", readings.run)
+        run_stage(recipe, "evaluate", stage.run)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path):
@@ -150,7 +164,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path):
     ):
         recipe = fake_run.make_recipe(tmp_path, **broken)
         with pytest.raises(UserError, match=words):
-            readings.run(recipe, RunFolder(recipe), tmp_path)
+            stage.run(recipe, RunFolder(recipe), tmp_path)
 
 
 def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, judge_file: Path):
@@ -158,21 +172,24 @@ def test_examples_are_drawn_with_the_seed(tmp_path: Path, tiny_policy: Path, jud
     recipe.evaluate.max_examples = 10
 
     def ids(seed: int) -> list[str]:
-        return [e.example_id for e in answers.choose_examples(replace(recipe, seed=seed), run, "eval1")]
+        return [e.example_id for e in chosen(replace(recipe, seed=seed))]
+
+    def chosen(recipe: Recipe) -> list[Example]:
+        return answers.choose_examples(recipe.evaluate, run.path("prepare"), "eval1", recipe.data_seed)
 
     assert len(set(ids(0))) == 10
     assert ids(0) == ids(0) != ids(1)
     shared = replace(recipe, seed=9, shared_seed=0)
-    assert [e.example_id for e in answers.choose_examples(shared, run, "eval1")] == ids(0)
+    assert [e.example_id for e in chosen(shared)] == ids(0)
     recipe.evaluate.max_examples = 0
     assert len(ids(0)) == 40
 
 
-def test_tuned_only_leaves_sft_out(tmp_path: Path):
-    recipe = fake_run.make_recipe(tmp_path, ["tppo"], tuned_only=True, untuned=True, baselines=["best_of_n"])
-    assert readings.evaluated_models(recipe) == ["tppo"]
-    with pytest.raises(UserError, match="leaves nothing to evaluate"):
-        readings.evaluated_models(replace(recipe, algorithms=[]))
+def test_named_models_leave_the_others_out(tmp_path: Path):
+    recipe = fake_run.make_recipe(tmp_path, ["tppo"], models=["tppo"], untuned=True, baselines=["best_of_n"])
+    assert evaluated_models(recipe) == ["tppo"]
+    with pytest.raises(UserError, match=r"evaluate\.models=\['tppo'\]: this recipe has \['sft', 'untuned'"):
+        stage.check_settings(replace(recipe, algorithms=[]))
 
 
 def test_baselines_that_learn_need_training_examples(tmp_path: Path):
@@ -187,23 +204,25 @@ def test_baselines_that_learn_need_training_examples(tmp_path: Path):
 
 def test_the_second_judge_is_another_one(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, fake_run.make_examples(3))
-    recipe.evaluate.second_judge = "embedding"
-    with pytest.raises(UserError, match=r"second_judge=embedding is embedding-v2/minilm, the first judge"):
-        readings.choose_second_judge(recipe, run, {readings.choose_judge(recipe, run).name})
+    run_stage(replace(recipe, evaluate=replace(recipe.evaluate, splits=["eval1"])), "evaluate", stage.run)
+    first = first_judges([run.path("evaluate")])
+    with pytest.raises(UserError, match=r"embedding is embedding-v2/minilm, the first judge"):
+        choose_second_judge(
+            "embedding", first, recipe.label, recipe.judge, fake_run.make_examples(4, split="train", seed=5), 0
+        )
 
 
 def test_the_second_judge_reads_the_same_examples_of_every_model():
-    recipe = Recipe(evaluate=Evaluate(second_judge_examples=4))
     examples = fake_run.make_examples(6)
-    limit = recipe.evaluate.second_judge_examples
     by_split = {"eval1": examples[:6], "eval2": examples[6:]}
-    asked = answers.asked_about(recipe, by_split, limit)
+    asked = answers.asked_about(by_split, 4, 0)
     assert [example.example_id in {e.example_id for e in asked} for example in examples].count(True) == 8
     assert asked == [example for example in examples if example in asked]
-    assert answers.asked_about(recipe, by_split, 0) == examples
+    assert answers.asked_about(by_split, 0, 0) == examples
     # The cells of a study differ in `seed`, not in what the second judge reads.
-    seeds = [answers.asked_about(replace(recipe, seed=seed, shared_seed=0), by_split, limit) for seed in (1, 2, 3)]
-    assert seeds == [asked] * 3
+    recipe = Recipe()
+    seeds = [replace(recipe, seed=seed, shared_seed=0).data_seed for seed in (1, 2, 3)]
+    assert [answers.asked_about(by_split, 4, seed) for seed in seeds] == [asked] * 3
 
 
 def test_another_users_queries_are_the_same_in_every_cell_of_a_study(tmp_path: Path):

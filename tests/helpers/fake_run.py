@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from tppo.core.config import Evaluate, Prepare, Recipe, Rubric
 from tppo.core.files import write_json
@@ -17,10 +18,9 @@ from tppo.core.run import RunFolder
 from tppo.core.stages import BASELINES
 from tppo.core.tables import EXAMPLES, Example, write_table
 from tppo.core.text import Event
-from tppo.evaluate.answers import Answers
-from tppo.evaluate.compare import build_metrics
-from tppo.evaluate.metrics import GENERATIONS
-from tppo.evaluate.readings import Readers, response_rows
+from tppo.evaluate.answers import ANSWERS, Answers, answer_rows
+from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
+from tppo.evaluate.readings import READINGS, judge_readings, text_readings
 from tppo.judge.verdict import JudgeItem, Verdict, WordVerdict, split_response
 from tppo.reward.gate import build_report
 
@@ -49,7 +49,8 @@ COUNTS = {
     "examples_probed": 60,
     "users_probed": 30,
 }
-JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True, "second_judge": None}
+JUDGE = {"judge": "word-overlap-v1", "judge_labelled_training": True}
+Row = dict[str, Any]
 
 
 class WordOverlapJudge:
@@ -106,7 +107,10 @@ def write_answer(example: Example, skill: float, generator: np.random.Generator)
     return "\n".join(queries)
 
 
-def generation_rows(examples: list[Example], model: str, seed: int = 1) -> list[dict[str, Any]]:
+def made_up_rows(
+    examples: list[Example], model: str, seed: int = 1, answer_seed: int = 0
+) -> tuple[list[Row], list[Row]]:
+    """Rows of answers.parquet and of readings.parquet."""
     generator = np.random.default_rng(seed)
     count = len(examples)
     if model == "targets":
@@ -118,8 +122,33 @@ def generation_rows(examples: list[Example], model: str, seed: int = 1) -> list[
     by_model = model in SKILL and model not in BASELINES
     finished = [not by_model or bool(generator.random() > 0.05) for _ in examples]
     tokens = [3 * len(answer.split()) if by_model else None for answer in answers]
-    readers = Readers(WordOverlapJudge())
-    return response_rows(readers, examples, Answers(answers, finished, tokens), model=model, num_queries=3)
+    found = Answers(answers, finished, tokens)
+    rows = answer_rows(found, examples, model=model, seed=answer_seed, num_queries=3)
+    return rows, read(examples, rows)
+
+
+def read(examples: Sequence[Example], answers: list[Row]) -> list[Row]:
+    """What the judge with the rule, and the texts alone, say of answers."""
+    known = {example.example_id: example for example in examples}
+    return judge_readings(WordOverlapJudge(), known, answers, "judging") + text_readings(known, answers)
+
+
+def metrics_of(answers: list[Row], readings: list[Row], recipe: Recipe) -> Metrics:
+    """metrics.json of made-up rows."""
+    frames = (
+        pa.Table.from_pylist(rows, schema=s).to_pandas() for rows, s in ((answers, ANSWERS), (readings, READINGS))
+    )
+    settings = {"judge": WordOverlapJudge.name, "rubric": recipe.reward.rubric}
+    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
+    return Metrics({**build_metrics(*frames, **settings, bootstrap_of=bootstrap), **JUDGE})
+
+
+def write_evaluation(folder: Path, parts: Sequence[tuple[list[Row], list[Row]]], recipe: Recipe) -> None:
+    """The files of a finished evaluate stage."""
+    answers, readings = ([row for part in parts for row in part[place]] for place in (0, 1))
+    write_table(folder / "answers.parquet", answers, ANSWERS)
+    write_table(folder / "readings.parquet", readings, READINGS)
+    write_json(folder / "metrics.json", metrics_of(answers, readings, recipe).data)
 
 
 def make_recipe(root: Path, algorithms: Sequence[str] = ("tppo", "ppo", "ppo_sum"), **evaluate: Any) -> Recipe:
@@ -170,13 +199,12 @@ def make_run(
             _write_jsonl(folder / "metrics.jsonl", _rl_rows(algorithm, number))
             _write_jsonl(folder / "samples.jsonl", _token_rows(examples, algorithm))
     with run.stage("evaluate") as (folder, facts):
-        rows = []
+        parts = []
         for split in ("eval1", "eval2"):
             chosen = [e for e in examples if e.split == split]
             for seed, model in enumerate(("sft", *algorithms, "frequent_next", "nearest", "targets", "other_user")):
-                rows += generation_rows(chosen, model, seed)
-        write_table(folder / "generations.parquet", rows, GENERATIONS)
-        write_json(folder / "metrics.json", {**build_metrics(rows, recipe), **JUDGE})
+                parts.append(made_up_rows(chosen, model, seed))
+        write_evaluation(folder, parts, recipe)
     return recipe, run
 
 

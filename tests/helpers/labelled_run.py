@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from tppo.core.config import Recipe
 from tppo.core.run import RunFolder
-from tppo.core.tables import EXAMPLES, LABELS, write_table
-from tppo.core.text import parse_response
+from tppo.core.tables import EXAMPLES, LABELS, Example, write_table
+from tppo.core.text import Event
+from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
 
 GOOD = ["pizza", "pasta", "cheese", "oven"]
 BAD = ["car", "tyre", "engine", "road"]
@@ -28,44 +30,13 @@ def make_run(root: Path, encoder: Path, rows: int = 160, held_out: int = 40, rel
             for _ in range(generator.integers(3, 6))
         ]
         response = " ".join(chosen[:2]) + "\n" + " ".join(chosen[2:])
-        words = [
-            {
-                "i": k,
-                "word": word.text,
-                "start": word.start,
-                "end": word.end,
-                "query": word.query,
-                "score": 0.0,
-                "label": 2 if word.text in GOOD else 1,
-            }
-            for k, word in enumerate(parse_response(response, True, 3).words)
-        ]
-        examples.append(
-            {
-                "example_id": str(i),
-                "user_id": f"u{i}",
-                "split": split,
-                "history": [{"kind": "search", "text": f"thing {i}"}],
-                "targets": ["a", "b", "c"],
-                "target_time": datetime(2006, 3, 1),
-            }
-        )
-        for rubric, flip in (("targets", 0), ("history", 1)):
-            labels.append(
-                {
-                    "example_id": str(i),
-                    "split": split,
-                    "sample": 0,
-                    "rubric": rubric,
-                    "judge": "rule",
-                    "response": response,
-                    "words": words,
-                    "sentence_score": 0.0,
-                    "sentence_label": int(sum(w["label"] == 2 for w in words) * 2 > len(words)) ^ flip,
-                    "status": "ok",
-                    "problem": None,
-                }
-            )
+        words = [WordVerdict(0.0, word.text in GOOD) for word in split_response(response).words]
+        relevant = 2 * sum(word.relevant for word in words) > len(words)
+        history = [Event("search", f"thing {i}")]
+        example = Example(str(i), f"u{i}", split, history, ["a", "b", "c"], datetime(2006, 3, 1))
+        examples.append(asdict(example))
+        for rubric, label in (("targets", relevant), ("history", not relevant)):
+            labels.append(verdict_to_row(example, 0, rubric, "rule", response, Verdict(words, 0.0, label, "ok", None)))
     recipe = Recipe(run_dir=str(root / "run"))
     recipe.reward.encoder = str(encoder)
     recipe.reward.max_length = 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tppo.core.common import UserError
-from tppo.core.config import Recipe
+from tppo.core.config import JudgeSettings
 from tppo.core.text import Event
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
 from tppo.judge.label import saved_judge
@@ -159,7 +159,7 @@ def test_other_users_are_other(example_factory):
 
 def test_saved_and_loaded_judge_judges_the_same(judge, tmp_path):
     judge.save(tmp_path)
-    loaded = saved_judge(tmp_path, Recipe())
+    loaded = saved_judge(tmp_path, JudgeSettings())
     assert loaded.thresholds == judge.thresholds
     assert loaded.name == judge.name
     items = [JudgeItem(HISTORY, TARGETS, "rose fertilizer\nnfl scores"), JudgeItem(HISTORY, TARGETS, "")]
@@ -169,7 +169,7 @@ def test_saved_and_loaded_judge_judges_the_same(judge, tmp_path):
 
 def test_broken_or_foreign_judge_files(judge, tmp_path):
     with pytest.raises(UserError, match="run `tppo label` first"):
-        saved_judge(tmp_path, Recipe())
+        saved_judge(tmp_path, JudgeSettings())
     judge.save(tmp_path)
     path = tmp_path / "judge.json"
     saved = json.loads(path.read_text())
@@ -180,10 +180,10 @@ def test_broken_or_foreign_judge_files(judge, tmp_path):
     ):
         path.write_text(json.dumps({**saved, **change}))
         with pytest.raises(UserError, match=message):
-            saved_judge(tmp_path, Recipe())
+            saved_judge(tmp_path, JudgeSettings())
     path.write_text("{")
     with pytest.raises(UserError, match="no saved judge"):
-        saved_judge(tmp_path, Recipe())
+        saved_judge(tmp_path, JudgeSettings())
 
 
 def test_user_mistakes(judge, example_factory, tiny_policy):

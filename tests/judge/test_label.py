@@ -72,7 +72,7 @@ def test_facts_show_the_scale_of_the_judge(recipe):
 def test_evaluate_gets_the_same_judge(recipe):
     run_stage(recipe, "label", label.run)
     folder = RunFolder(recipe).path("label")
-    judge = saved_judge(folder, recipe)
+    judge = saved_judge(folder, recipe.judge)
     examples = {e.example_id: e for e in load_examples(RunFolder(recipe).path("prepare"))}
     rows = [r for r in read_table(folder / "labels.parquet", LABELS).to_pylist() if r["rubric"] == "history"]
     items = [

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 
+import injection
 import pytest
 
 from tests.helpers.fault_server import Settings, running, truth
@@ -29,14 +30,16 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
+def label_arguments(run_dir, server) -> list[str]:
+    return [
+        *("--config", str(run_dir / "recipe.yaml"), "--label.judge", "llm", "--judge.model", "m"),
+        *("--judge.base_url", f"http://127.0.0.1:{server.port}/v1"),
+        *("--judge.ledger", str(run_dir.parent / "judge.sqlite")),
+    ]
+
+
 def label(run_dir, server, *arguments: str) -> None:
-    main(
-        [
-            *("label", "--config", str(run_dir / "recipe.yaml"), "--label.judge", "llm", "--judge.model", "m"),
-            *("--judge.base_url", f"http://127.0.0.1:{server.port}/v1"),
-            *("--judge.ledger", str(run_dir.parent / "judge.sqlite"), *arguments),
-        ]
-    )
+    main(["label", *label_arguments(run_dir, server), *arguments])
 
 
 def labels(run_dir) -> list[dict]:
@@ -111,16 +114,15 @@ def test_how_fast_to_ask_is_not_part_of_a_finished_stage_but_what_was_asked_is(r
         recipe.judge = JudgeSettings(
             f"http://127.0.0.1:{server.port}/v1", "m", ledger=str(run_dir.parent / "judge.sqlite")
         )
-        assert saved_judge(run_dir / "label", recipe).name == "llm/m/token-v1"
+        assert saved_judge(run_dir / "label", recipe.judge).name == "llm/m/token-v1"
         recipe.judge.model = "other"
         with pytest.raises(UserError, match="other settings"):
-            saved_judge(run_dir / "label", recipe)
+            saved_judge(run_dir / "label", recipe.judge)
 
 
 def test_injection_is_measured_against_a_control(run_dir):
     with running(Settings()) as server:
-        label(run_dir, server, "--label.injection_probes", "40")
-    facts = json.loads((run_dir / "label" / "manifest.json").read_text())["facts"]["injection"]
+        facts = injection.measure(label_arguments(run_dir, server), probes=40)
     assert facts["probes"] == 40
     for side in ("attack", "control"):
         # This server's verdicts are bits of a hash of all it is shown: any added text flips half of them.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from tppo.judge.payloads import PAYLOADS
+from injection_payloads import PAYLOADS
 
 
 def test_enough_of_them_and_all_distinct():

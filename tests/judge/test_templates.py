@@ -9,10 +9,10 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from injection import add_text, places_of
+from injection_payloads import PAYLOADS
 
 from tppo.core.text import Event
-from tppo.judge.injection import add_text, places_of
-from tppo.judge.payloads import PAYLOADS
 from tppo.judge.prompts import judge_question, pair_question, render_data, reply_schema
 from tppo.judge.verdict import JudgeItem, split_response
 

@@ -17,8 +17,8 @@ from tppo.core.config import JudgeSettings
 from tppo.core.text import Event
 from tppo.judge import llm
 from tppo.judge.ledger import JudgeLedger
-from tppo.judge.llm import AdaptiveLimit, Budget, LLMJudge, retry_after
-from tppo.judge.prompts import Usage, judge_question
+from tppo.judge.llm import AdaptiveLimit, Budget, LLMJudge, Usage, retry_after
+from tppo.judge.prompts import judge_question
 from tppo.judge.verdict import JudgeItem
 
 MODEL = "judge-model"
@@ -242,8 +242,8 @@ class TestAdaptiveLimit:
 
             async def work() -> None:
                 nonlocal most
-                async with limit:
-                    most = max(most, limit.active)
+                async with limit.places:
+                    most = max(most, limit.places.borrowed_tokens)
                     await asyncio.sleep(0.001)
 
             await asyncio.gather(*(work() for _ in range(50)))
@@ -263,7 +263,7 @@ def test_a_budget_holds_whatever_the_replies_cost(costs, limit):
         estimate = Usage(900, 100)
         await budget.reserve(estimate)
         await asyncio.sleep(0)
-        await budget.settle(estimate, used)
+        budget.settle(estimate, used)
         assert sum(budget.spent) <= limit
 
     async def run() -> list[BaseException | None]:

@@ -8,6 +8,7 @@ from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.helpers import fake_run
@@ -18,8 +19,8 @@ from tppo.core.run import RunFolder, run_stage
 from tppo.core.stats import Estimate
 from tppo.core.tables import Example
 from tppo.core.text import Event
-from tppo.evaluate.compare import Metrics, build_metrics
-from tppo.evaluate.metrics import BY_NAME, read_generations
+from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
+from tppo.evaluate.metrics import BY_NAME
 from tppo.report import page, words
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
@@ -97,7 +98,7 @@ def test_log_text_is_escaped(html: str):
 
 
 def test_every_section_shows_its_numbers(finished: tuple[Recipe, RunFolder], html: str):
-    metrics = page.load_metrics(finished[1])
+    metrics = page.load_metrics(finished[1].path("report"))
     for scope in metrics.scopes:
         for model in metrics.policies:
             for name in ("relevant_targets", "hit"):
@@ -214,18 +215,22 @@ def test_print_summary_says_the_verdict(finished: tuple[Recipe, RunFolder], caps
 def test_the_truth_of_a_synthetic_log_is_in_summary_and_claims(finished: tuple[Recipe, RunFolder]):
     """Made-up rows with a known truth; without one nothing of it is shown."""
     recipe, run = finished
-    rows = read_generations(run.path("evaluate"))
-    assert not page.load_metrics(run).knows_truth
-    for row in rows:
-        row["known_words"] = {"tppo": 0.75, "sft": 0.5}.get(row["model"], 0.25)
-        row["known_queries"] = 0.5
-    metrics = Metrics({**fake_run.JUDGE, **build_metrics(rows, recipe)})
+    answers, readings = (frame.to_dict("records") for frame in page.load_run(recipe, run))
+    assert not page.load_metrics(run.path("report")).knows_truth
+    for row in answers:
+        own = {name: row[name] for name in ("example_id", "user_id", "split", "model", "seed")}
+        known = {"known_words": {"tppo": 0.75, "sft": 0.5}.get(row["model"], 0.25), "known_queries": 0.5}
+        readings += [{**own, "than": None, "reader": "log", "measure": m, "value": v} for m, v in known.items()]
+    frames = pd.DataFrame(answers), pd.DataFrame(readings)
+    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
+    data = build_metrics(*frames, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    metrics = Metrics({**fake_run.JUDGE, **data})
     assert metrics.knows_truth
     said = " ".join(words.lead(metrics, metrics.scopes[0]))
     assert "TPPO minus SFT: truly relevant words +25.0 points [+25.0, +25.0] (an improvement)" in said
     summary = words.summary_markdown(metrics, [])
     assert "## True relevance, known of the synthetic log" in summary
-    assert "True relevance" not in words.summary_markdown(page.load_metrics(run), [])
+    assert "True relevance" not in words.summary_markdown(page.load_metrics(run.path("report")), [])
 
 
 def test_the_curve_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,8 +13,9 @@ import pytest
 from tppo.core.config import Recipe
 from tppo.core.run import RunFolder
 from tppo.core.text import Event, parse_response
-from tppo.reward.data import LabelledResponse, make_items
-from tppo.reward.models import FIELDS, SentenceRewardModel, TokenRewardModel, label_facts, model_card, suggested_length
+from tppo.reward.data import LabelledResponse, make_items, suggested_length
+from tppo.reward.models import FIELDS, SentenceRewardModel, TokenRewardModel, model_card
+from tppo.reward.train import label_facts
 
 FACTS: dict[str, Any] = {
     "rubric": "history",

@@ -185,6 +185,11 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
+def held_out_of(recipe: Recipe) -> tuple[gate.HeldOut, int]:
+    asked = (recipe.check_reward.max_examples, recipe.task.num_queries, recipe.seed)
+    return gate.load_held_out(RunFolder(recipe), "history", *asked)
+
+
 def test_models_that_know_their_job_pass(knowing: Recipe):
     run_stage(knowing, "check_reward", gate.run)
     run = RunFolder(knowing)
@@ -193,7 +198,7 @@ def test_models_that_know_their_job_pass(knowing: Recipe):
     assert run.facts("check_reward")["reasons"] == {"token": [], "sentence": []}
     token = report["models"]["token"]
     model = TokenRewardModel.load(run.path("reward") / "token")
-    held_out, _ = gate.load_held_out(knowing, run, "history")
+    held_out, _ = held_out_of(knowing)
     trained = evaluate(model, make_items(model.tokenizer, held_out.rows, 64), knowing.reward)
     assert token["metrics"] == {name: trained[name] for name in gate.MEASURES if name in trained}
     assert trained["token_auc"] > 0.95
@@ -210,13 +215,13 @@ def test_the_same_numbers_on_a_second_run_and_in_other_batches(knowing: Recipe, 
     run_stage(knowing, "check_reward", gate.run)
     assert (run.path("check_reward") / "check.json").read_bytes() == first
 
-    held_out, _ = gate.load_held_out(knowing, run, "history")
+    held_out, _ = held_out_of(knowing)
     bootstrap = UserBootstrap([e.user_id for e in held_out.examples], 100, 0)
     for kind in train.KINDS:
         model = kind.load(run.path("reward") / kind.kind)
-        together = gate.measure(model, held_out, bootstrap, knowing)
+        together = gate.measure(model, held_out, bootstrap, knowing.reward)
         model.response_logits = partial(model.response_logits, batch_size=3)  # type: ignore[method-assign]
-        apart = gate.measure(model, held_out, bootstrap, knowing)
+        apart = gate.measure(model, held_out, bootstrap, knowing.reward)
         for part in ("probes", "beats", "metrics", "length"):
             assert flat(apart[part]) == pytest.approx(flat(together[part]), abs=1e-4)
 

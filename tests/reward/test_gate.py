@@ -12,14 +12,14 @@ from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes
 from tppo.reward.gate import (
+    NOT_ASKED,
     Evidence,
     assess,
     build_report,
     caution_lines,
     cautions,
-    check_rows,
     reasons,
-    required,
+    requirement_table,
     verdict_lines,
 )
 
@@ -37,7 +37,7 @@ GOOD = {
 
 
 def evidence(model: str, **changes: Evidence) -> dict[str, Evidence]:
-    found = {name: Evidence(GOOD[name], 100, 40) for name in required(model, CheckReward())}
+    found = {name: Evidence(value, 100, 40) for name, value in GOOD.items() if name not in NOT_ASKED[model]}
     return {**found, **changes}
 
 
@@ -45,7 +45,7 @@ def evidence(model: str, **changes: Evidence) -> dict[str, Evidence]:
 def test_good_numbers_pass_and_what_is_not_required_is_shown(model: str):
     checks = assess(model, evidence(model), CheckReward())
     assert reasons(checks) == []
-    status = {check.name: check.status for check in checks}
+    status = {check["name"]: check["status"] for check in checks}
     assert status.pop("repeated") == status.pop("copied") == "not required"
     assert set(status.values()) == {"passed"}
     assert ("token_auc" in status) == (model == "token")
@@ -82,7 +82,7 @@ def test_each_requirement_fails_alone_and_says_why(name: str, value: float, sett
 )
 def test_too_little_to_tell_is_no_pass(found: Evidence, told: str):
     checks = assess("token", evidence("token", token_auc=found), CheckReward())
-    assert [check.status for check in checks if check.name == "token_auc"] == ["cannot be told"]
+    assert [check["status"] for check in checks if check["name"] == "token_auc"] == ["cannot be told"]
     (why,) = reasons(checks)
     assert told in why
 
@@ -98,7 +98,7 @@ def test_what_is_switched_off_needs_no_rows():
     )
     nothing = {name: Evidence(None, 0, 0) for name in GOOD}
     for model in ("token", "sentence"):
-        assert {check.status for check in assess(model, nothing, off)} == {"not required"}
+        assert {check["status"] for check in assess(model, nothing, off)} == {"not required"}
 
 
 def test_the_report_names_the_model_that_failed():
@@ -122,11 +122,11 @@ def test_the_report_names_the_model_that_failed():
         "sentence AUC: 0.500, and check_reward.min_sentence_auc asks for at least 0.7"
     ]
     assert verdict_lines(report)[0] == "The token-level reward model passed."
-    rows = {row.label: row for row in check_rows(report)}
-    assert [cell.text for cell in rows["token AUC"].cells] == ["0.900", ""]
-    assert [cell.status for cell in rows["sentence AUC"].cells] == ["passed", "failed"]
-    assert rows["real above one word repeated"].asked == "-"
-    assert rows["real above one word repeated"].cells[0].detail == "[0.70, 0.90]"
+    rows = {label: (asked, cells) for label, asked, *cells in requirement_table(report).rows}
+    assert [cell.text for cell in rows["token AUC"][1]] == ["0.900", ""]
+    assert [cell.said for cell in rows["sentence AUC"][1]] == ["passed", "failed"]
+    assert rows["real above one word repeated"][0] == "-"
+    assert rows["real above one word repeated"][1][0].detail == "[0.70, 0.90]"
     assert caution_lines(report) == []
     assert NOT_MEASURED not in str(rows)
     assert build_report({**models, "sentence": measured(0.8)}, counts, CheckReward())["passed"]

@@ -13,9 +13,10 @@ from transformers import LongformerConfig, LongformerModel
 from tests.helpers.tokenizer_kinds import get_tokenizer
 from tppo.core.common import UserError
 from tppo.core.config import Reward
-from tppo.core.tables import EXAMPLES, LABELS, write_table
-from tppo.core.text import Event, parse_response
+from tppo.core.tables import EXAMPLES, LABELS, Example, write_table
+from tppo.core.text import Event
 from tppo.generate.engine import decode_response
+from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
 from tppo.plan import encoder_size
 from tppo.reward.align import token_spans
 from tppo.reward.data import collate, encode_pairs, load_labelled, make_items, targets
@@ -28,40 +29,19 @@ HISTORIES = [
     [],
     [Event("search", "日本 旅行")],
 ]
+TIME = datetime(2006, 3, 1)
 RESPONSES = ["new york hotels\nflights tokyo", "", "pizza near me 😀\ncafé\nx", "\n ", "東京 ホテル"]
 
 
 def label_row(example_id, text, split="train", rubric="targets", **changes):
-    words = [
-        {
-            "i": i,
-            "word": w.text,
-            "start": w.start,
-            "end": w.end,
-            "query": w.query,
-            "score": 0.5,
-            "label": 1 + i % 2,
-        }
-        for i, w in enumerate(parse_response(text, True, 3).words)
-    ]
-    row = {
-        "example_id": example_id,
-        "split": split,
-        "sample": 0,
-        "rubric": rubric,
-        "judge": "test",
-        "response": text,
-        "words": words,
-        "sentence_score": 0.5,
-        "sentence_label": 1,
-        "status": "ok",
-        "problem": None,
-    }
+    example = Example(example_id, "u", split, [], [], TIME)
+    words = [WordVerdict(0.5, bool(i % 2)) for i in range(len(split_response(text).words))]
+    row = verdict_to_row(example, 0, rubric, "test", text, Verdict(words, 0.5, True, "ok", None))
     return {**row, **changes}
 
 
 def write_folders(tmp_path, rows, splits=("train", "reward_eval")):
-    example = {"user_id": "u", "targets": ["a", "b", "c"], "target_time": datetime(2006, 3, 1)}
+    example = {"user_id": "u", "targets": ["a", "b", "c"], "target_time": TIME}
     history = [{"kind": "search", "text": "cheap flights"}]
     ids = {(row["example_id"], row["split"]): None for row in rows}
     examples = [
@@ -159,7 +139,7 @@ def test_separators_are_class_zero_and_batches_line_up(tmp_path):
     tokenizer = get_tokenizer("minilm")
     items = make_items(tokenizer, labelled, 64)
     assert items[0].classes == [1, 2, 0, 1]
-    batch = collate([item.pair for item in items], tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(items, tokenizer.pad_token_id, torch.device("cpu"))
     classes_BT, labels_B = targets(items, batch)
     assert batch.response_mask_BT.sum(dim=1).tolist() == [4, 1]
     assert classes_BT[0][batch.response_mask_BT[0]].tolist() == [1, 2, 0, 1]
@@ -251,7 +231,7 @@ def test_save_and_load(tiny_encoder, tmp_path, kind):
     model.save(tmp_path / "model", rubric="targets", metrics={"auc": None})
     info = json.loads((tmp_path / "model" / "reward.json").read_text())
     assert info["kind"] == kind.kind
-    assert info["classes"] == list(kind.classes)
+    assert info["classes"] == list(kind.values)
     assert info["max_length"] == 64
     assert info["rubric"] == "targets"
     assert {path.suffix for path in (tmp_path / "model").iterdir()} <= {".json", ".safetensors", ".txt", ".md"}

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.study.test_study_plan import make_recipe
@@ -15,18 +16,25 @@ MEASURES = ["relevant_history", "queries_written"]
 
 
 def answers(model: str, *relevant: float | None) -> list[dict[str, Any]]:
-    return [{"model": model, "relevant_history": value, "queries_written": 3.0} for value in relevant]
+    return [
+        {"model": model, "reader": reader, "measure": measure, "value": value}
+        for found in relevant
+        for reader, measure, value in (("judge-v1", "relevant_history", found), ("text", "queries_written", 3.0))
+    ]
 
 
 def collected(rows: dict[str, list[dict[str, Any]]]) -> Collected:
-    return Collected({f"cells/{name}": found for name, found in rows.items()}, [], {}, [], {})
+    readings = [{**row, "job": f"cells/{name}"} for name, found in rows.items() for row in found]
+    columns = ["job", "model", "reader", "measure", "value"]
+    metrics = {f"cells/{name}": {"judge": "judge-v1"} for name in rows}
+    return Collected(pd.DataFrame(), pd.DataFrame(readings, columns=columns), [], metrics, [])
 
 
 def ablation_recipe(root: Path | str = "r") -> Recipe:
     return make_recipe(
         root,
         Setting("w0.9", {"reward.local_weight": 0.9}, ["tppo"]),
-        Setting("w0", {"reward.local_weight": 0, "evaluate.vote": True}, ["tppo"]),
+        Setting("w0", {"reward.local_weight": 0, "evaluate.readings": [{"reader": "vote"}]}, ["tppo"]),
         Setting("both", {"rl.kl_coef": 0.05, "rl.gamma": 0.9}),
         Setting("words", {"rl.reward_values": "paper"}),
         Setting("switch", {"rl.format_weight": False}),

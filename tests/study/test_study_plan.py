@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from tppo.core.common import UserError
-from tppo.core.config import RL, Evaluate, Prepare, Recipe, Sample, Setting, Study
+from tppo.core.config import RL, Evaluate, Prepare, Reading, Recipe, Sample, Setting, Study
 from tppo.core.run import RunFolder
-from tppo.core.stages import stage_config, stage_inputs
-from tppo.evaluate.readings import evaluated_models
+from tppo.core.stages import evaluated_models, stage_config, stage_inputs
 from tppo.study.grid import Plan, describe, make_plan, settings_tried
 from tppo.study.run import check_taken, worker_environments
 
@@ -37,7 +36,7 @@ def test_the_base_grid():
     ]
     assert [job.stages for job in plan.cells[:3]] == [["evaluate"], ["rl_tppo", "evaluate"], ["rl_dpo", "evaluate"]]
     cell = plan.cells[4].recipe
-    assert (cell.seed, cell.data_seed, cell.algorithms, cell.evaluate.tuned_only) == (1, 5, ["tppo"], True)
+    assert (cell.seed, cell.data_seed, cell.algorithms, cell.evaluate.models) == (1, 5, ["tppo"], ["tppo"])
     assert cell.stage_dirs["reward"] == "r/shared/base/reward"
     assert RunFolder(cell).path("sft") == Path("r/shared/base/sft")
     assert RunFolder(cell).path("rl_tppo") == Path("r/cells/base-tppo-s1/rl_tppo")
@@ -85,30 +84,32 @@ def test_votes_are_between_cells_of_one_setting_and_seed():
     settings = [
         Setting("kl", {"rl.kl_coef": 0.05}),
         Setting("other_voter", {"judge.model": "other"}),
-        Setting("no_votes", {"evaluate.vote": False, "rl.kl_coef": 0.01}),
+        Setting("no_votes", {"evaluate.readings": [], "rl.kl_coef": 0.01}),
     ]
-    plan = make_plan(make_recipe("r", *settings, evaluate=Evaluate(vote=True)))
-    assert [job.name for job in plan.votes if job.seed == 0] == [
-        f"votes/{setting}-s0" for setting in ("base", "kl", "other_voter")
+    plan = make_plan(make_recipe("r", *settings, evaluate=Evaluate(readings=[Reading("vote")])))
+    assert [job.name for job in plan.readings if job.seed == 0] == [
+        f"vote/{setting}-s0" for setting in ("base", "kl", "other_voter")
     ]
-    assert not any(setting == "no_votes" for setting, *_ in plan.vote_of)
-    vote = plan.vote_of["kl", 1]
-    assert vote.recipe.stage_dirs == {
-        "prepare": "r/shared/base/prepare",
-        "evaluate_sft": "r/cells/base-sft-s1/evaluate",
-        "evaluate_tppo": "r/cells/kl-tppo-s1/evaluate",
-        "evaluate_dpo": "r/cells/base-dpo-s1/evaluate",  # DPO reads no setting of rl
-        "evaluate_targets": "r/cells/base-sft-s1/evaluate",
-        "evaluate_other_user": "r/cells/base-sft-s1/evaluate",
+    assert not any(setting == "no_votes" for setting, *_ in plan.reading_of)
+    vote = plan.reading_of["kl", 1, "vote"]
+    assert vote.recipe.stage_dirs == {"prepare": "r/shared/base/prepare"}
+    assert vote.recipe.evaluate.answers == {
+        "sft": "r/cells/base-sft-s1/evaluate",
+        "tppo": "r/cells/kl-tppo-s1/evaluate",
+        "dpo": "r/cells/base-dpo-s1/evaluate",  # DPO reads no setting of rl
+        "targets": "r/cells/base-sft-s1/evaluate",
+        "other_user": "r/cells/base-sft-s1/evaluate",
     }
-    assert stage_inputs("vote", vote.recipe) == list(vote.recipe.stage_dirs)
+    assert stage_inputs("read_vote", vote.recipe) == list(vote.recipe.stage_dirs)
     assert [job.name for job in plan.jobs if vote.needs(job)] == [
         "shared/base", "cells/base-sft-s1", "cells/base-dpo-s1", "cells/kl-tppo-s1",
     ]  # fmt: skip
     # A setting without a cell of its own shares the votes.
-    same = make_plan(make_recipe("r", Setting("n", {"serve.port": 8001}), evaluate=Evaluate(vote=True)))
-    assert len(same.votes) == 2
-    assert same.vote_of["n", 1] is same.vote_of["base", 1]
+    same = make_plan(
+        make_recipe("r", Setting("n", {"serve.port": 8001}), evaluate=Evaluate(readings=[Reading("vote")]))
+    )
+    assert len(same.readings) == 2
+    assert same.reading_of["n", 1, "vote"] is same.reading_of["base", 1, "vote"]
     # Votes change no cell: a finished study can be voted on afterwards.
     without = make_plan(make_recipe("r", settings[0]))
     assert [job for job in plan.cells if job.setting in ("base", "kl")] == [
@@ -178,7 +179,7 @@ def test_a_stage_taken_from_elsewhere_is_neither_made_nor_deleted(tmp_path: Path
         ({"study": Study(settings=[Setting("a", {"rl.kl_coef": 0.1}, ["ppo"])])}, r"\['ppo'\] are none of"),
         ({"study": Study(workers=0)}, "workers=0"),
         ({"study": Study(bootstrap_samples=10)}, "at least 1000"),
-        ({"evaluate": Evaluate(tuned_only=True)}, "leave it false"),
+        ({"evaluate": Evaluate(models=["tppo"])}, "leave them empty"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(changes: dict, words: str):

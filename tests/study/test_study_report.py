@@ -12,12 +12,13 @@ import pytest
 
 from tests.helpers import agreement_run, fake_run
 from tppo.core.common import UserError
-from tppo.core.config import Agreement, Prepare, Recipe, Setting, Study
+from tppo.core.config import Agreement, Prepare, Reading, Recipe, Setting, Study
 from tppo.core.files import write_json
-from tppo.core.stages import EVALUATION, taken_models
 from tppo.core.tables import EXAMPLES as TABLE
 from tppo.core.tables import write_table
-from tppo.evaluate.metrics import DISTANCES, GENERATIONS, PER_RESPONSE, VERDICTS, read_generations
+from tppo.evaluate.answers import ANSWERS
+from tppo.evaluate.metrics import PER_RESPONSE
+from tppo.evaluate.readings import READINGS
 from tppo.judge.agreement import run_action
 from tppo.study.grid import Plan, make_plan
 from tppo.study.report import setting_metrics, write_report
@@ -42,9 +43,10 @@ def make_study(
     )
     recipe = replace(recipe, **changes)
     if second_judge:
-        recipe = replace(recipe, evaluate=replace(recipe.evaluate, second_judge="embedding"))
+        recipe = replace(recipe, evaluate=replace(recipe.evaluate, readings=[Reading("embedding")]))
     plan = make_plan(recipe)
-    for job in (*plan.shared, *plan.cells, *(plan.readings if second_judge else []), *plan.distances):
+    made = [job for job in plan.readings if job.stages[0] in ("read_embedding", "read_distance")]
+    for job in (*plan.shared, *plan.cells, *made):
         for stage in [] if job.name == skip else job.stages:
             with job.run.stage(stage) as (folder, _):
                 if stage == "prepare":
@@ -58,21 +60,27 @@ def make_study(
                     fake_run._write_jsonl(folder / "samples.jsonl", fake_run._token_rows(EXAMPLES, job.model))
                 elif stage == "evaluate":
                     models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
-                    rows = [r for m in models for r in fake_run.generation_rows(EXAMPLES, m, 7 * job.seed + 1)]
-                    write_table(folder / "generations.parquet", rows, GENERATIONS)
-                    write_json(folder / "metrics.json", fake_run.JUDGE)
-                elif stage == "distance":
-                    write_table(folder / "distance.parquet", distance_rows(job.recipe), DISTANCES)
-                elif stage == "rejudge":
-                    cells = {m: job.run.require(EVALUATION + m) for m in taken_models(job.recipe)}
-                    rows = [row for m, cell in cells.items() for row in read_generations(cell) if row["model"] == m]
-                    for row in rows:
-                        row |= {name: row[name.removeprefix("second_")] for name in row if name.startswith("second_")}
-                        row["judge"] = second_judge
-                    write_table(
-                        folder / "verdicts.parquet", [{n: r[n] for n in VERDICTS.names} for r in rows], VERDICTS
-                    )
+                    parts = [fake_run.made_up_rows(EXAMPLES, m, 7 * job.seed + 1, job.seed) for m in models]
+                    for place, (name, schema) in enumerate((("answers", ANSWERS), ("readings", READINGS))):
+                        rows = [row for part in parts for row in part[place]]
+                        write_table(folder / f"{name}.parquet", rows, schema)
+                    write_json(folder / "metrics.json", {**fake_run.JUDGE, "rows": [], "differences": []})
+                elif stage == "read_distance":
+                    write_table(folder / "readings.parquet", distance_rows(job.recipe), READINGS)
+                elif stage == "read_embedding":
+                    write_table(folder / "readings.parquet", read_again(job.recipe, second_judge), READINGS)
     return recipe, plan
+
+
+def read_again(recipe: Recipe, judge: str | None) -> list[dict[str, Any]]:
+    """What the first judge said, by the second one."""
+    read = [
+        (model, row)
+        for model, folder in recipe.evaluate.answers.items()
+        for row in pq.read_table(Path(folder) / "readings.parquet").to_pylist()
+    ]
+    first = fake_run.JUDGE["judge"]
+    return [{**row, "reader": judge} for model, row in read if (row["model"], row["reader"]) == (model, first)]
 
 
 def distance_rows(recipe: Recipe) -> list[dict[str, Any]]:
@@ -80,13 +88,26 @@ def distance_rows(recipe: Recipe) -> list[dict[str, Any]]:
     return [
         {
             **{name: getattr(example, name) for name in ("example_id", "user_id", "split")},
-            "model": model,
-            "sampled_tokens": 9,
-            "kl_from_sft": 2.0 * (number + 1) + 0.1 * recipe.seed,
+            **{"model": model, "seed": recipe.seed, "reader": "distance", "measure": measure, "value": value},
         }
         for number, model in enumerate(recipe.algorithms)
         for example in EXAMPLES
+        for measure, value in (("sampled_tokens", 9.0), ("kl_from_sft", 2.0 * (number + 1) + 0.1 * recipe.seed))
     ]
+
+
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    """results.parquet with an answer's measures side by side; those of a judge have its name before them, but for the
+    first one's."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in pq.read_table(folder / "results.parquet").to_pylist():
+        key = tuple(row[name] for name in ("setting", "model", "seed", "example_id"))
+        answer = found.setdefault(key, {name: row[name] for name in ("split", "user_id")})
+        answer |= dict(zip(("setting", "model", "seed", "example_id"), key, strict=True))
+        judge = "" if row["reader"] in ("text", "log", "distance", fake_run.JUDGE["judge"]) else row["reader"] + " "
+        if row["than"] is None:
+            answer[judge + row["measure"]] = row["value"]
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +121,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_hold_every_answer_and_no_text(study: Path):
     table = pq.read_table(study / "results.parquet")
     # Three seeds: SFT with two references, three algorithms, and TPPO once more with the other setting.
-    assert table.num_rows == 3 * (3 + 3 + 1) * len(EXAMPLES)
+    rows = results_of(study)
+    assert len(rows) == 3 * (3 + 3 + 1) * len(EXAMPLES)
     assert not {"response", "queries", "words", "problem"} & set(table.column_names)
-    assert {metric.name for metric in PER_RESPONSE} <= set(table.column_names)
+    measured = set(table.column("measure").to_pylist())
+    log_or_encoder = {"known_queries", "known_words", "similarity_written", "similarity_true", "kl_from_sft"}
+    assert {metric.name for metric in PER_RESPONSE} - log_or_encoder <= measured
     assert all(field.metadata[b"doc"] for field in table.schema)
-    row = next(r for r in table.to_pylist() if r["model"] == "tppo" and r["words_targets"])
+    row = next(r for r in rows if r["model"] == "tppo" and r["words_targets"])
     assert row["relevant_words_targets"] == round(row["words_targets"] * row["word_count"])
     curves = pq.read_table(study / "curves.parquet").to_pylist()
     assert {(r["setting"], r["model"]) for r in curves} == {
@@ -115,7 +139,7 @@ def test_results_hold_every_answer_and_no_text(study: Path):
 
 def test_numbers_are_means_over_seeds_and_examples(study: Path):
     metrics = json.loads((study / "metrics.json").read_text())
-    rows = [r for r in pq.read_table(study / "results.parquet").to_pylist() if r["setting"] == "base"]
+    rows = [r for r in results_of(study) if r["setting"] == "base"]
     by_model = {
         model: [r["relevant_targets"] for r in rows if r["model"] == model and r["split"] == "eval1"]
         for model in ("tppo", "ppo")
@@ -291,12 +315,13 @@ def test_baselines_and_the_second_judge_are_in_the_report(tmp_path: Path, study:
     assert "second judge: other-v1" in summary
     assert "SFT minus Most frequent next" in html
     assert "SFT minus Most frequent next" in summary
-    row = pq.read_table(folder / "results.parquet").to_pylist()[0]
-    assert (row["second_judge"], row["second_status_history"]) == ("other-v1", "ok")
+    row = next(r for r in results_of(folder) if r["model"] == "sft")
+    assert row["other-v1 relevant_history"] == row["relevant_history"]
     found, alone = (json.loads((path / "metrics.json").read_text())["differences"] for path in (folder, study))
 
-    def corrected(rows: list, metric: str) -> dict:
-        return {(r["scope"], r["model"], r["than"]): r["p_holm"] for r in rows if r["metric"] == metric}
+    def corrected(rows: list, metric: str, reader: str = "") -> dict:
+        wanted = (metric, reader)
+        return {(r["scope"], r["model"], r["than"]): r["p_holm"] for r in rows if (r["metric"], r["reader"]) == wanted}
 
     # Against baselines every policy is compared, too, but that makes no p-value between policies larger.
     with_baselines = corrected(found, "relevant_targets")
@@ -307,7 +332,7 @@ def test_baselines_and_the_second_judge_are_in_the_report(tmp_path: Path, study:
     }
     assert corrected(alone, "relevant_targets").items() <= with_baselines.items()
     # The second judge reads the policies and the references, no baseline.
-    by_second = {pair: p for pair, p in corrected(found, "second_relevant_targets").items() if p is not None}
+    by_second = {pair: p for pair, p in corrected(found, "relevant_targets", "other-v1").items() if p is not None}
     assert by_second == corrected(alone, "relevant_targets")
 
 
@@ -325,11 +350,11 @@ def test_changed_settings_are_not_mixed_in(tmp_path: Path):
 
 def test_the_distance_from_sft_stands_beside_the_gain(tmp_path: Path):
     evaluate = fake_run.make_recipe(tmp_path, []).evaluate
-    recipe, plan = make_study(tmp_path / "run", evaluate=replace(evaluate, distance_examples=3))
-    assert [job.name for job in plan.distances] == [
+    recipe, plan = make_study(tmp_path / "run", evaluate=replace(evaluate, readings=[Reading("distance", 3)]))
+    assert [job.name for job in plan.readings] == [
         f"distance/{setting}-s{seed}" for seed in (0, 1, 2) for setting in ("base", "kl")
     ]
-    measured = plan.distance_of["kl", 1].recipe
+    measured = plan.reading_of["kl", 1, "distance"].recipe
     assert measured.stage_dirs == {
         "prepare": str(plan.shared[0].run.path("prepare")),
         "sft": str(plan.shared[0].run.path("sft")),
@@ -346,8 +371,8 @@ def test_the_distance_from_sft_stands_beside_the_gain(tmp_path: Path):
         assert (found["examples"], found["seeds"]) == (3 * len(EXAMPLES), 3)
         assert found["low"] <= found["value"] <= found["high"]
     assert cells["sft", "kl_from_sft"]["value"] is None
-    rows = pq.read_table(folder / "results.parquet").to_pylist()
-    (kl,) = {row["kl_from_sft"] for row in rows if (row["model"], row["seed"]) == ("dpo", 2)}
+    rows = [row for row in results_of(folder) if (row["setting"], row["model"], row["seed"]) == ("base", "dpo", 2)]
+    (kl,) = {row["kl_from_sft"] for row in rows}
     assert kl == pytest.approx(6.2)
     table = (folder / "summary.md").read_text().split("## Distance from SFT on the evaluation users")[1]
     shown = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:4]

@@ -1,4 +1,4 @@
-"""The stage `rejudge`: a second judge reads the answers of finished evaluations, history by history."""
+"""The stage `read_llm`: a second judge reads the answers of finished evaluations, history by history."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.fault_server import Settings, running, truth
-from tests.study.test_study_report import EXAMPLES, make_study
+from tests.study.test_study_report import EXAMPLES, make_study, results_of
 from tppo.cli import main, run_one
 from tppo.core.common import UserError
-from tppo.core.config import Evaluate, JudgeSettings, Study
+from tppo.core.config import Evaluate, JudgeSettings, Reading, Study
 from tppo.judge.prompts import judge_question
 from tppo.judge.verdict import JudgeItem
 from tppo.study.run import run_study
 
+JUDGE = "llm/m/sentence-v1-probability"
 READ = 4
 """Examples of each evaluation set that the second judge reads."""
 
@@ -31,7 +32,7 @@ def make_read(root: Path, port: int, **settings):
     return make_study(
         root,
         algorithms=["tppo"],
-        evaluate=Evaluate(bootstrap_samples=500, **{"second_judge": "llm", "second_judge_examples": READ, **settings}),
+        evaluate=Evaluate(bootstrap_samples=500, **{"readings": [Reading("llm", READ)], **settings}),
         judge=judge,
         study=Study(seeds=[0, 1], bootstrap_samples=1000),
     )
@@ -41,15 +42,16 @@ def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Pat
     bodies = tmp_path / "bodies.jsonl"
     with running(Settings(bodies=str(bodies))) as server:
         recipe, plan = make_read(tmp_path / "run", server.port)
-        assert [job.name for job in plan.readings] == ["second/base-s0", "second/base-s1"]
+        assert [job.name for job in plan.readings] == ["llm/base-s0", "llm/base-s1"]
         run_study(recipe)
         asked = server.stats()["requests"]
         run_study(recipe)
         assert server.stats()["requests"] == asked
-    rows = pq.read_table(tmp_path / "run/study/results.parquet").to_pylist()
-    read = [row for row in rows if row["second_status_targets"] == "ok"]
-    assert {row["second_judge"] for row in rows} == {"llm/m/sentence-v1-probability"}
-    assert {row["second_status_history"] for row in rows} == {"not_asked"}
+    rows = results_of(tmp_path / "run/study")
+    read = [row for row in rows if f"{JUDGE} relevant_targets" in row]
+    readers = {row["reader"] for row in pq.read_table(tmp_path / "run/study/results.parquet").to_pylist()}
+    assert readers == {"text", "word-overlap-v1", JUDGE}
+    assert not any(f"{JUDGE} relevant_history" in row for row in rows), "it was asked about one rubric"
     models = ["sft", "tppo", "targets", "other_user"]
     # The same examples of every model, under every seed.
     chosen = {row["example_id"] for row in read}
@@ -63,10 +65,11 @@ def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Pat
     runs = [h for number, h in enumerate(histories) if number == 0 or h != histories[number - 1]]
     assert len(runs) == 2 * len(set(histories))  # once for each seed
     metrics = json.loads((tmp_path / "run/study/metrics.json").read_text())
-    cells = {(r["model"], r["metric"]): r for r in metrics["rows"] if r["scope"] == "all"}
+    assert metrics["second_judges"] == [JUDGE]
+    cells = {(r["model"], r["metric"]): r for r in metrics["rows"] if (r["scope"], r["reader"]) == ("all", JUDGE)}
     for model in models:
-        mine = [row["second_sentence_score_targets"] for row in read if row["model"] == model]
-        cell = cells[model, "second_sentence_score_targets"]
+        mine = [row[f"{JUDGE} sentence_score_targets"] for row in read if row["model"] == model]
+        cell = cells[model, "sentence_score_targets"]
         assert cell["value"] == pytest.approx(sum(mine) / len(mine))
         assert cell["examples"] == len(mine)
     page = (tmp_path / "run/study/report.html").read_text()
@@ -85,7 +88,7 @@ def check_verdicts(root: Path, read: list[dict]) -> None:
     examples = {example.example_id: example for example in EXAMPLES}
     for row in read:
         cell = "sft" if row["model"] in ("targets", "other_user") else row["model"]
-        folder = root / f"cells/base-{cell}-s{row['seed']}/evaluate/generations.parquet"
+        folder = root / f"cells/base-{cell}-s{row['seed']}/evaluate/answers.parquet"
         key = (row["model"], row["example_id"])
         (answer,) = (r for r in pq.read_table(folder).to_pylist() if (r["model"], r["example_id"]) == key)
         example = examples[row["example_id"]]
@@ -93,13 +96,13 @@ def check_verdicts(root: Path, read: list[dict]) -> None:
             JudgeItem(example.history, example.targets, answer["response"]), "targets", "sentence"
         )
         right = truth(json.loads(question.user))["sentence"] if answer["words"] else 0
-        assert row["second_relevant_targets"] == (right if answer["problem"] is None else 0)
-        assert (row["second_sentence_score_targets"] > 0.5) == right
+        assert row[f"{JUDGE} relevant_targets"] == (right if answer["problem"] is None else 0)
+        assert (row[f"{JUDGE} sentence_score_targets"] > 0.5) == right
 
 
 def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):
     _, plan = make_read(tmp_path / "run", 1)
-    _, without = make_read(tmp_path / "run", 1, second_judge="none", second_judge_examples=0)
+    _, without = make_read(tmp_path / "run", 1, readings=[])
     assert without.readings == []
     assert all(job.finished() for job in without.cells)
     assert [job.recipe for job in plan.cells] == [job.recipe for job in without.cells]
@@ -107,21 +110,25 @@ def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):
 
 def test_a_reading_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe, plan = make_read(tmp_path / "run", 1)
-    with pytest.raises(UserError, match=r"evaluate\.second_judge asks the LLM judge: judge\.model is empty"):
+    with pytest.raises(UserError, match=r"evaluate\.readings: llm asks the LLM judge: judge\.model is empty"):
         run_study(replace(recipe, judge=JudgeSettings()))
     reading = replace(plan.readings[0].recipe, run_dir=str(tmp_path / "second"))
-    with pytest.raises(UserError, match=r"with evaluate\.second_judge=none: name a judge"):
-        run_one(replace(reading, evaluate=Evaluate()), "rejudge")
-    with pytest.raises(UserError, match=r"reads evaluations of \[\]"):
-        run_one(replace(reading, stage_dirs={"prepare": reading.stage_dirs["prepare"]}), "rejudge")
-    wrong = {**reading.stage_dirs, "evaluate_tppo": reading.stage_dirs["evaluate_sft"]}
+    with pytest.raises(UserError, match=r"evaluate\.readings=\[\] has to name the reader llm once"):
+        run_one(replace(reading, evaluate=Evaluate()), "read_llm")
+    with pytest.raises(UserError, match=r"stage 'evaluate' is not finished"):
+        run_one(replace(reading, evaluate=replace(reading.evaluate, answers={})), "read_llm")
+    given = reading.evaluate.answers
+    wrong = replace(reading.evaluate, answers={**given, "tppo": given["sft"]})
     with pytest.raises(UserError, match="no answer of tppo"):
-        run_one(replace(reading, stage_dirs=wrong), "rejudge")
-    cells = Path(reading.stage_dirs["evaluate_sft"])
+        run_one(replace(reading, evaluate=wrong), "read_llm")
+    nowhere = replace(reading.evaluate, answers={**given, "tppo": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=r"evaluate\.answers: .*nowhere holds no finished evaluation"):
+        run_one(replace(reading, evaluate=nowhere), "read_llm")
+    cells = Path(given["sft"])
     facts = json.loads((cells / "metrics.json").read_text())
-    (cells / "metrics.json").write_text(json.dumps({**facts, "judge": "llm/m/sentence-v1-probability"}))
+    (cells / "metrics.json").write_text(json.dumps({**facts, "judge": JUDGE}))
     with pytest.raises(UserError, match="it would only agree with itself"):
-        run_one(reading, "rejudge")
+        run_one(reading, "read_llm")
     with pytest.raises(SystemExit):
-        main(["rejudge", "--help"])
-    assert "evaluate.second_judge_examples" in capsys.readouterr().out
+        main(["read", "--help"])
+    assert "evaluate.readings" in capsys.readouterr().out

@@ -17,6 +17,7 @@ Pooling = Literal["mean", "cls", "max"]
 GlobalAttention = Literal["history", "response", "cls", "none"]
 Baseline = Literal["frequent_next", "repeat_last", "repeat_recent", "nearest", "best_of_n"]
 """Answers without a tuned policy: see `tppo.generate.simple`."""
+Reader = Literal["llm", "embedding", "vote", "distance"]
 
 
 @dataclass
@@ -181,8 +182,6 @@ class Label:
     copies or repeats, so reward models that saw its responses only may prefer those who do."""
     batch_size: int = 64
     """Texts encoded together."""
-    injection_probes: int = 0
-    """Responses on which it is measured how often a text that orders a verdict gets it (three judgements each)."""
 
 
 @dataclass
@@ -514,6 +513,18 @@ class DPO:
 
 
 @dataclass
+class Reading:
+    """Somebody who reads the answers of a finished evaluation, after the evaluation's own judge."""
+
+    reader: Reader = "llm"
+    """llm, embedding: another judge, with numbers of its own beside the first one's; vote: the LLM judge says which of
+    two models' answers is better, in both orders, and which of the true next queries and another user's, which shows
+    what its votes are worth; distance: the KL of every tuned policy from SFT, on answers drawn anew."""
+    examples: int = 0
+    """Examples of each set that are read, the same for every model; 0 means all. Equal numbers draw equal examples."""
+
+
+@dataclass
 class Evaluate:
     """Judge SFT and every tuned policy on users never trained on."""
 
@@ -525,6 +536,9 @@ class Evaluate:
     """Sampling temperature; 0 is greedy."""
     batch_size: int = 32
     """Prompts generated together."""
+    models: list[str] = field(default_factory=list)
+    """Who answers, of all that the recipe has (sft, algorithms, untuned, baselines, references); empty: everybody. A
+    study sets it, so that its cells have SFT and the baselines once per seed."""
     baselines: list[Baseline] = field(default_factory=lambda: ["frequent_next", "repeat_last", "nearest"])
     """Simple baselines in every table. From training users: frequent_next (most frequent next queries after the last
     one), nearest (next queries of the example with the nearest last query); repeat_last and repeat_recent (the last
@@ -540,21 +554,12 @@ class Evaluate:
     judge: Literal["label", "embedding", "llm"] = "label"
     """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
     trained to please it."""
-    tuned_only: bool = False
-    """Leave SFT, baselines and reference rows out: the cells of a study have them once per seed (see `tppo study`)."""
-    second_judge: Literal["none", "embedding", "llm"] = "none"
-    """Another judge beside it, with columns of its own in every table (`second_...`)."""
-    second_judge_examples: int = 0
-    """Examples of each set that the second judge reads, the same for every model; 0 means all."""
-    vote: bool = False
-    """Ask the LLM judge which of two models' responses is better, in both orders (win-tie-lose by vote); and which of
-    the true next queries and another user's, which shows what its votes are worth. A study votes between its cells."""
-    vote_examples: int = 0
-    """Examples of each set voted on, the same for every pair of models; 0 means all. When as many are asked for as
-    `second_judge_examples` says, they are the same ones."""
-    distance_examples: int = 0
-    """Examples of each set on which the KL of every algorithm from SFT is measured (`tppo distance`; a study does so
-    for its cells); 0 means not at all."""
+    readings: list[Reading] = field(default_factory=list)
+    """Who reads the same answers afterwards, as `[{reader: llm, examples: 100}, {reader: vote}]`: each is a stage of
+    its own (`read_llm`, `read_vote`), so a finished evaluation can be read again by somebody else."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """Finished evaluations whose answers the readings read, as `model: folder`. Empty: this run's own. So answers of
+    different runs can be read, and voted on, together."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 
@@ -676,3 +681,7 @@ class Recipe:
     def data_seed(self) -> int:
         """The seed of everything before the tuning of policies: `shared_seed`, or `seed`."""
         return self.seed if self.shared_seed is None else self.shared_seed
+
+
+RETIRED: dict[str, Any] = {"label.injection_probes": 0}
+"""Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""

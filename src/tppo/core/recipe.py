@@ -1,10 +1,16 @@
-""""""
+"""A recipe from YAML and flags: one definition (`tppo.core.config`) gives the schema, the flags, the help and the
+errors.
+
+Every command takes the whole recipe, so one file serves them all; its help shows only the sections that the command
+reads.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jsonargparse
@@ -12,43 +18,50 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo.core.common import UserError
 from tppo.core.config import Recipe
+from tppo.core.stages import STAGES
 
-COMMANDS = {
-    "run": "all stages of a recipe, left to right: skips finished ones, resumes unfinished ones",
-    "study": "a grid of algorithms x seeds x settings from shared SFT, labels and reward models; resumes, then reports",
-    "plan": "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
-    "synthetic": "write the seeded synthetic log",
-    "prepare": "interaction log -> examples (history, next queries), with every rejected row accounted for",
-    "sft": "examples -> a language model fine-tuned on the true next queries",
-    "sample": "draw query lists from the SFT model: the responses to be labelled",
-    "label": "judge every word and every response for relevance",
-    "ledger": "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
-    "reward": "labels -> token-level reward model and its sentence-level rival",
-    "check-reward": "the gate before RL: do the reward models know their job? Held-out users, probes, thresholds",
-    "rl": "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
-    "dpo": "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
-    "evaluate": "judge SFT and every tuned policy on users never trained on",
-    "vote": "the LLM judge votes between the answers of two evaluations, in both orders (`tppo study` does it for you)",
-    "rejudge": "a second judge reads the answers of finished evaluations (`tppo study` does it for you)",
-    "distance": "KL of every tuned policy from SFT on evaluation users, in nats (`tppo study` does it for you)",
-    "report": "one self-contained HTML page: verdict, tables, curves, samples",
-    "serve": "suggestions over HTTP, with a page that shows the models beside each other",
-    "agreement": "check the labels: a blind sheet for people, and agreement with them or with another judge",
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is not the one stage it is called after."""
+
+    help: str
+    action: str = ""
+    """`module:function` that does it, with the recipe; empty: stages are made (`tppo.cli`)."""
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("all stages of a recipe, left to right: skips finished ones, resumes unfinished ones"),
+    "study": Command(
+        "a grid of algorithms x seeds x settings from shared SFT, labels and reward models; resumes, then reports"
+    ),
+    "plan": Command(
+        "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
+        "tppo.plan:print_plan",
+    ),
+    **{name.replace("_", "-"): Command(stage.help) for name, stage in STAGES.items()},
+    "ledger": Command(
+        "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
+        "tppo.judge.ledger:show_ledger",
+    ),
+    "serve": Command(
+        "suggestions over HTTP, with a page that shows the models beside each other", "tppo.serve.app:serve"
+    ),
+    "agreement": Command(
+        "check the labels: a blind sheet for people, and agreement with them or with another judge",
+        "tppo.judge.agreement:run_action",
+    ),
 }
-ACTIONS = {
-    "serve": ("tppo.serve.app", "serve"),
-    "agreement": ("tppo.judge.agreement", "run_action"),
-    "ledger": ("tppo.judge.ledger", "show_ledger"),
-    "plan": ("tppo.plan", "print_plan"),
-}
-"""Commands that are no stage: nothing of theirs to make anew with --redo."""
+"""In the order of the help."""
 WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
 ALSO_SHOWN = {
     **dict.fromkeys(("label", "evaluate", "ledger"), ("judge",)),
-    **dict.fromkeys(("vote", "rejudge"), ("judge", "evaluate")),
-    "distance": ("evaluate",),
+    "read": ("judge", "evaluate"),
 }
+"""Sections in a command's help beside its own."""
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
@@ -60,12 +73,12 @@ EXAMPLES = {
     "label": "tppo label --config recipes/demo.yaml --label.judge llm --judge.model qwen2.5:7b "
     "--judge.base_url http://127.0.0.1:11434/v1",
     "ledger": "tppo ledger\n  tppo ledger --ledger.export attempts.parquet",
-    "vote": "tppo vote --run_dir runs/vote --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1\\\n"
-    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
-    "rejudge": "tppo rejudge --run_dir runs/second --evaluate.second_judge llm --evaluate.second_judge_examples 100\\\n"
-    "    --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1 --judge.template sentence\\\n"
-    "    --stage_dirs '{prepare: runs/a/prepare, evaluate_tppo: runs/a/evaluate, evaluate_sft: runs/a/evaluate}'",
-    "distance": "tppo distance --config recipes/demo.yaml --evaluate.distance_examples 50",
+    "read": "tppo read --config recipes/demo.yaml --evaluate.readings '[{reader: distance, examples: 50}]'\n"
+    "  tppo read --config recipes/demo.yaml --evaluate.readings '[{reader: llm, examples: 100}, {reader: vote}]'\\\n"
+    "    --judge.model qwen2.5:7b --judge.base_url http://127.0.0.1:11434/v1\n"
+    "  tppo read --run_dir runs/votes --stage_dirs '{prepare: runs/a/prepare}'\\\n"
+    "    --evaluate.readings '[{reader: vote}]' --judge.model qwen2.5:7b\\\n"
+    "    --evaluate.answers '{tppo: runs/a/evaluate, sft: runs/b/evaluate}'",
     "dpo": "tppo dpo --config recipes/demo.yaml --dpo.tuning lora --dpo.learning_rate 1e-4",
     "serve": "tppo serve --config recipes/demo.yaml --serve.port 8080",
     "agreement": "tppo agreement --config recipes/demo.yaml\n"
@@ -84,13 +97,13 @@ def stage_parser(command: str) -> ArgumentParser:
     example = EXAMPLES.get(command, f"tppo {command} --config recipes/demo.yaml")
     parser = ArgumentParser(
         prog=f"tppo {command}",
-        description=COMMANDS[command],
+        description=COMMANDS[command].help,
         epilog=f"example:\n  {example}",
         formatter_class=_Help,
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe in YAML; flags given after it win")
-    if command not in ACTIONS:
+    if not COMMANDS[command].action:
         parser.add_argument(
             "--redo",
             type=list[str] | str,

@@ -3,8 +3,6 @@
 A stage reads only folders to its left (`stage_inputs`). A folder without `manifest.json` is unfinished: it
 is resumed or redone. A finished stage whose config or inputs have changed is never silently reused or
 overwritten: the error names what changed and the way out.
-
-Going down the road: the stages of a run one after the other, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from tppo.core.common import UserError, console
-from tppo.core.config import Recipe
+from tppo.core.config import RETIRED, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
-from tppo.core.stages import PRECISION_OF, all_stages, split_stage, stage_command, stage_config, stage_inputs
+from tppo.core.stages import all_stages, precision_section, split_stage, stage_command, stage_config, stage_inputs
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
@@ -63,7 +61,7 @@ class RunFolder:
         """
         if self.manifest(stage) is None:
             self.check_own(stage)
-            command, flags = stage_command(stage)
+            command, flags = stage_command(stage, self.recipe)
             raise UserError(
                 f"stage '{stage}' is not finished in {self.root}: "
                 f"run `{' '.join(['tppo', command, '--run_dir', str(self.root), *flags])}` first"
@@ -85,8 +83,33 @@ class RunFolder:
         assert manifest is not None
         return manifest["facts"]
 
+    def answers(self) -> dict[str, Path]:
+        """Folders of the finished evaluations whose answers are read instead of this run's own, by model."""
+        return {model: Path(folder) for model, folder in self.recipe.evaluate.answers.items()}
+
+    def _inputs(self, stage: str) -> dict[str, Path]:
+        """Folders that a stage reads, finished or not: its stages to the left, and the evaluations it is given."""
+        folders = {name: self.path(name) for name in stage_inputs(stage, self.recipe)}
+        if split_stage(stage)[0] == "read" and stage != "read_distance":
+            folders |= {f"answers of {model}": folder for model, folder in self.answers().items()}
+        return folders
+
+    def missing_inputs(self, stage: str) -> list[str]:
+        """What a stage reads and is not finished."""
+        return [name for name, folder in self._inputs(stage).items() if not (folder / MANIFEST).exists()]
+
     def input_hashes(self, stage: str) -> dict[str, str]:
-        return {name: sha256_file(self.require(name) / MANIFEST) for name in stage_inputs(stage, self.recipe)}
+        """Hashes of the manifests of what a stage reads.
+
+        Raises:
+            UserError: something of it is not finished.
+        """
+        folders = self._inputs(stage)
+        for name in self.missing_inputs(stage):
+            if name.startswith("answers of "):
+                raise UserError(f"evaluate.answers: {folders[name]} holds no finished evaluation")
+            self.require(name)
+        return {name: sha256_file(folder / MANIFEST) for name, folder in folders.items()}
 
     def is_done(self, stage: str) -> bool:
         """True when the stage is finished with this very config and these very inputs.
@@ -99,8 +122,9 @@ class RunFolder:
             return False
         used = (manifest.get("numerics") or {}).get("precision")
         # A setting that there was not yet: its default does what was done without it.
-        old = _with_defaults(manifest["config"], _plain(stage_config(stage, Recipe())))
-        changed = _differences(old, stage_config(stage, self.recipe), used=used)
+        new = stage_config(stage, self.recipe)
+        old = _without_retired(_with_defaults(manifest["config"], _plain(_default_config(stage))))
+        changed = _differences(old, new, used=used)
         if changed:
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
@@ -134,9 +158,9 @@ class RunFolder:
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
-        section = PRECISION_OF.get(split_stage(stage)[0])
+        section = precision_section(stage)
         # A stage that multiplies matrices has imported torch by now; no other is worth the seconds that takes.
-        if section is None or "torch" not in sys.modules:
+        if not section or "torch" not in sys.modules:
             return None
         from tppo.core.device import choose, stage_device
 
@@ -150,7 +174,7 @@ class RunFolder:
         from tppo.core.common import console
         from tppo.core.device import Numerics, warn_of_slow_bf16
 
-        numerics, section = Numerics(**started["numerics"]), PRECISION_OF[split_stage(stage)[0]]
+        numerics, section = Numerics(**started["numerics"]), precision_section(stage)
         console.print(f"{stage}: {numerics}", soft_wrap=True, markup=False, highlight=False)
         if warning := warn_of_slow_bf16(numerics, f"{section}.precision"):
             console.print(f"[bold red]WARNING[/]: {warning}", soft_wrap=True, highlight=False)
@@ -210,6 +234,27 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
     with run.stage(stage) as (folder, facts):
         facts.update(work(run.settled_recipe(stage), run, folder))
     return True
+
+
+def _default_config(stage: str) -> dict[str, Any]:
+    """What a stage depends on when nothing is set."""
+    name, variant = split_stage(stage)
+    readings = [Reading(cast(Reader, variant))] if name == "read" else []
+    return stage_config(stage, Recipe(evaluate=Evaluate(readings=readings)))
+
+
+def _without_retired(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that are constants today, where they had that value."""
+    return {
+        section: {
+            name: value
+            for name, value in values.items()
+            if f"{section}.{name}" not in RETIRED or value != RETIRED[f"{section}.{name}"]
+        }
+        if isinstance(values, dict)
+        else values
+        for section, values in config.items()
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -272,7 +317,7 @@ def run_stages(
             console.print(f"{head}: done before, skipped", markup=False, soft_wrap=True)
             continue
         console.rule(head.replace("[", "\\["))
-        command, flags = stage_command(stage)
+        command, flags = stage_command(stage, recipe)
         start = time.monotonic()
         status = call([sys.executable, "-m", "tppo", command, "--config", str(path), *flags])
         if status:

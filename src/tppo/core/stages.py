@@ -1,11 +1,18 @@
-""""""
+"""The stages of a run: what each is called, where its code is, which folders it reads and which settings it depends on.
+
+One folder per stage; a stage reads only folders to its left. A stage that is made several times in a run has its
+variant in its name: `rl_tppo`, `rl_dpo` (the algorithm), `read_vote` (the reader).
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
-from tppo.core.config import Baseline, Recipe, judge_identity, rl_identity
+from tppo.core.common import UserError
+from tppo.core.config import Algorithm, Reading, Recipe, judge_identity, rl_identity
 
 # Each model is compared with those after it, the farthest (SFT) first.
 MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
@@ -28,13 +35,179 @@ REFERENCES: tuple[str, str] = ("targets", "other_user")
 """The scale of a judge: queries that are as good as can be, and queries of somebody else."""
 BASELINES = ("untuned", "best_of_n", "frequent_next", "repeat_last", "repeat_recent", "nearest")
 """What every policy is compared with, besides the other policies."""
-EVALUATION = "evaluate_"
-"""With a model behind it: the name under which `vote` and `rejudge` take that model's evaluation over."""
-PRECISION_OF = {
-    **{stage: stage for stage in ("sft", "reward", "rl", "dpo")},
-    **{"sample": "sft", "evaluate": "rl", "distance": "rl"},
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, or a kind of stage that has variants."""
+
+    name: str
+    """Also the section of the recipe that it depends on, where there is one, and, with `-` for `_`, its command."""
+    module: str
+    """Its code: `run(recipe, run, folder)`, which returns facts for the manifest."""
+    help: str
+    inputs: Callable[[Recipe], Sequence[str]] = lambda recipe: ()
+    """Stages that it reads, all to the left."""
+    settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    """What its result depends on beside its own section, the task and the seed; an entry takes the place of the
+    section."""
+    precision: str = ""
+    """Section whose `precision` its matrix products have; empty: it has no choice."""
+    shared: bool = True
+    """Before the tuning of policies: `shared_seed` is its seed where there is one, and one of them serves many
+    tunings."""
+
+
+def _judged_by(llm: bool, recipe: Recipe) -> dict[str, Any]:
+    return {"judge": judge_identity(recipe.judge)} if llm else {}
+
+
+def _rl(algorithm: str, recipe: Recipe) -> dict[str, Any]:
+    return {"rl": rl_identity(recipe.rl) | {"algorithm": algorithm}}
+
+
+def _evaluate(recipe: Recipe) -> dict[str, Any]:
+    """The readings change no answer and no verdict of the first judge. `shared_seed` chooses the examples; `seed` draws
+    the answers."""
+    own = {name: value for name, value in asdict(recipe.evaluate).items() if name not in ("readings", "answers")}
+    models = evaluated_models(recipe)
+    return {
+        "evaluate": own,
+        "shared_seed": recipe.shared_seed,
+        **_judged_by(uses_llm_judge("evaluate", recipe), recipe),
+        # It chooses by TPPO's reward, whatever algorithm the section names.
+        **(_rl("tppo", recipe) if "best_of_n" in models else {}),
+        **({"start_model": recipe.sft.model} if "untuned" in models else {}),
+    }
+
+
+def _read(recipe: Recipe) -> dict[str, Any]:
+    """Of the one reading that `of_variant` leaves in the recipe. `shared_seed` chooses the examples."""
+    (reading,) = recipe.evaluate.readings
+    depends: dict[str, Any] = {"read": asdict(reading), "shared_seed": recipe.shared_seed}
+    depends |= _judged_by(reading.reader in ("llm", "vote"), recipe)
+    if reading.reader == "vote":
+        depends["rubric"] = recipe.reward.rubric
+    if reading.reader == "embedding":
+        depends["label"] = asdict(recipe.label)  # how it is calibrated
+    if reading.reader == "distance":
+        depends |= {"precision": recipe.rl.precision}
+        depends |= {name: getattr(recipe.evaluate, name) for name in ("splits", "max_examples")}
+    return depends
+
+
+def _tuned(recipe: Recipe) -> list[str]:
+    return [rl_stage(algorithm) for algorithm in recipe.algorithms]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("synthetic", "tppo.logs.synthetic", "write the seeded synthetic log"),
+        Stage(
+            "prepare",
+            "tppo.logs.prepare",
+            "interaction log -> examples (history, next queries), with every rejected row accounted for",
+            inputs=lambda recipe: ["synthetic"] if recipe.prepare.source == ["synthetic"] else [],
+        ),
+        Stage(
+            "sft",
+            "tppo.tune.sft",
+            "examples -> a language model fine-tuned on the true next queries",
+            inputs=lambda recipe: ["prepare"],
+            precision="sft",
+        ),
+        Stage(
+            "sample",
+            "tppo.generate.sample",
+            "draw query lists from the SFT model: the responses to be labelled",
+            inputs=lambda recipe: ["prepare", "sft"],
+            precision="sft",
+        ),
+        Stage(
+            "label",
+            "tppo.judge.label",
+            "judge every word and every response for relevance",
+            inputs=lambda recipe: ["prepare", "sample"],
+            settings=lambda recipe: _judged_by(uses_llm_judge("label", recipe), recipe),
+        ),
+        Stage(
+            "reward",
+            "tppo.reward.train",
+            "labels -> token-level reward model and its sentence-level rival",
+            inputs=lambda recipe: ["prepare", "label"],
+            precision="reward",
+        ),
+        Stage(
+            "check_reward",
+            "tppo.reward.gate",
+            "the gate before RL: do the reward models know their job? Held-out users, probes, thresholds",
+            inputs=lambda recipe: ["prepare", "label", "reward"],
+            # What RL does with the verdict is no part of it: the check is the same either way.
+            settings=lambda recipe: {"check_reward": _without(asdict(recipe.check_reward), "allow_failed")},
+        ),
+        Stage(
+            "rl",
+            "tppo.rl.stage",
+            "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
+            inputs=lambda recipe: ["prepare", "sft", "sample", "reward"],
+            settings=lambda recipe: _rl(recipe.rl.algorithm, recipe),
+            precision="rl",
+            shared=False,
+        ),
+        Stage(
+            "dpo",
+            "tppo.tune.dpo",
+            "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
+            inputs=lambda recipe: ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])],
+            precision="dpo",
+            shared=False,
+        ),
+        Stage(
+            "evaluate",
+            "tppo.evaluate.stage",
+            "judge SFT and every tuned policy on users never trained on",
+            inputs=lambda recipe: [
+                *("prepare", "sft", "label"),
+                *(["sample", "reward"] if "best_of_n" in evaluated_models(recipe) else []),
+                *_tuned(recipe),
+            ],
+            settings=_evaluate,
+            precision="rl",
+            shared=False,
+        ),
+        Stage(
+            "read",
+            "tppo.evaluate.readings",
+            "another judge, votes or distances on finished answers (evaluate.readings)",
+            inputs=lambda recipe: [
+                "prepare",
+                *(
+                    ["sft", *_tuned(recipe)]
+                    if recipe.evaluate.readings[0].reader == "distance"
+                    else []
+                    if recipe.evaluate.answers
+                    else ["evaluate"]
+                ),
+            ],
+            settings=_read,
+            precision="rl",
+            shared=False,
+        ),
+        Stage(
+            "report",
+            "tppo.report.page",
+            "one self-contained HTML page: verdict, tables, curves, samples",
+            inputs=lambda recipe: [
+                *("prepare", "sft", "label", "reward", "check_reward"),
+                *_tuned(recipe),
+                "evaluate",
+                *read_stages(recipe),
+            ],
+            shared=False,
+        ),
+    )
 }
-"""Section of a stage -> the section whose `precision` its matrix products have. The other stages have no choice."""
 
 
 def rl_stage(algorithm: str) -> str:
@@ -42,136 +215,99 @@ def rl_stage(algorithm: str) -> str:
     return f"rl_{algorithm}"
 
 
+def read_stages(recipe: Recipe) -> list[str]:
+    """Names of the stages that read finished answers."""
+    return [f"read_{reading.reader}" for reading in recipe.evaluate.readings]
+
+
 def split_stage(stage: str) -> tuple[str, str]:
-    """Section of the recipe and algorithm of a stage: `rl_ppo` -> ("rl", "ppo"), `rl_dpo` -> ("dpo", "dpo"), `sft` ->
-    ("sft", "")."""
-    if not stage.startswith("rl_"):
+    """Name in `STAGES` and variant: `rl_ppo` -> ("rl", "ppo"), `rl_dpo` -> ("dpo", "dpo"), `sft` -> ("sft", "")."""
+    kind, _, variant = stage.partition("_")
+    if kind not in ("rl", "read"):
         return stage, ""
-    algorithm = stage.removeprefix("rl_")
-    return ("dpo" if algorithm == "dpo" else "rl"), algorithm
+    return ("dpo" if stage == "rl_dpo" else kind), variant
 
 
-def stage_command(stage: str) -> tuple[str, list[str]]:
+def of_variant(stage: str, recipe: Recipe) -> Recipe:
+    """The recipe as a variant of a stage reads it: the algorithm, or the one reading, that its name says.
+
+    Raises:
+        UserError: a reading that the recipe does not have.
+    """
+    name, variant = split_stage(stage)
+    if name == "rl":
+        return replace(recipe, rl=replace(recipe.rl, algorithm=cast(Algorithm, variant)))
+    if name != "read":
+        return recipe
+    readings = [reading for reading in recipe.evaluate.readings if reading.reader == variant]
+    if len(readings) != 1:
+        raise UserError(
+            f"evaluate.readings={[asdict(reading) for reading in recipe.evaluate.readings]} has to name the reader "
+            f"{variant} once: `--evaluate.readings '[{{reader: {variant}, examples: 100}}]'`"
+        )
+    return replace(recipe, evaluate=replace(recipe.evaluate, readings=readings))
+
+
+def stage_command(stage: str, recipe: Recipe) -> tuple[str, list[str]]:
     """Subcommand that runs a stage, and the flags it needs."""
-    section, algorithm = split_stage(stage)
-    return section.replace("_", "-"), ["--rl.algorithm", algorithm] if section == "rl" else []
+    name, variant = split_stage(stage)
+    flags = {
+        "rl": lambda: ["--rl.algorithm", variant],
+        "read": lambda: ["--evaluate.readings", json.dumps([asdict(_reading(stage, recipe))])],
+    }
+    return name.replace("_", "-"), flags[name]() if name in flags else []
 
 
-def taken_models(recipe: Recipe) -> list[str]:
-    """Models whose answers `vote` and `rejudge` read: `evaluate_<model>` is taken from elsewhere for each."""
-    return [name.removeprefix(EVALUATION) for name in recipe.stage_dirs if name.startswith(EVALUATION)]
+def _reading(stage: str, recipe: Recipe) -> Reading:
+    return of_variant(stage, recipe).evaluate.readings[0]
 
 
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
-    """Folders (all to the left) that a stage reads."""
-    synthetic = ["synthetic"] if recipe.prepare.source == ["synthetic"] else []
-    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
-    evaluations = [EVALUATION + model for model in taken_models(recipe)]
-    best_of_n_inputs = ["sample", "reward"] if "best_of_n" in evaluated_baselines(recipe) else []
-    inputs = {
-        "synthetic": [],
-        "prepare": synthetic,
-        "sft": ["prepare"],
-        "sample": ["prepare", "sft"],
-        "label": ["prepare", "sample"],
-        "reward": ["prepare", "label"],
-        "check_reward": ["prepare", "label", "reward"],
-        "evaluate": ["prepare", "sft", "label", *best_of_n_inputs, *rl_stages],
-        "report": ["prepare", "sft", "label", "reward", "check_reward", *rl_stages, "evaluate"],
-        "vote": ["prepare", *evaluations],
-        "rejudge": ["prepare", *evaluations],
-        "distance": ["prepare", "sft", *rl_stages],
-    }
-    if split_stage(stage)[0] == "dpo":
-        return ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])]
-    return ["prepare", "sft", "sample", "reward"] if split_stage(stage)[0] == "rl" else inputs[stage]
+    """Stages (all to the left) that a stage reads."""
+    return list(STAGES[split_stage(stage)[0]].inputs(of_variant(stage, recipe)))
 
 
-def evaluated_baselines(recipe: Recipe) -> list[Baseline]:
-    """The simple baselines that `evaluate` answers with: none beside tuned policies alone."""
-    return [] if recipe.evaluate.tuned_only else recipe.evaluate.baselines
+def precision_section(stage: str) -> str:
+    """The section whose `precision` a stage's matrix products have; empty for a stage that has no choice."""
+    name, variant = split_stage(stage)
+    return "" if name == "read" and variant != "distance" else STAGES[name].precision
+
+
+def evaluated_models(recipe: Recipe) -> list[str]:
+    """Who answers, in the order of the tables: policies, baselines, references; those of `evaluate.models` if it names
+    any."""
+    evaluate = recipe.evaluate
+    untuned = ["untuned"] if evaluate.untuned else []
+    everybody = ["sft", *recipe.algorithms, *untuned, *evaluate.baselines, *REFERENCES]
+    return [model for model in everybody if not evaluate.models or model in evaluate.models]
 
 
 def all_stages(recipe: Recipe) -> list[str]:
     """The stages of `tppo run`, left to right."""
-    first = stage_inputs("prepare", recipe)
-    rl_stages = [rl_stage(algorithm) for algorithm in recipe.algorithms]
-    return [*first, "prepare", "sft", "sample", "label", "reward", "check_reward", *rl_stages, "evaluate", "report"]
+    return [*shared_stages(recipe), *_tuned(recipe), "evaluate", *read_stages(recipe), "report"]
 
 
 def shared_stages(recipe: Recipe) -> list[str]:
     """The stages before the tuning of policies, left to right: one set of them serves many tunings."""
-    return [stage for stage in all_stages(replace(recipe, algorithms=[])) if stage not in ("evaluate", "report")]
+    first = stage_inputs("prepare", recipe)
+    return [name for name, stage in STAGES.items() if stage.shared and (name != "synthetic" or name in first)]
 
 
 def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
-    section, algorithm = split_stage(stage)
-    seed = recipe.data_seed if stage in shared_stages(recipe) else recipe.seed
-    config: dict[str, Any] = {"seed": seed, "task": asdict(recipe.task)}
-    if stage == "evaluate":
-        config["shared_seed"] = recipe.shared_seed  # it chooses the examples; `seed` draws the answers
-    if hasattr(recipe, section):
-        config[section] = asdict(getattr(recipe, section))
-    if uses_llm_judge(stage, recipe):
-        config["judge"] = judge_identity(recipe.judge)
-    if stage == "evaluate":
-        del config["evaluate"]["distance_examples"]
-        if not recipe.evaluate.vote:
-            del config["evaluate"]["vote_examples"]
-    if stage == "vote":
-        config |= {"rubric": recipe.reward.rubric, "vote_examples": recipe.evaluate.vote_examples}
-        config["shared_seed"] = recipe.shared_seed  # it chooses the examples
-    if stage == "rejudge":
-        evaluate = recipe.evaluate
-        config |= {name: getattr(evaluate, name) for name in ("second_judge", "second_judge_examples")}
-        config["shared_seed"] = recipe.shared_seed  # it chooses the examples
-        if evaluate.second_judge == "embedding":
-            config["label"] = asdict(recipe.label)  # how it is calibrated
-    if stage == "distance":
-        evaluate, config["precision"] = recipe.evaluate, recipe.rl.precision
-        config |= {name: getattr(evaluate, name) for name in ("splits", "max_examples", "distance_examples")}
-        config["shared_seed"] = recipe.shared_seed  # it chooses the examples; `seed` draws the answers
-    if section == "rl":
-        config["rl"] = rl_identity(recipe.rl) | {"algorithm": algorithm}
-    if section == "check_reward":
-        del config[section]["allow_failed"]  # what RL does with the verdict: the check is the same either way
-    if stage == "evaluate" and "best_of_n" in evaluated_baselines(recipe):
-        # It chooses by TPPO's reward, whatever algorithm the section names.
-        config["rl"] = rl_identity(recipe.rl) | {"algorithm": "tppo"}
-    if stage == "evaluate" and recipe.evaluate.untuned and not recipe.evaluate.tuned_only:
-        config["start_model"] = recipe.sft.model
-    return config
+    name, _ = split_stage(stage)
+    recipe = of_variant(stage, recipe)
+    seed = recipe.data_seed if STAGES[name].shared else recipe.seed
+    section = {name: asdict(getattr(recipe, name))} if hasattr(recipe, name) else {}
+    return {"seed": seed, "task": asdict(recipe.task), **section, **STAGES[name].settings(recipe)}
 
 
 def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
-    """Whether a stage's results depend on the section `judge`."""
+    """Whether the section `judge` says who judges in `label` or `evaluate`."""
     by_labels = recipe.label.judge == "llm"
-    if stage == "label":
-        return by_labels
-    if stage == "vote":
-        return True
-    evaluate = recipe.evaluate
-    if stage == "rejudge":
-        return evaluate.second_judge == "llm"
-    return stage == "evaluate" and (
-        evaluate.vote or "llm" in (evaluate.judge, evaluate.second_judge) or (evaluate.judge == "label" and by_labels)
-    )
+    judge = recipe.evaluate.judge
+    return by_labels if stage == "label" else judge == "llm" or (judge == "label" and by_labels)
 
 
-MODULES = {
-    "synthetic": "tppo.logs.synthetic",
-    "prepare": "tppo.logs.prepare",
-    "sft": "tppo.tune.sft",
-    "sample": "tppo.generate.sample",
-    "label": "tppo.judge.label",
-    "reward": "tppo.reward.train",
-    "check_reward": "tppo.reward.gate",
-    "rl": "tppo.rl.stage",
-    "dpo": "tppo.tune.dpo",
-    "evaluate": "tppo.evaluate.readings",
-    "vote": "tppo.evaluate.votes",
-    "rejudge": "tppo.evaluate.second",
-    "distance": "tppo.evaluate.distance",
-    "report": "tppo.report.page",
-}
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}

@@ -1,9 +1,8 @@
-"""Who answers the evaluation examples: policies, simple baselines, and the two reference rows.
+"""Who answers the evaluation examples, and the answers: answers.parquet.
 
-`make_answerer` does what is done once (load a model, count queries, embed them) and returns a function that answers
-the examples of a split. Everything after it (judging, metrics, comparisons, report) is the same for all of them.
-
-Which examples are evaluated, which of them the LLM judge is asked about, and who answered them.
+`make_answerer` does what is done once (load a model, count queries, embed them) and returns a function that answers the
+examples of a split. Everything after it (readings, comparisons, report) is the same for policies, simple baselines and
+the two reference rows.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from tppo.core.common import UserError, console, draw, stream_seed, track
-from tppo.core.config import Recipe
+from tppo.core.config import Evaluate, Recipe
 from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
-from tppo.core.stages import DISPLAY, EVALUATION, REFERENCES, rl_stage
-from tppo.core.tables import Example, load_examples
-from tppo.core.text import Event, render_response
-from tppo.evaluate.metrics import read_generations
+from tppo.core.stages import DISPLAY, REFERENCES, rl_stage
+from tppo.core.tables import Example, field, load_examples, read_table
+from tppo.core.text import Event, parse_response, render_response
 from tppo.generate.engine import Generation, encode_examples, generate
 from tppo.generate.simple import FrequentNext, NearestNeighbour, best_sample, last_query, repeat_recent
 from tppo.judge.embedding import Encoder
@@ -42,6 +41,27 @@ class Answers:
     tokens: list[int | None]
     dropped_events: int | None = None
     """Oldest history events that did not fit the prompts; None where there is no prompt."""
+
+
+ANSWERS = pa.schema(
+    [
+        field("example_id", pa.string(), "example answered"),
+        field("user_id", pa.string(), "keyed hash of the user"),
+        field("split", pa.string(), "eval1 or eval2"),
+        field("model", pa.string(), "sft, an algorithm, untuned, a baseline, or a reference (targets, other_user)"),
+        field("seed", pa.int64(), "seed that the answer was drawn with"),
+        field("response", pa.string(), "text without special tokens"),
+        field("queries", pa.list_(pa.string()), "normalised queries, in order"),
+        field("words", pa.list_(pa.string()), "words of the response, in order, as judged"),
+        field("word_query", pa.list_(pa.int32()), "number of the query each word belongs to"),
+        field("finished", pa.bool_(), "the model ended the response itself"),
+        field("problem", pa.string(), "why the response is unparseable, else null", True),
+        field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for what no model wrote", True),
+    ]
+)
+Row = dict[str, Any]
+Answered = dict[str, dict[str, Row]]
+"""Rows of answers.parquet by model and example."""
 
 
 Answerer = Callable[[str, Sequence[Example]], Answers | None]
@@ -181,77 +201,115 @@ def _token_reward_sums(
     ]
 
 
-Answered = dict[str, dict[str, dict[str, Any]]]
-"""Rows of generations.parquet by model and example."""
+def answer_rows(answers: Answers, examples: Sequence[Example], *, model: str, seed: int, num_queries: int) -> list[Row]:
+    """Rows of answers.parquet: one response per example."""
+    rows = []
+    for example, response, finished, tokens in zip(
+        examples, answers.responses, answers.finished, answers.tokens, strict=True
+    ):
+        parsed = parse_response(response, finished, num_queries)
+        rows.append(
+            {
+                **{name: getattr(example, name) for name in ("example_id", "user_id", "split")},
+                "model": model,
+                "seed": seed,
+                "response": response,
+                "queries": parsed.queries,
+                "words": [word.text for word in parsed.words],
+                "word_query": [word.query for word in parsed.words],
+                "finished": finished,
+                "problem": parsed.problem,
+                "response_tokens": tokens,
+            }
+        )
+    return rows
 
 
-def choose_examples(recipe: Recipe, run: RunFolder, split: str) -> list[Example]:
+def readable(row: Row) -> str | None:
+    """The response, or None when it is unparseable."""
+    return row["response"] if row["problem"] is None else None
+
+
+def choose_examples(settings: Evaluate, prepare: Path, split: str, seed: int) -> list[Example]:
     """`evaluate.max_examples` examples of a split, drawn with the seed, in file order (0: all)."""
-    examples = load_examples(run.require("prepare"), split)
+    examples = load_examples(prepare, split)
     if not examples:
         raise UserError(
-            f"{run.path('prepare')}/examples.parquet has no example of split '{split}': raise "
-            f"prepare.{split}_share or take the split out of evaluate.splits"
+            f"{prepare}/examples.parquet has no example of split '{split}': raise prepare.{split}_share or take the "
+            "split out of evaluate.splits"
         )
-    return draw(examples, recipe.evaluate.max_examples or None, recipe.data_seed, "evaluate", split)
+    return draw(examples, settings.max_examples or None, seed, "evaluate", split)
 
 
-def asked_about(recipe: Recipe, examples: Mapping[str, Sequence[Example]], limit: int) -> list[Example]:
-    """Examples that a second judge or a voter is asked about: `limit` of each split, drawn with the seed; 0 means all.
+def asked_about(examples: Mapping[str, Sequence[Example]], limit: int, seed: int) -> list[Example]:
+    """Examples that a reader is asked about: `limit` of each split, drawn with the seed; 0 means all.
 
     Args:
         examples: by split.
-        limit: `evaluate.second_judge_examples` or `evaluate.vote_examples`; equal limits draw equal examples.
+        limit: `examples` of the reading; equal limits draw equal examples.
     """
     return [
         example
         for split, found in examples.items()
-        for example in draw(found, limit or None, recipe.data_seed, "second judge", split)
+        for example in draw(found, limit or None, seed, "second judge", split)
     ]
 
 
-def by_model(rows: Sequence[dict[str, Any]]) -> Answered:
-    """Rows of generations.parquet by model and example."""
+def by_model(rows: Sequence[Row]) -> Answered:
+    """Rows of answers.parquet by model and example."""
     answers: Answered = {}
     for row in rows:
         answers.setdefault(row["model"], {})[row["example_id"]] = row
     return answers
 
 
-def read_answers(run: RunFolder, models: Sequence[str]) -> Answered:
-    """The finished evaluations' rows by model and example. A reference that an evaluation could not have (one user
-    only) is left out.
+def load_answers(evaluation: Path) -> list[Row]:
+    """Rows of a finished evaluate stage.
 
     Raises:
-        UserError: an evaluation is not finished or does not hold its model, or two models answered different examples.
+        UserError: no such file, or no such table.
     """
-    folders = {model: run.require(EVALUATION + model) for model in models}
-    read = {folder: by_model(read_generations(folder)) for folder in dict.fromkeys(folders.values())}
+    return read_table(evaluation / "answers.parquet", ANSWERS).to_pylist()
+
+
+def answers_of(folders: Mapping[str, Path]) -> Answered:
+    """The answers of finished evaluations, by model and example. A reference that an evaluation could not have (one
+    user only) is left out.
+
+    Args:
+        folders: by model.
+
+    Raises:
+        UserError: an evaluation does not hold its model, or two models answered different examples.
+    """
+    read = {folder: by_model(load_answers(folder)) for folder in dict.fromkeys(folders.values())}
     answers = {model: read[folder].get(model, {}) for model, folder in folders.items()}
     for model, folder in folders.items():
         if not answers[model]:
             if model not in REFERENCES:
-                raise UserError(f"{folder} holds no answer of {model}: stage_dirs has to name an evaluation of it")
+                raise UserError(
+                    f"{folder} holds no answer of {model}: evaluate.answers has to name an evaluation of it"
+                )
             console.print(f"{folder} has no row '{DISPLAY[model]}'", soft_wrap=True)
     answered = {model: rows.keys() for model, rows in answers.items() if rows and model not in REFERENCES}
     for model, ids in answered.items():
         if ids != next(iter(answered.values())):
-            named = ", ".join(str(run.path(EVALUATION + name)) for name in answered)
+            named = ", ".join(str(folders[name]) for name in answered)
             raise UserError(f"{named}: {model} answered other examples than the first; name equal evaluations")
     return {model: rows for model, rows in answers.items() if rows}
 
 
-def answered_examples(recipe: Recipe, run: RunFolder, answers: Answered, limit: int) -> list[Example]:
-    """Those of the examples answered that a second judge or a voter is asked about (see `asked_about`), by split.
+def answered_examples(answers: Answered, prepare: Path, limit: int, seed: int) -> list[Example]:
+    """Those of the examples answered that a reader is asked about (see `asked_about`), by split.
 
     Raises:
-        UserError: the run's prepare stage does not know them.
+        UserError: the prepare stage does not know them.
     """
     ids = list(dict.fromkeys(name for rows in answers.values() for name in rows))
-    known = {example.example_id: example for example in load_examples(run.require("prepare"))}
+    known = {example.example_id: example for example in load_examples(prepare)}
     if missing := [name for name in ids if name not in known]:
-        raise UserError(f"{run.path('prepare')} has no example {missing[0]}, which was answered: name its own prepare")
+        raise UserError(f"{prepare} has no example {missing[0]}, which was answered: name its own prepare")
     by_split: dict[str, list[Example]] = {}
     for name in ids:
         by_split.setdefault(known[name].split, []).append(known[name])
-    return asked_about(recipe, by_split, limit)
+    return asked_about(by_split, limit, seed)

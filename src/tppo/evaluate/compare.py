@@ -1,45 +1,40 @@
-"""From rows of generations.parquet to metrics.json: the tables of the report.
+"""From answers and readings to metrics.json: the tables of a report, and what a point of the headline costs.
 
-Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so the
-bootstrap over users stays one of independent clusters).
+Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so the bootstrap
+over users stays one of independent clusters).
 
-Win-tie-lose (the paper compares models response by response): the score of a response is its sentence
-label (0 or 1) plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses
-score 0. The higher score wins, scores within 1e-6 tie; examples where the judge abstained on either
-are left out.
+Win-tie-lose (the paper compares models response by response): the score of a response is its sentence label (0 or 1)
+plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses score 0. The higher
+score wins, scores within 1e-6 tie; examples where the judge abstained on either are left out.
 
-What a point of the headline costs: seconds of training and labelled responses, from the manifests.
-
-A model's cost over SFT is everything the run made for it and not for SFT: its own stage and the stages that stage
-reads (`stage_inputs`), without those that SFT itself needs. Stages shared by several models count in full
-for each of them: it is the price of having that model alone. The gain is the headline's difference from SFT.
-
-Labels are rows of the label stage (a response under one rubric). Manifests hold a stage's last attempt: a stage
-resumed after a kill is cheaper on paper than it was.
+A model's cost over SFT is everything the run made for it and not for SFT: its own stage and the stages that stage reads
+(`stage_inputs`), without those that SFT itself needs. Stages shared by several models count in full for each of them:
+it is the price of having that model alone. Labels are rows of the label stage (a response under one rubric). Manifests
+hold a stage's last attempt: a stage resumed after a kill is cheaper on paper than it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from tppo.core.common import stream_seed
-from tppo.core.config import Recipe
+from tppo.core.config import Recipe, Rubric
 from tppo.core.run import RunFolder
-from tppo.core.show import NOT_MEASURED, number
+from tppo.core.show import NOT_MEASURED, Table, number
 from tppo.core.stages import BASELINES, DISPLAY, MODEL_ORDER, REFERENCES, rl_stage, stage_inputs
 from tppo.core.stats import Estimate, IntervalEstimate, UserBootstrap, WinTieLose, estimate, win_tie_lose
-from tppo.evaluate.metrics import (
-    CORPUS,
-    PER_RESPONSE,
-    corpus_metrics,
-)
+from tppo.evaluate.metrics import BY_JUDGE, CORPUS, NO_JUDGE, PER_RESPONSE, RELEVANCE, RUBRICS, corpus_metrics
 
-Rows = list[dict[str, Any]]
-BootstrapOf = Callable[[Rows, str], UserBootstrap]
-"""The bootstrap of a scope, from a row of any model for each question, in order, and the scope's name."""
+BootstrapOf = Callable[[pd.DataFrame, str], UserBootstrap]
+"""The bootstrap of a scope, from its questions (columns seed, example_id, user_id) and its name."""
 POOLED = "all"
+_QUESTION = ["seed", "example_id"]
+"""What pairs the answers of two models."""
 
 
 def model_pairs(models: Collection[str]) -> list[tuple[str, str]]:
@@ -61,160 +56,207 @@ def baseline_pairs(models: Collection[str]) -> list[tuple[str, str]]:
     ]
 
 
+def user_bootstrap(draws: int, seed: int) -> BootstrapOf:
+    """Users drawn with replacement: for the answers of one seed."""
+
+    def of(questions: pd.DataFrame, scope: str) -> UserBootstrap:
+        return UserBootstrap(list(questions["user_id"]), draws, stream_seed(seed, "bootstrap", scope))
+
+    return of
+
+
 def build_metrics(
-    rows: Rows, recipe: Recipe, votes: Rows | None = None, bootstrap_of: BootstrapOf | None = None
+    answers: pd.DataFrame, readings: pd.DataFrame, *, judge: str, rubric: Rubric, bootstrap_of: BootstrapOf
 ) -> dict[str, Any]:
     """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair).
 
+    A row of another judge than the first one has that judge's name as its `reader`; all other rows have none.
+
     Args:
-        rows: of generations.parquet; with a column `seed` when several runs answered the same examples.
-        votes: rows of votes.parquet, when the judge was asked for votes; with a column `seed` as in `rows`.
-        bootstrap_of: where intervals come from, when not from a bootstrap over users.
+        answers: rows of answers.parquet, of one or several seeds.
+        readings: rows of readings.parquet on these answers.
+        judge: name of the first judge.
+        rubric: what the reward models learnt: the headline.
     """
-    splits = list(dict.fromkeys(row["split"] for row in rows))
+    splits = list(dict.fromkeys(answers["split"]))
     scopes = {split: [split] for split in splits}
     if len(splits) > 1:
         scopes = {POOLED: splits, **scopes}
-    other = "history" if recipe.reward.rubric == "targets" else "targets"
+    judges = readings.loc[readings["measure"].isin([metric.name for metric in RELEVANCE]), "reader"].unique()
     result: dict[str, Any] = {
-        "headline": f"relevant_{recipe.reward.rubric}",
-        "check": f"relevant_{other}",
+        "judge": judge,
+        "second_judges": [str(name) for name in judges if name != judge],
+        "headline": f"relevant_{rubric}",
+        "check": f"relevant_{RUBRICS[1 - RUBRICS.index(rubric)]}",
         "scopes": list(scopes),
-        "models": [m for m in DISPLAY if any(row["model"] == m for row in rows)],
+        "models": [model for model in DISPLAY if model in set(answers["model"])],
         "rows": [],
         "differences": [],
         "wins": [],
         "abstained": [],
     }
     for scope, members in scopes.items():
-        chosen = [row for row in rows if row["split"] in members]
-        bootstrap = _add_scope(result, scope, chosen, bootstrap_of or _user_bootstrap(recipe))
-        _add_votes(result, scope, [row for row in votes or [] if row["split"] in members], chosen, bootstrap)
+        own_answers, own_readings = (frame[frame["split"].isin(members)] for frame in (answers, readings))
+        _Scope(scope, own_answers, own_readings, judge, bootstrap_of).add_to(result)
     return result
 
 
-def _user_bootstrap(recipe: Recipe) -> BootstrapOf:
-    def of(rows: Rows, scope: str) -> UserBootstrap:
-        users, seed = [row["user_id"] for row in rows], stream_seed(recipe.seed, "bootstrap", scope)
-        return UserBootstrap(users, recipe.evaluate.bootstrap_samples, seed)
+class _Scope:
+    """One evaluation set, or all of them: its questions, and every measure of every model on them."""
 
-    return of
+    def __init__(
+        self, name: str, answers: pd.DataFrame, readings: pd.DataFrame, judge: str, bootstrap_of: BootstrapOf
+    ) -> None:
+        self.name, self.answers, self.judge = name, answers, judge
+        self.models = [model for model in DISPLAY if model in set(answers["model"])]
+        questions = answers.drop_duplicates(_QUESTION)
+        self.index = pd.MultiIndex.from_frame(questions[_QUESTION])
+        self.bootstrap = bootstrap_of(questions, name)
+        self.votes = readings[readings["than"].notna()]
+        self.single = readings[readings["than"].isna()]
+        # Readers that are no judge have measures of their own, so the measure says who it was.
+        self.single = self.single.assign(reader=self.single["reader"].replace(dict.fromkeys([judge, *NO_JUDGE], "")))
+        wide = self.single.pivot(index=_QUESTION, columns=["reader", "measure", "model"], values="value")
+        self.wide = wide.reindex(self.index)
 
+    def values(self, model: str, measure: str, reader: str = "") -> np.ndarray:
+        """Of each question (N,); NaN where it was not measured."""
+        found = self.wide.get((reader, measure, model))
+        return np.full(len(self.index), np.nan) if found is None else found.to_numpy(float)
 
-def _question(row: dict[str, Any]) -> tuple[Any, str]:
-    """What pairs the answers of two models: the example, and the seed where there are several."""
-    return row.get("seed"), row["example_id"]
+    def add_to(self, result: dict[str, Any]) -> None:
+        measures = [("", metric.name) for metric in PER_RESPONSE]
+        measures += [(judge, metric.name) for judge in result["second_judges"] for metric in BY_JUDGE]
+        for model in self.models:
+            own = {"scope": self.name, "model": model}
+            for reader, name in measures:
+                found = self.bootstrap.mean(self.values(model, name, reader))
+                result["rows"].append({**own, "metric": name, "reader": reader, **found.as_dict()})
+            result["rows"] += [{**own, **row} for row in self._corpus_rows(model)]
+            for reader in ("", *result["second_judges"]):
+                for rubric in RUBRICS:
+                    own_rows = self.single[(self.single["reader"] == reader) & (self.single["model"] == model)]
+                    asked = own_rows.loc[own_rows["measure"] == f"relevant_{rubric}", "value"]
+                    count = int(asked.isna().sum())
+                    result["abstained"].append({**own, "reader": reader, "rubric": rubric, "count": count})
+        for a, b in [*model_pairs(self.models), *baseline_pairs(self.models)]:
+            own = {"scope": self.name, "model": a, "than": b}
+            for reader, name in measures:
+                found = self.bootstrap.difference(self.values(a, name, reader), self.values(b, name, reader))
+                result["differences"].append({**own, "metric": name, "reader": reader, **found.as_dict()})
+            for rubric in RUBRICS:
+                wins = win_tie_lose(self.bootstrap, self.scores(a, rubric), self.scores(b, rubric))
+                result["wins"].append({**own, "rubric": rubric, "by": "scores", **_shares(wins)})
+        result["wins"] += [{"scope": self.name, **row} for row in self._vote_rows()]
 
+    def scores(self, model: str, rubric: str) -> np.ndarray:
+        """Sentence label + share of relevant words of each response, 0 to 2; NaN where the judge abstained."""
+        return self.values(model, f"relevant_{rubric}") + self.values(model, f"words_{rubric}")
 
-def _add_scope(result: dict[str, Any], scope: str, rows: Rows, bootstrap_of: BootstrapOf) -> UserBootstrap:
-    by_model = {model: [r for r in rows if r["model"] == model] for model in result["models"]}
-    by_model = {model: found for model, found in by_model.items() if found}
-    questions = {_question(row): row for row in rows}
-    bootstrap = bootstrap_of(list(questions.values()), scope)
-    for model, found in by_model.items():
-        indexed = {_question(row): row for row in found}
-        by_model[model] = [indexed.get(question, {}) for question in questions]
-        assert len(indexed) == len(found), f"{model} answered an example twice"
-        result["rows"] += _model_rows(scope, model, by_model[model], bootstrap)
-        for judge in ("", "second_"):
-            for rubric in ("targets", "history"):
-                count = sum(row[f"{judge}status_{rubric}"] == "abstained" for row in found)
-                result["abstained"].append({"scope": scope, "model": model, "rubric": judge + rubric, "count": count})
-    for a, b in [*model_pairs(list(by_model)), *baseline_pairs(list(by_model))]:
-        _add_pair(result, scope, a, b, by_model, bootstrap)
-    return bootstrap
+    def _corpus_rows(self, model: str) -> list[dict[str, Any]]:
+        """No interval: drawing users with replacement repeats their words, which is biased downwards. Mean over the
+        seeds of each seed's: over all seeds at once, more answers would repeat more."""
+        own = self.answers[self.answers["model"] == model]
+        found = [corpus_metrics(part["queries"]) for _, part in own.groupby("seed")]
+        rows = []
+        for metric in CORPUS:
+            values = [value for corpus in found if (value := corpus[metric.name]) is not None]
+            mean = sum(values) / len(values) if values else None
+            counts = {"examples": len(own), "users": own["user_id"].nunique()}
+            rows.append({"metric": metric.name, "reader": "", "value": mean, "low": None, "high": None, **counts})
+        return rows
 
-
-def _add_votes(result: dict[str, Any], scope: str, votes: Rows, rows: Rows, bootstrap: UserBootstrap) -> None:
-    """Win-tie-lose by vote, as the votes were counted (`tppo.evaluate.votes`); abstentions are left out."""
-    questions = list(dict.fromkeys(_question(row) for row in rows))
-    for a, b in dict.fromkeys((row["model"], row["than"]) for row in votes):
-        found = {_question(row): row for row in votes if (row["model"], row["than"]) == (a, b)}
-        side = {"a": 1.0, "tie": 0.0, "b": -1.0, None: None}
-        sign_N = [side[found[question]["winner"]] if question in found else None for question in questions]
-        first = next(iter(found.values()))
-        flips = [row["flipped"] for row in found.values() if row["flipped"] is not None]
-        wins = win_tie_lose(bootstrap, sign_N, [0.0] * len(sign_N))
-        result["wins"].append(
-            {
-                **_wins_row(scope, a, b, first["rubric"], wins, "vote"),
-                "judge": first["judge"],
-                "flip_rate": sum(flips) / len(flips) if flips else None,
-                "asked": len(flips),
-                "abstained": sum(row["winner"] is None for row in found.values()),
+    def _vote_rows(self) -> list[dict[str, Any]]:
+        """Win-tie-lose by vote, as the votes were counted (`tppo.evaluate.votes`); abstentions are left out."""
+        rows = []
+        for (a, b), found in self.votes.groupby(["model", "than"], sort=False):
+            judge, rubric = found["reader"].iloc[0], found["measure"].iloc[0].partition("_")[2]
+            of = {
+                name: found[found["measure"] == f"{name}_{rubric}"].set_index(_QUESTION)["value"]
+                for name in ("vote", "flipped")
             }
-        )
+            sign_N, flips = of["vote"].reindex(self.index).to_numpy(float), of["flipped"]
+            wins = win_tie_lose(self.bootstrap, sign_N, np.zeros(len(sign_N)))
+            row = {"model": a, "than": b, "rubric": rubric, "by": "vote", **_shares(wins), "judge": judge}
+            rate = float(flips.mean()) if len(flips) else None
+            rows.append({**row, "flip_rate": rate, "asked": len(flips), "abstained": int(of["vote"].isna().sum())})
+        return rows
 
 
-def _wins_row(scope: str, a: str, b: str, rubric: str, wins: WinTieLose, by: str) -> dict[str, Any]:
-    shares = {"win": wins.win, "tie": wins.tie, "lose": wins.lose, "net": wins.net.as_dict()}
-    return {"scope": scope, "model": a, "than": b, "rubric": rubric, "by": by, **shares}
+def _shares(wins: WinTieLose) -> dict[str, Any]:
+    return {"win": wins.win, "tie": wins.tie, "lose": wins.lose, "net": wins.net.as_dict()}
 
 
-def _model_rows(scope: str, model: str, rows: Rows, bootstrap: UserBootstrap) -> Rows:
-    table = [
-        {
-            "scope": scope,
-            "model": model,
-            "metric": metric.name,
-            **bootstrap.mean([row.get(metric.name) for row in rows]).as_dict(),
-        }
-        for metric in PER_RESPONSE
-    ]
-    # No interval: drawing users with replacement repeats their words: biased downwards.
-    corpus = _corpus_of_one_seed([row for row in rows if row])
-    users = len({row["user_id"] for row in rows if row})
-    table += [
-        {
-            "scope": scope,
-            "model": model,
-            "metric": metric.name,
-            "value": corpus[metric.name],
-            "low": None,
-            "high": None,
-            "examples": sum(bool(row) for row in rows),
-            "users": users,
-        }
-        for metric in CORPUS
-    ]
-    return table
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json with look-ups."""
 
+    data: dict[str, Any]
+    _rows: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
 
-def _corpus_of_one_seed(rows: Rows) -> dict[str, float | None]:
-    """Mean over the seeds of each seed's corpus metrics: over all seeds at once, more answers would repeat more."""
-    seeds = {row.get("seed") for row in rows}
-    found = [corpus_metrics([row["queries"] for row in rows if row.get("seed") == seed]) for seed in seeds]
-    means: dict[str, float | None] = {}
-    for metric in CORPUS:
-        values = [value for corpus in found if (value := corpus[metric.name]) is not None]
-        means[metric.name] = sum(values) / len(values) if values else None
-    return means
+    def __post_init__(self) -> None:
+        for row in self.data["rows"]:
+            self._rows[row["scope"], row["model"], row["metric"], row.get("reader", "")] = row
+        for row in self.data["differences"]:
+            self._rows[row["scope"], row["model"], row["than"], row["metric"], row.get("reader", "")] = row
 
+    @property
+    def headline(self) -> str:
+        return self.data["headline"]
 
-def _add_pair(
-    result: dict[str, Any], scope: str, a: str, b: str, by_model: dict[str, Rows], bootstrap: UserBootstrap
-) -> None:
-    for metric in PER_RESPONSE:
-        estimate = bootstrap.difference(_column(by_model[a], metric.name), _column(by_model[b], metric.name))
-        result["differences"].append(
-            {"scope": scope, "model": a, "than": b, "metric": metric.name, **estimate.as_dict()}
-        )
-    for rubric in ("targets", "history"):
-        wins = win_tie_lose(bootstrap, paired_scores(by_model[a], rubric), paired_scores(by_model[b], rubric))
-        result["wins"].append(_wins_row(scope, a, b, rubric, wins, "scores"))
+    @property
+    def rubric(self) -> str:
+        """Of the headline."""
+        return self.headline.removeprefix("relevant_")
 
+    @property
+    def scopes(self) -> list[str]:
+        return self.data["scopes"]
 
-def paired_scores(rows: Sequence[dict[str, Any]], rubric: str) -> list[float | None]:
-    """Sentence label + share of relevant words of each response, 0 to 2; None where the judge abstained."""
-    scores: list[float | None] = []
-    for row in rows:
-        label, share = row.get(f"relevant_{rubric}"), row.get(f"words_{rubric}")
-        scores.append(None if label is None or share is None else label + share)
-    return scores
+    @property
+    def policies(self) -> list[str]:
+        """SFT and the tuned models: what is compared with each other."""
+        return [model for model in self.data["models"] if model not in (*BASELINES, *REFERENCES)]
 
+    @property
+    def baselines(self) -> list[str]:
+        return [model for model in self.data["models"] if model in BASELINES]
 
-def _column(rows: Rows, name: str) -> list[float | None]:
-    return [row.get(name) for row in rows]
+    @property
+    def second_judges(self) -> list[str]:
+        return self.data.get("second_judges", [])
+
+    @property
+    def knows_truth(self) -> bool:
+        """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
+        return self.cell(self.scopes[0], "sft", "known_words").value is not None
+
+    def cell(self, scope: str, model: str, metric: str, reader: str = "") -> Estimate:
+        """Args: reader: a second judge; empty: the first judge, or what needs none."""
+        return estimate(self._rows.get((scope, model, metric, reader)))
+
+    def difference(self, scope: str, model: str, than: str, metric: str, reader: str = "") -> Estimate:
+        return estimate(self._rows.get((scope, model, than, metric, reader)))
+
+    def difference_row(self, scope: str, model: str, than: str, metric: str, reader: str = "") -> dict[str, Any]:
+        """With all that a study knows of it, too: seeds, p-values."""
+        return self._rows[scope, model, than, metric, reader]
+
+    def pairs(self, scope: str) -> list[tuple[str, str]]:
+        """The policies that are compared with each other."""
+        return [pair for pair in self._compared(scope) if pair[1] not in BASELINES]
+
+    def baseline_pairs(self, scope: str) -> list[tuple[str, str]]:
+        """A policy and the baseline it is compared with."""
+        return [pair for pair in self._compared(scope) if pair[1] in BASELINES]
+
+    def _compared(self, scope: str) -> list[tuple[str, str]]:
+        found = [(row["model"], row["than"]) for row in self.data["differences"] if row["scope"] == scope]
+        return list(dict.fromkeys(found))
+
+    def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
+        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": "scores"}
+        return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
 
 
 @dataclass(frozen=True)
@@ -293,88 +335,25 @@ def gain_over_sft(metrics: Metrics, scope: str, model: str) -> Estimate:
     return Estimate(value, low, high, loss.examples, loss.users)
 
 
-def cost_rows(costs: list[Cost]) -> list[dict[str, str]]:
-    """The costs in words, for the report's tables."""
-    return [
-        {
-            "model": cost.model,
-            "label": DISPLAY[cost.model],
-            "minutes": NOT_MEASURED if cost.seconds is None else number(cost.seconds / 60),
-            "labels": NOT_MEASURED if cost.labels is None else str(cost.labels),
-            "seconds_per_point": _said(cost.seconds_per_point),
-            "labels_per_point": _said(cost.labels_per_point),
-            "seconds_per_answer": number(cost.seconds_per_answer),
-        }
+def cost_table(costs: list[Cost], note: str = "") -> Table:
+    """The costs in words."""
+    heads = ["Model", "Training minutes", "Labels", "Seconds a point", "Labels a point", "Seconds an answer"]
+    rows = [
+        [
+            DISPLAY[cost.model],
+            NOT_MEASURED if cost.seconds is None else number(cost.seconds / 60),
+            NOT_MEASURED if cost.labels is None else str(cost.labels),
+            _said(cost.seconds_per_point),
+            _said(cost.labels_per_point),
+            number(cost.seconds_per_answer),
+        ]
         for cost in costs
     ]
+    title = "Cost of a point of the headline over SFT"
+    return Table(heads, rows, title, note, series=[cost.model for cost in costs])
 
 
 def _said(estimate: IntervalEstimate | None) -> str:
     if estimate is None:
         return "no gain shown"
     return f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
-
-
-def cost_markdown(costs: list[Cost]) -> str:
-    """The cost table of summary.md."""
-    lines = ["## Cost of a point of the headline over SFT", ""]
-    lines += ["| | training minutes | labels | seconds a point | labels a point | seconds an answer |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for row in cost_rows(costs):
-        cells = ("minutes", "labels", "seconds_per_point", "labels_per_point", "seconds_per_answer")
-        lines.append(f"| {row['label']} | {' | '.join(row[cell] for cell in cells)} |")
-    return "\n".join([*lines, ""])
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """metrics.json with look-ups."""
-
-    data: dict[str, Any]
-
-    @property
-    def scopes(self) -> list[str]:
-        return self.data["scopes"]
-
-    @property
-    def policies(self) -> list[str]:
-        """SFT and the tuned models: what is compared with each other."""
-        return [model for model in self.data["models"] if model not in (*BASELINES, "targets", "other_user")]
-
-    @property
-    def baselines(self) -> list[str]:
-        return [model for model in self.data["models"] if model in BASELINES]
-
-    @property
-    def knows_truth(self) -> bool:
-        """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
-        return self.cell(self.scopes[0], "sft", "known_words").value is not None
-
-    def cell(self, scope: str, model: str, metric: str) -> Estimate:
-        return _find(self.data["rows"], scope=scope, model=model, metric=metric)
-
-    def difference(self, scope: str, model: str, than: str, metric: str) -> Estimate:
-        return _find(self.data["differences"], scope=scope, model=model, than=than, metric=metric)
-
-    def pairs(self, scope: str) -> list[tuple[str, str]]:
-        """The policies that are compared with each other."""
-        return [pair for pair in self._compared(scope) if pair[1] not in BASELINES]
-
-    def baseline_pairs(self, scope: str) -> list[tuple[str, str]]:
-        """A policy and the baseline it is compared with."""
-        return [pair for pair in self._compared(scope) if pair[1] in BASELINES]
-
-    def _compared(self, scope: str) -> list[tuple[str, str]]:
-        found = [(row["model"], row["than"]) for row in self.data["differences"] if row["scope"] == scope]
-        return list(dict.fromkeys(found))
-
-    def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
-        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": "scores"}
-        return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
-
-
-def _find(rows: list[dict[str, Any]], **wanted: str) -> Estimate:
-    for row in rows:
-        if wanted.items() <= row.items():
-            return estimate(row)
-    return Estimate(None, None, None, 0, 0)

@@ -1,315 +1,262 @@
-"""The evaluate stage: every policy answers the same prompts with the same seed; one judge reads all answers.
+"""Readings: whoever looks at finished answers writes rows (example, model, seed, reader, measure, value).
 
-Simple baselines (`tppo.generate.simple`) answer the same examples and go the same way. Two reference rows show
-the scale of the judge: `targets` judges the user's true next queries as if a model had written them, `other_user`
-judges those of another user of the same evaluation set. A second judge may read the same answers; its verdicts
-stand in columns `second_...`.
-
-Each (split, model) part is written to parts/ as soon as it is judged; a restarted stage keeps the parts it
-finds (the run folder guarantees the same settings and inputs).
+The evaluation's own judge, another judge later on, votes, the comparison with the true next queries, what a synthetic
+log knows of its users, the KL from SFT: all are rows of one kind, so any table is made from any of them. The stage
+`read` adds readings to finished evaluations, also of different run folders such as the cells of a study
+(`evaluate.answers`).
 """
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from tppo.core.common import UserError
-from tppo.core.config import Recipe
-from tppo.core.files import write_json
-from tppo.core.models import SCRATCH
+from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
 from tppo.core.run import RunFolder
-from tppo.core.stages import REFERENCES, evaluated_baselines
-from tppo.core.tables import Example, load_examples, read_table, write_table
-from tppo.core.text import parse_response
-from tppo.evaluate.answers import Answers, asked_about, by_model, choose_examples, embed_texts, make_answerer
-from tppo.evaluate.compare import build_metrics
-from tppo.evaluate.metrics import (
-    GENERATIONS,
-    KNOWN_COLUMNS,
-    RUBRICS,
-    form_metrics,
-    similarity_metrics,
-    truth_metrics,
-    verdict_columns,
+from tppo.core.stages import MODEL_ORDER
+from tppo.core.tables import Example, field, load_examples, write_table
+from tppo.evaluate.answers import (
+    Row,
+    answered_examples,
+    answers_of,
+    asked_about,
+    by_model,
+    choose_examples,
+    embed_texts,
+    load_answers,
+    readable,
 )
-from tppo.evaluate.votes import VOTES, vote_rows
-from tppo.judge.embedding import Encoder
-from tppo.judge.label import make_judge, saved_judge
-from tppo.judge.verdict import Judge, JudgeItem, Verdict
-from tppo.logs.truth import Truth, known_truth
+from tppo.evaluate.compare import model_pairs, voted_pairs
+from tppo.evaluate.distance import distances
+from tppo.evaluate.metrics import DISTANCE, LOG, TEXT, form_metrics, similarity_metrics, truth_metrics
+from tppo.evaluate.votes import Contest, vote
+from tppo.judge.label import make_judge
+from tppo.judge.llm import LLMJudge
+from tppo.judge.verdict import IRRELEVANT, RELEVANT, Judge, JudgeItem, Verdict
+from tppo.logs.truth import Truth
 
-NOT_MEASURED = {"similarity_written": None, "similarity_true": None}
-NOT_KNOWN = dict.fromkeys(KNOWN_COLUMNS)
+READINGS = pa.schema(
+    [
+        field("example_id", pa.string(), "example answered"),
+        field("user_id", pa.string(), "keyed hash of the user: the cluster of the bootstrap"),
+        field("split", pa.string(), "eval1 or eval2"),
+        field("model", pa.string(), "who answered, as in answers.parquet; of a vote: a"),
+        field("than", pa.string(), "of a vote: b; else null", True),
+        field("seed", pa.int64(), "seed of the answer"),
+        field("reader", pa.string(), "judge and version; text, log or distance for what needs no judge"),
+        field(
+            "measure", pa.string(), "a name of tppo.evaluate.metrics; of a vote: vote_, flipped_, preference_<rubric>"
+        ),
+        field("value", pa.float64(), "null: the reader was asked and abstained. What was not asked has no row", True),
+        field("labels", pa.list_(pa.int8()), "of words_<rubric>: 1 irrelevant, 2 relevant, per word as written", True),
+    ]
+)
+
+
+def judge_readings(
+    judge: Judge, examples: Mapping[str, Example], answers: Sequence[Row], description: str
+) -> list[Row]:
+    """relevant_, sentence_score_ and, of a judge of words, words_ and relevant_words_<rubric> of each answer.
+
+    Args:
+        examples: by id.
+    """
+    items = [JudgeItem((e := examples[row["example_id"]]).history, e.targets, row["response"]) for row in answers]
+    rows: list[Row] = []
+    for rubric in judge.rubrics if items else ():
+        verdicts = judge.judge(items, rubric, f"{description}, rubric {rubric}")
+        for answer, verdict in zip(answers, verdicts, strict=True):
+            rows += _verdict_rows(answer, judge.name, rubric, verdict)
+    return rows
+
+
+def _verdict_rows(answer: Row, reader: str, rubric: Rubric, verdict: Verdict) -> list[Row]:
+    """An unparseable answer is not relevant, whatever the judge says; an abstention is null, never a 0."""
+    if verdict.status != "ok":
+        return [_row(answer, reader, f"relevant_{rubric}", None)]
+    usable = answer["problem"] is None
+    rows = [
+        _row(answer, reader, f"relevant_{rubric}", float(usable and verdict.sentence_relevant)),
+        _row(answer, reader, f"sentence_score_{rubric}", verdict.sentence_score),
+    ]
+    if verdict.words is not None:
+        labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
+        relevant = labels.count(RELEVANT)
+        share = relevant / len(labels) if usable and labels else 0.0
+        rows.append({**_row(answer, reader, f"words_{rubric}", share), "labels": labels})
+        rows.append(_row(answer, reader, f"relevant_words_{rubric}", float(relevant)))
+    return rows
+
+
+def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encoder: Any = None) -> list[Row]:
+    """Everything that comparing texts says of each answer.
+
+    Args:
+        encoder: of the embedding similarity (`tppo.judge.embedding.Encoder`), which is not measured without it.
+    """
+    vectors = {}
+    if encoder:
+        texts = {query for row in answers for query in row["queries"]}
+        texts |= {target for row in answers for target in examples[row["example_id"]].targets}
+        distinct = sorted(texts)
+        vectors = dict(zip(distinct, embed_texts(encoder, distinct), strict=True))
+    rows = []
+    for row in answers:
+        example, usable = examples[row["example_id"]], row["problem"] is None
+        found: dict[str, float | None] = {
+            "unparseable": float(not usable),
+            "response_tokens": row["response_tokens"],
+            "word_count": float(len(row["words"])),
+            **truth_metrics(row["queries"], example.targets, usable),
+            **form_metrics(row["queries"], example.history),
+        }
+        if encoder:
+            written, true = (np.array([vectors[text] for text in part]) for part in (row["queries"], example.targets))
+            found |= similarity_metrics(written, true, usable)
+        rows += [_row(row, TEXT, name, value) for name, value in found.items() if value is not None]
+    return rows
+
+
+def truth_readings(
+    truth: Truth, examples: Mapping[str, Example], answers: Sequence[Row], num_queries: int
+) -> list[Row]:
+    """What the synthetic log knows of each answer."""
+    rows = []
+    for row in answers:
+        known = truth.shares(examples[row["example_id"]], row["response"], num_queries)
+        for name, value in zip(("known_queries", "known_words"), known, strict=True):
+            rows.append(_row(row, LOG, name, value if row["problem"] is None else 0.0))
+    return rows
+
+
+def vote_readings(
+    judge: LLMJudge, rubric: Rubric, examples: Sequence[Example], answers: Mapping[str, Mapping[str, Row]]
+) -> list[Row]:
+    """The votes between every two models on these examples: vote_<rubric> 1 a, 0 tie, -1 b, null abstained;
+    flipped_<rubric> 1 when the two orders disagreed; preference_<rubric> the probability that a is better, of a judge
+    asked for it. A pair that needed no question has neither of the last two.
+
+    Args:
+        answers: by model and example.
+    """
+    asked = [
+        (example, answers[a][example.example_id], answers[b][example.example_id])
+        for a, b in voted_pairs(answers)
+        for example in examples
+        if example.example_id in answers[a] and example.example_id in answers[b]
+    ]
+    contests = [Contest(example.history, example.targets, readable(a), readable(b)) for example, a, b in asked]
+    rows = []
+    for (_, a, b), found in zip(asked, vote(judge, contests, rubric, "votes"), strict=True):
+        side = {"a": 1.0, "tie": 0.0, "b": -1.0, None: None}[found.winner]
+        values = {"flipped": found.flipped, "preference": found.preference}
+        said = {"vote": side, **{name: float(value) for name, value in values.items() if value is not None}}
+        rows += [{**_row(a, judge.name, f"{name}_{rubric}", value), "than": b["model"]} for name, value in said.items()]
+    return rows
+
+
+def _row(answer: Row, reader: str, measure: str, value: float | None) -> Row:
+    own = {name: answer[name] for name in ("example_id", "user_id", "split", "model", "seed")}
+    return {**own, "than": None, "reader": reader, "measure": measure, "value": value, "labels": None}
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Generate, judge, measure; writes generations.parquet and metrics.json.
+    """The stage `read_<reader>`: writes readings.parquet.
 
     Raises:
-        UserError: an evaluation set is empty, or a stage to the left is not finished.
+        UserError: nothing to read, an evaluation that is not finished or lacks its model, evaluations of different
+            examples, or a judge that is the first one again.
     """
-    check_settings(recipe)
-    judge = choose_judge(recipe, run)
-    second = choose_second_judge(recipe, run, {judge.name})
-    encoder, truth = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder"), known_truth(run)
-    examples: dict[str, list[Example]] = {s: choose_examples(recipe, run, s) for s in recipe.evaluate.splits}
-    parts = folder / "parts"
-    parts.mkdir(exist_ok=True)
-    asked = {e.example_id for e in asked_about(recipe, examples, recipe.evaluate.second_judge_examples)}
-    readers = {
-        split: Readers(judge, second, [e.example_id in asked for e in chosen], encoder, truth)
-        for split, chosen in examples.items()
-    }
-    facts = _write_parts(recipe, run, examples, readers, parts)
-    models = evaluated_models(recipe)
-    order = [(split, model) for split in examples for model in models]
-    tables = [read_table(path, GENERATIONS) for s, m in order if (path := _part(parts, s, m)).exists()]
-    generations = pa.concat_tables(tables)
-    write_table(folder / "generations.parquet", generations, GENERATIONS)
-    votes = None
-    if recipe.evaluate.vote:
-        votes = vote_rows(
-            recipe, asked_about(recipe, examples, recipe.evaluate.vote_examples), by_model(generations.to_pylist())
-        )
-        write_table(folder / "votes.parquet", votes, VOTES)
-    metrics = build_metrics(generations.to_pylist(), recipe, votes)
-    metrics["judge"] = judge.name
-    metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
-    metrics["second_judge"] = second.name if second else None
-    write_json(folder / "metrics.json", metrics)
-    shutil.rmtree(parts)
-    return {
-        "examples": {split: len(chosen) for split, chosen in examples.items()},
-        "users": {split: len({e.user_id for e in chosen}) for split, chosen in examples.items()},
-        "judge": judge.name,
-        "second_judge": second.name if second else None,
-        **facts,
-        "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
-    }
-
-
-def _write_parts(
-    recipe: Recipe, run: RunFolder, examples: dict[str, list[Example]], readers: dict[str, Readers], parts: Path
-) -> dict[str, Any]:
-    """Write every (split, model) part that is missing; returns facts about that.
-
-    Seconds are given for models that were answered and judged as a whole in this attempt.
-    """
-    facts: dict[str, dict[str, Any]] = {
-        name: {} for name in ("history_events_dropped_to_fit_the_prompt", "seconds_answering", "seconds_judging")
-    }
-    for model in evaluated_models(recipe):
-        missing = {split: part for split, part in examples.items() if not _part(parts, split, model).exists()}
-        if not missing:
-            continue
-        seconds, dropped = _write_model(recipe, run, model, missing, readers, parts)
-        facts["history_events_dropped_to_fit_the_prompt"] |= dropped
-        if len(missing) == len(examples):
-            for name, value in seconds.items():
-                facts[name][model] = round(value, 1)
-    return facts
-
-
-def _write_model(
-    recipe: Recipe,
-    run: RunFolder,
-    model: str,
-    examples: dict[str, list[Example]],
-    readers: dict[str, Readers],
-    parts: Path,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Answer, judge and measure; returns the seconds of each, and how many history events did not fit, per split."""
-    seconds = {"seconds_answering": 0.0, "seconds_judging": 0.0}
-    dropped = {}
-    start = time.monotonic()
-    answerer = make_answerer(model, recipe, run, next(iter(readers.values())).encoder)
-    for split, chosen in examples.items():
-        answers = answerer(split, chosen)
-        answered = time.monotonic()
-        seconds["seconds_answering"] += answered - start
-        if answers is not None:
-            rows = response_rows(readers[split], chosen, answers, model=model, num_queries=recipe.task.num_queries)
-            write_table(_part(parts, split, model), rows, GENERATIONS)
-            if answers.dropped_events is not None:
-                dropped[f"{split}.{model}"] = answers.dropped_events
-        start = time.monotonic()
-        seconds["seconds_judging"] += start - answered
-    return seconds, dropped
-
-
-def check_settings(recipe: Recipe) -> None:
-    """Settings that cannot work.
-
-    Raises:
-        UserError: names the setting and what it has to be.
-    """
-    settings = recipe.evaluate
-    wrong = [
-        (not settings.splits, "splits is empty: name eval1, eval2 or both"),
-        (settings.bootstrap_samples < 100, f"bootstrap_samples={settings.bootstrap_samples}: give at least 100"),
-        (settings.batch_size < 1, f"batch_size={settings.batch_size}: give at least 1"),
-        (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
-        (
-            "best_of_n" in settings.baselines and settings.best_of < 2,
-            f"best_of={settings.best_of}: best_of_n chooses among at least 2",
-        ),
-        (
-            "best_of_n" in settings.baselines and settings.temperature == 0,
-            "temperature=0 draws one and the same response, so best_of_n has no choice: raise it or take best_of_n out",
-        ),
-        (
-            len(set(settings.baselines)) < len(settings.baselines),
-            f"baselines={settings.baselines} names one twice",
-        ),
-    ]
-    for is_wrong, words in wrong:
-        if is_wrong:
-            raise UserError(f"evaluate.{words}")
-    if settings.untuned and recipe.sft.model == SCRATCH:
-        raise UserError(f"evaluate.untuned asks for answers of random weights (sft.model={SCRATCH}): leave it out")
-
-
-def evaluated_models(recipe: Recipe) -> list[str]:
-    """Who answers, in the order of the tables: policies, baselines, references; or the tuned policies only.
-
-    Raises:
-        UserError: none is left.
-    """
-    if recipe.evaluate.tuned_only:
-        if not recipe.algorithms:
-            raise UserError("evaluate.tuned_only leaves nothing to evaluate: `algorithms` is empty")
-        return list(recipe.algorithms)
-    untuned = ["untuned"] if recipe.evaluate.untuned else []
-    return ["sft", *recipe.algorithms, *untuned, *evaluated_baselines(recipe), *REFERENCES]
-
-
-def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
-    """The judge named by `evaluate.judge`.
-
-    Raises:
-        UserError: it does not judge what the reward models learnt, the headline of the report.
-    """
-    kind = recipe.evaluate.judge
-    if kind == "label":
-        judge = saved_judge(run.require("label"), recipe)
+    (reading,) = recipe.evaluate.readings
+    if reading.reader == "distance":
+        rows = _distance_rows(recipe, run, reading.examples)
     else:
-        judge, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
-    if recipe.reward.rubric not in judge.rubrics:
-        raise UserError(
-            f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "
-            "it out: add it, since it is the headline of the report"
-        )
-    return judge
+        rows = _read_answers(recipe, run, reading)
+    write_table(folder / "readings.parquet", rows, READINGS)
+    return reading_facts(rows)
 
 
-def choose_second_judge(recipe: Recipe, run: RunFolder, first: Collection[str]) -> Judge | None:
-    """The judge named by `evaluate.second_judge`, if any.
+def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]:
+    """What a judge says of finished answers, or the votes between them."""
+    prepare, given = run.require("prepare"), run.answers()
+    answers = answers_of(given) if given else by_model(load_answers(run.require("evaluate")))
+    seed = recipe.data_seed
+    examples = answered_examples(answers, prepare, reading.examples, seed)
+    if reading.reader == "vote":
+        if not model_pairs(answers):
+            raise UserError(
+                f"vote compares two of {list(MODEL_ORDER)}, but there are answers of {list(answers)}: give "
+                "`model: folder` of a finished evaluation for each in evaluate.answers"
+            )
+        return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
+    first = first_judges(list(given.values()) or [run.require("evaluate")])
+    judge = choose_second_judge(
+        cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, load_examples(prepare, "train"), seed
+    )
+    # All answers to a history in a row: a server keeps what such prompts begin with.
+    read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
+    return judge_readings(judge, {e.example_id: e for e in examples}, read, "second judge")
 
-    Args:
-        first: names of the first judges.
+
+def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
+    if not recipe.algorithms:
+        raise UserError(f"distance measures {recipe.algorithms}: name an algorithm (algorithms)")
+    prepare, seed = run.require("prepare"), recipe.data_seed
+    by_split: dict[str, list[Example]] = {
+        split: choose_examples(recipe.evaluate, prepare, split, seed) for split in recipe.evaluate.splits
+    }
+    examples = asked_about(by_split, limit, seed)
+    rows = []
+    for model, found in distances(recipe, run, examples):
+        for example, (tokens, ratio) in zip(examples, found, strict=True):
+            answer = {**vars(example), "model": model, "seed": recipe.seed}
+            measures = {"sampled_tokens": float(tokens), "kl_from_sft": ratio}
+            rows += [_row(answer, DISTANCE, name, value) for name, value in measures.items()]
+    return rows
+
+
+def first_judges(folders: Sequence[Path]) -> set[str]:
+    """The names of the judges of finished evaluations."""
+    return {json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["judge"] for folder in folders}
+
+
+def choose_second_judge(
+    kind: JudgeKind, first: set[str], label: Label, judge: JudgeSettings, train: list[Example], seed: int
+) -> Judge:
+    """Another judge than the first ones; see `make_judge`.
 
     Raises:
         UserError: it is a first judge again.
     """
-    kind = recipe.evaluate.second_judge
-    if kind == "none":
-        return None
-    second, _ = make_judge(kind, recipe, load_examples(run.require("prepare")))
+    second, _ = make_judge(kind, label, judge, train, seed)
     if second.name in first:
         raise UserError(
-            f"evaluate.second_judge={kind} is {second.name}, the first judge: it would only agree with itself; name "
-            "another, or none"
+            f"evaluate.readings: {kind} is {second.name}, the first judge: it would only agree with itself; "
+            "name another"
         )
     return second
 
 
-def _part(parts: Path, split: str, model: str) -> Path:
-    return parts / f"{split}.{model}.parquet"
-
-
-@dataclass(frozen=True)
-class Readers:
-    """What looks at the answers of a split."""
-
-    judge: Judge
-    second: Judge | None = None
-    second_asked: Sequence[bool] = ()
-    """Of each example; read only with a second judge."""
-    encoder: Encoder | None = None
-    """Of the embedding similarity, which is null without it."""
-    truth: Truth | None = None
-    """Of a synthetic log; what it says is null without it."""
-
-    def verdicts(self, items: Sequence[JudgeItem], model: str) -> list[dict[str, Verdict]]:
-        """Of each item the verdicts by rubric; the second judge's have the prefix `second_`."""
-        found: list[dict[str, Verdict]] = [{} for _ in items]
-        indices = list(range(len(items)))
-        second = [index for index in indices if self.second_asked[index]] if self.second else []
-        for judge, prefix, chosen in ((self.judge, "", indices), (self.second, "second_", second)):
-            for rubric in judge.rubrics if judge and chosen else ():
-                assert judge is not None
-                description = f"{prefix.replace('_', ' ')}judging {model}, rubric {rubric}"
-                verdicts = judge.judge([items[index] for index in chosen], rubric, description)
-                for index, verdict in zip(chosen, verdicts, strict=True):
-                    found[index][prefix + rubric] = verdict
-        return found
-
-
-def response_rows(
-    readers: Readers, examples: Sequence[Example], answers: Answers, *, model: str, num_queries: int
-) -> list[dict[str, Any]]:
-    """Judge and measure one response per example: rows of generations.parquet."""
-    items = [JudgeItem(e.history, e.targets, r) for e, r in zip(examples, answers.responses, strict=True)]
-    verdicts = readers.verdicts(items, model)
-    parsed_responses = [
-        parse_response(response, finished, num_queries)
-        for response, finished in zip(answers.responses, answers.finished, strict=True)
-    ]
-    vectors: dict[str, Any] = {}
-    if readers.encoder:
-        texts = {text for parsed in parsed_responses for text in parsed.queries} | {
-            t for e in examples for t in e.targets
-        }
-        distinct = sorted(texts)
-        vectors = dict(zip(distinct, embed_texts(readers.encoder, distinct), strict=True))
-    rows = []
-    for i, (example, parsed) in enumerate(zip(examples, parsed_responses, strict=True)):
-        usable = parsed.problem is None
-        row: dict[str, Any] = {
-            "example_id": example.example_id,
-            "user_id": example.user_id,
-            "split": example.split,
-            "model": model,
-            "response": answers.responses[i],
-            "queries": parsed.queries,
-            "words": [word.text for word in parsed.words],
-            "word_query": [word.query for word in parsed.words],
-            "finished": answers.finished[i],
-            "problem": parsed.problem,
-            "unparseable": float(not usable),
-            "response_tokens": answers.tokens[i],
-        }
-        for prefix in ("", "second_"):
-            for rubric in RUBRICS:
-                row |= verdict_columns(verdicts[i].get(prefix + rubric), rubric, usable, prefix)
-        row |= truth_metrics(parsed.queries, example.targets, usable)
-        if readers.encoder:
-            written, true = (np.array([vectors[text] for text in part]) for part in (parsed.queries, example.targets))
-            row |= similarity_metrics(written, true, usable)
-        else:
-            row |= NOT_MEASURED
-        row |= NOT_KNOWN
-        if readers.truth:
-            known = readers.truth.shares(example, answers.responses[i], num_queries)
-            row |= dict(zip(KNOWN_COLUMNS, known if usable else (0.0, 0.0), strict=True))
-        row |= form_metrics(parsed.queries, example.history)
-        rows.append(row)
-    return rows
+def reading_facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """What was read, for the manifest."""
+    abstained = [row["measure"] for row in rows if row["value"] is None]
+    facts = {
+        "reader": sorted({row["reader"] for row in rows}),
+        "examples": len({row["example_id"] for row in rows}),
+        "rows": len(rows),
+        "abstained": {name: abstained.count(name) for name in sorted(set(abstained))},
+    }
+    for measure in ("flipped_targets", "flipped_history", "kl_from_sft"):
+        values: dict[str, list[float]] = {}
+        for row in rows:
+            if row["measure"] == measure:
+                values.setdefault(row["model"], []).append(row["value"])
+        if values:
+            facts[measure] = {model: float(np.mean(found)) for model, found in values.items()}
+    return facts

@@ -10,14 +10,13 @@ history's events (rubric `history`).
   all last hidden states) and that of any reference text.
 - A query that repeats a search of the history or an earlier query of the response is not new: its words and
   its part of the mean are 0 and irrelevant (`repeats_irrelevant`).
-- Relevant means: the score is above a threshold. It is calibrated for each rubric, for words and for
-  responses, as a quantile (`null_quantile`) of the scores of two kinds of unrelated text: *another user's*
-  true next queries, and *random words* of the log in the form of queries; the higher of the two counts. With
-  0.95, five in a hundred unrelated words are called relevant, at most: the false-alarm rate is fixed, and
-  nothing is tuned on the models under comparison. Popular queries shared by two users stay in the first null:
-  they are part of what an unrelated user looks like. Version 1 had that null only and called 64% of
-  random-word responses relevant to the history, and reward models that had learnt from its labels scored
-  random words above real queries (docs/results/reward.md).
+- Relevant means: the score is above a threshold, for each rubric one for words and one for responses: a quantile
+  (`null_quantile`) of the scores of two kinds of unrelated text, *another user's* true next queries and *random words*
+  of the log in the form of queries; the higher of the two counts. With 0.95, five in a hundred unrelated words are
+  called relevant, at most: the false-alarm rate is fixed, and nothing is tuned on the models under comparison. Popular
+  queries shared by two users stay in the first null: they are part of what an unrelated user looks like. Version 1 had
+  that null only and called 64% of random-word responses relevant to the history, and reward models that had learnt
+  from its labels scored random words above real queries (docs/results/reward.md).
 - An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a
   zero-width character) scores 0. The judge never abstains.
 
@@ -48,6 +47,8 @@ from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, othe
 
 RULE_VERSION = 2
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
+Text = tuple[str, ...]
+"""A text as its words; they are joined by one space for the encoder."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,9 @@ class TextEmbedding:
 
 
 class Encoder:
-    """Embeds texts given as tuples of words; the text is the words joined by one space."""
+    """Embeds texts. `setting` is what error messages call the encoder's name by."""
 
     def __init__(self, name_or_path: str, batch_size: int = 64, setting: str = "label.encoder") -> None:
-        """`setting` is what error messages call the encoder's name by."""
         self.folder = Path(load_encoder_path(name_or_path))
         self.batch_size = batch_size
         try:
@@ -85,12 +85,12 @@ class Encoder:
         self.max_length = min(self.model.config.max_position_embeddings, 512)
 
     @torch.inference_mode()
-    def encode(self, texts: Iterable[tuple[str, ...]], description: str | None = None) -> dict[Any, TextEmbedding]:
+    def encode(self, texts: Iterable[Text]) -> dict[Text, TextEmbedding]:
         """Embeddings of the distinct texts, by text; batched by length."""
-        distinct = sorted(set(texts), key=lambda words: (sum(map(len, words)) + len(words), words))
-        batches = [distinct[i : i + self.batch_size] for i in range(0, len(distinct), self.batch_size)]
-        embeddings: dict[Any, TextEmbedding] = {}
-        for batch in track(batches, description) if description else batches:
+        distinct = sorted(set(texts), key=lambda words: (len(" ".join(words)), words))
+        embeddings: dict[Text, TextEmbedding] = {}
+        for start in range(0, len(distinct), self.batch_size):
+            batch = distinct[start : start + self.batch_size]
             encoding = self.tokenizer(
                 [" ".join(words) for words in batch],
                 padding=True,
@@ -109,7 +109,7 @@ class Encoder:
         return embeddings
 
 
-def _word_vectors(words: tuple[str, ...], offsets_T2: np.ndarray, hidden_TD: np.ndarray) -> np.ndarray:
+def _word_vectors(words: Text, offsets_T2: np.ndarray, hidden_TD: np.ndarray) -> np.ndarray:
     """Unit mean (W, D) of the hidden states of the tokens whose characters overlap each word."""
     ends_W = np.cumsum([len(word) + 1 for word in words]) - 1
     starts_W = ends_W - [len(word) for word in words]
@@ -153,11 +153,7 @@ class EmbeddingJudge:
         self.name = f"embedding-v{RULE_VERSION}/{Path(encoder).name}"
 
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
-        """One verdict per item, in order.
-
-        Raises:
-            UserError: the judge has not been calibrated for this rubric.
-        """
+        """One verdict per item, in order; UserError when the judge has not been calibrated for this rubric."""
         if rubric not in self.thresholds:
             raise UserError(f"the judge has no thresholds for rubric '{rubric}': run the label stage first")
         limits = self.thresholds[rubric]
@@ -186,11 +182,7 @@ class EmbeddingJudge:
         return scores
 
     def _score(
-        self,
-        item: JudgeItem,
-        queries: list[tuple[str, ...]],
-        references: list[tuple[str, ...]],
-        embeddings: dict[Any, TextEmbedding],
+        self, item: JudgeItem, queries: list[Text], references: list[Text], embeddings: dict[Text, TextEmbedding]
     ) -> Scores:
         if not queries or not references:
             count = sum(map(len, queries))
@@ -199,23 +191,23 @@ class EmbeddingJudge:
         reference_words_RD = np.concatenate([embeddings[text].words for text in references])
         texts = [normalise_query(" ".join(query)) for query in queries]
         old = repeated_queries(item.history, texts) if self.repeats_irrelevant else set()
-        word_scores, fresh, query_scores = [], [], []
+        word_scores, query_scores = [], []
         for number, query in enumerate(queries):
-            is_fresh = number not in old
-            embedding = embeddings[query]
-            best_W = (embedding.words @ reference_words_RD.T).max(-1)
-            word_scores.append(best_W if is_fresh else np.zeros(len(query)))
-            query_scores.append((reference_sentences_RD @ embedding.sentence).max() if is_fresh else 0.0)
-            fresh.append(np.full(len(query), is_fresh))
-        return Scores(np.concatenate(word_scores), np.concatenate(fresh), float(np.mean(query_scores)))
+            if number in old:
+                word_scores.append(np.zeros(len(query)))
+                query_scores.append(0.0)
+            else:
+                word_scores.append((embeddings[query].words @ reference_words_RD.T).max(-1))
+                query_scores.append((reference_sentences_RD @ embeddings[query].sentence).max())
+        fresh = [number not in old for number, query in enumerate(queries) for _ in query]
+        return Scores(np.concatenate(word_scores), np.array(fresh), float(np.mean(query_scores)))
 
     def calibrate(
         self, examples: Sequence[Example], null_quantile: float, seed: int, description: str | None = None
     ) -> dict[str, Any]:
         """Set the thresholds from two kinds of unrelated text; returns them and the quantiles of both kinds.
 
-        Raises:
-            UserError: fewer than two users, or a quantile outside (0, 1).
+        UserError for fewer than two users, or a quantile outside (0, 1).
         """
         if not 0 < null_quantile < 1:
             raise UserError(f"label.null_quantile={null_quantile} has to lie between 0 and 1")
@@ -259,25 +251,21 @@ class EmbeddingJudge:
 
     @classmethod
     def load(cls, saved: dict[str, Any], path: Path) -> EmbeddingJudge:
-        """The judge that `path` describes; `saved` is its content.
+        """The judge that `path` describes; `saved` is its content (KeyError or TypeError: it is not).
 
-        Raises:
-            UserError: another version of the rule, or other encoder weights than then.
+        UserError for another version of the rule, or other encoder weights than then.
         """
-        try:
-            if saved["rule_version"] != RULE_VERSION:
-                raise UserError(
-                    f"{path} holds rule version {saved['rule_version']}, this is version {RULE_VERSION}: "
-                    "its scores would not compare; give `--redo label`"
-                )
-            judge = cls(
-                saved["encoder"],
-                {rubric: Thresholds(**limits) for rubric, limits in saved["thresholds"].items()},
-                repeats_irrelevant=saved["repeats_irrelevant"],
-                batch_size=saved["batch_size"],
+        if saved["rule_version"] != RULE_VERSION:
+            raise UserError(
+                f"{path} holds rule version {saved['rule_version']}, this is version {RULE_VERSION}: "
+                "its scores would not compare; give `--redo label`"
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
+        judge = cls(
+            saved["encoder"],
+            {rubric: Thresholds(**limits) for rubric, limits in saved["thresholds"].items()},
+            repeats_irrelevant=saved["repeats_irrelevant"],
+            batch_size=saved["batch_size"],
+        )
         if judge._weights_hash() != saved["encoder_sha256"]:
             raise UserError(
                 f"the weights of encoder '{saved['encoder']}' are not those {path} was calibrated with: "
@@ -289,6 +277,6 @@ class EmbeddingJudge:
         return "+".join(sha256_file(path) for path in sorted(self.encoder.folder.glob("*.safetensors")))
 
 
-def _reference_texts(item: JudgeItem, rubric: Rubric) -> list[tuple[str, ...]]:
+def _reference_texts(item: JudgeItem, rubric: Rubric) -> list[Text]:
     texts = item.targets if rubric == "targets" else [event.text for event in item.history]
     return [words for words in (tuple(text.split()) for text in texts) if words]

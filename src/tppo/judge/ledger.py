@@ -1,4 +1,4 @@
-"""The ledger: a SQLite file with every request to a judge model, every attempt and every verdict.
+"""The ledger: a SQLite file with every request to a judge model, every attempt and every verdict (`tppo ledger`).
 
 A verdict is stored in the same transaction as the attempt that brought it, before anything else sees it. A killed
 run therefore loses at most the requests that were under way. A finished request (`ok` or `abstained`) is never sent
@@ -7,8 +7,6 @@ again, in whichever run or stage it comes up; a `failed` one (the server could n
 Prompts are not stored, only their hashes; replies are, as they came (an audit needs them), so the file is readable
 by its owner only. WAL mode without fsync at each commit: a killed process loses nothing, a power cut at worst the
 last few verdicts, never the file.
-
-`tppo ledger`: what the LLM judge was asked, what it answered, and what it cost.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -24,19 +22,14 @@ from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
-from rich.box import SIMPLE
-from rich.table import Table
 
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeSettings, Recipe
 from tppo.core.files import cache_dir
-from tppo.judge.prompts import (
-    TEMPLATE_VERSION,
-    Question,
-)
+from tppo.core.show import Table
+from tppo.judge.prompts import TEMPLATE_VERSION, Question
 
 Status = Literal["ok", "abstained", "failed"]
-FINISHED: tuple[Status, ...] = ("ok", "abstained")
 _SCHEMA_VERSION = 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -92,11 +85,7 @@ class Outcome:
 
 
 class JudgeLedger:
-    """Open (or make) the ledger at `path`.
-
-    Raises:
-        UserError: the file is no ledger, is of another version, or cannot be opened.
-    """
+    """The ledger at `path`, made if need be. UserError: it is no ledger, of another version, or cannot be opened."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
@@ -107,6 +96,7 @@ class JudgeLedger:
             if not read_only:
                 path.touch(mode=0o600)
             self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self.connection.row_factory = sqlite3.Row
             if not read_only:
                 self.connection.execute("PRAGMA journal_mode=WAL")
                 self.connection.execute("PRAGMA synchronous=NORMAL")
@@ -117,7 +107,7 @@ class JudgeLedger:
     def _check_version(self) -> None:
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            if self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+            if self.connection.execute("SELECT * FROM sqlite_master").fetchone():
                 raise UserError(f"judge.ledger {self.path} is a database of something else: name another file")
             self.connection.executescript(f"{_TABLES} PRAGMA user_version = {_SCHEMA_VERSION};")
         elif version != _SCHEMA_VERSION:
@@ -133,56 +123,43 @@ class JudgeLedger:
 
     def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
         """Outcomes of those of `keys` that are finished."""
-        found: dict[str, Outcome] = {}
-        for chunk in _chunks(list(dict.fromkeys(keys)), 500):
-            marks = ",".join("?" * len(chunk))
-            rows = self._rows(
-                f"SELECT key, status, verdict, problem FROM requests WHERE status != 'failed' AND key IN ({marks})",
-                chunk,
-            )
-            for row in rows:
-                verdict = row["verdict"] and json.loads(row["verdict"])
-                found[row["key"]] = Outcome(row["status"], verdict, row["problem"])
-        return found
+        rows = self._rows(
+            "SELECT key, status, verdict, problem FROM requests WHERE status != 'failed' "
+            "AND key IN (SELECT value FROM json_each(?))",
+            json.dumps(list(keys)),
+        )
+        return {
+            row["key"]: Outcome(row["status"], row["verdict"] and json.loads(row["verdict"]), row["problem"])
+            for row in rows
+        }
 
     def record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
         """Store an attempt and, when it ends the request, the outcome: both or neither.
 
-        Raises:
-            UserError: the file cannot be written (disk full, another process holds it).
+        UserError when the file cannot be written (disk full, another process holds it).
         """
+        values = [key, model, *map(_storable, astuple(attempt))]
         try:
-            with self._intact():
-                self._record(key, model, attempt, outcome, question)
+            with self._intact(), self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self.connection.execute("INSERT INTO attempts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+                if outcome:
+                    verdict = outcome.verdict and json.dumps(outcome.verdict, ensure_ascii=False)
+                    asked = (question.template, TEMPLATE_VERSION, question.rubric, question.content_sha256)
+                    ended = (outcome.status, verdict, _storable(outcome.problem), time.time())
+                    self.connection.execute(
+                        "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (key, model, *asked, *ended),
+                    )
         except sqlite3.OperationalError as error:
             raise UserError(f"judge.ledger {self.path} cannot be written: {error}. What it holds stays valid") from None
-
-    def _record(self, key: str, model: str, attempt: Attempt, outcome: Outcome | None, question: Question) -> None:
-        with self.connection:
-            self.connection.execute("BEGIN IMMEDIATE")
-            self.connection.execute(
-                "INSERT INTO attempts (key, model, started, seconds, outcome, problem, reply, prompt_tokens, "
-                "reply_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, model, *map(_storable, astuple(attempt))),
-            )
-            if outcome:
-                verdict = None if outcome.verdict is None else json.dumps(outcome.verdict, ensure_ascii=False)
-                self.connection.execute(
-                    "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        *(key, model, question.template, TEMPLATE_VERSION, question.rubric, question.content_sha256),
-                        *(outcome.status, verdict, _storable(outcome.problem), time.time()),
-                    ),
-                )
 
     def spent(self, model: str) -> tuple[int, int]:
         """Prompt and reply tokens of every attempt with this model so far."""
         (row,) = self._rows(
-            "SELECT coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(reply_tokens), 0) AS reply FROM attempts "
-            "WHERE model = ?",
-            (model,),
+            "SELECT sum(prompt_tokens) AS prompt, sum(reply_tokens) AS reply FROM attempts WHERE model = ?", model
         )
-        return int(row["prompt"]), int(row["reply"])
+        return row["prompt"] or 0, row["reply"] or 0
 
     def totals(self) -> list[dict[str, Any]]:
         """A row per model, template, version and rubric: requests by status, attempts, tokens, seconds."""
@@ -221,12 +198,10 @@ class JudgeLedger:
             """
         )
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def _rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
         """The rows of a query, by column."""
         with self._intact():
-            cursor = self.connection.execute(query, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor]
+            return [dict(row) for row in self.connection.execute(query, values)]
 
     @contextmanager
     def _intact(self) -> Iterator[None]:
@@ -247,20 +222,11 @@ def _storable(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
-
-
 _FORMATS = {".csv": "(FORMAT csv, HEADER)", ".jsonl": "(FORMAT json)", ".parquet": "(FORMAT parquet)"}
 
 
 def show_ledger(recipe: Recipe) -> None:
-    """Print totals by model and template, or write every attempt to `ledger.export`.
-
-    Raises:
-        UserError: there is no ledger, or the export's file name has another ending.
-    """
+    """Print totals by model and template, or write every attempt to `ledger.export`."""
     path = ledger_path(recipe.judge)
     with JudgeLedger(path, read_only=True) as ledger:
         if recipe.ledger.export:
@@ -271,7 +237,12 @@ def show_ledger(recipe: Recipe) -> None:
         console.print(f"{path}", soft_wrap=True)
         for title, rows in (("requests", ledger.totals()), ("attempts without a verdict", ledger.problems())):
             if rows:
-                console.print(_table(title, rows))
+                heads = [name.replace("_", " ") for name in rows[0]]
+                Table(heads, [[_cell(value) for value in row.values()] for row in rows], title).print()
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "")
 
 
 def export(rows: list[dict[str, Any]], path: Path) -> None:
@@ -280,19 +251,9 @@ def export(rows: list[dict[str, Any]], path: Path) -> None:
         raise UserError(f"ledger.export={path} has to end in one of {', '.join(_FORMATS)}")
     if not rows:
         raise UserError("the ledger holds no attempt to export")
-    table = pa.Table.from_pylist(rows)
-    connection = duckdb.connect()
-    connection.register("attempts", table)
-    connection.execute(f"COPY attempts TO '{str(path).replace(chr(39), chr(39) * 2)}' {_FORMATS[path.suffix]}")
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v if v is not None else "") for v in row.values()))
-    return table
+    attempts = pa.Table.from_pylist(rows)
+    quoted = str(path).replace("'", "''")
+    duckdb.connect().register("attempts", attempts).execute(f"COPY attempts TO '{quoted}' {_FORMATS[path.suffix]}")
 
 
 def ledger_path(settings: JudgeSettings) -> Path:

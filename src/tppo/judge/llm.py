@@ -1,42 +1,34 @@
 """A language model as the judge: questions, the ledger in front of the server, verdicts.
 
-`LLMJudge.judge` fills the same record as the offline judge. Requests that the ledger knows are answered from it;
-the rest are asked (`tppo.judge.llm`). An abstention stays one; a question whose transport failed stops the
-stage at the end, with everything else kept, so that labels never silently lack rows.
-
-Asking many questions of one server: as many at once as it likes, each until it has an outcome.
-
-One worker carries one question through all its attempts. The number of requests under way follows the server's
-answers: slow start (it doubles with every round of replies), and once the server has refused (429, 503, or no answer
-in time), one more each round and a cut in proportion to the share of refusals (as DCTCP, RFC 8257): a few cost
-nothing, a server that refuses everybody is left alone at once. A question that waits out a refusal keeps its place
-among those under way, so that waiting throttles the rest, too.
-
-What happens to an attempt:
+Questions that the ledger knows are answered from it, the rest are put to the server, as many at once as it likes
+(`AdaptiveLimit`). One worker carries one question through all its attempts until it has an outcome:
 - a reply that keeps the contract: the verdict;
-- a reply that does not: asked again, `reply_attempts` times in all, then the judge abstains;
+- a reply that does not: asked again, `reply_attempts` times in all, then the judge abstains, and that stays;
 - busy (429, 503), other 5xx, 408, 409, time-out, broken connection or body: tried again after Retry-After or an
   exponential pause with jitter, `transport_attempts` times in all, then listed as failed;
 - any other status (400, 401, 403, 404 ...): everybody would get it, so the run stops with the server's words.
 
-A server that fails `MOST_FAILURES_IN_A_ROW` questions without one success between them ends the run as well.
+Failed questions stop the stage at the end, with everything else kept, so that labels never silently lack rows. A server
+that fails `MOST_FAILURES_IN_A_ROW` questions without one success between them ends the run as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import anyio
 import openai
 import tenacity
 
@@ -50,49 +42,53 @@ from tppo.judge.prompts import (
     BrokenReply,
     Question,
     Template,
-    TryAgain,
-    Usage,
-    check_completion,
+    check_reply,
     judge_question,
-    read_completion,
     reply_schema,
+    verdict_probabilities,
 )
 from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, split_response
 
+START_CONCURRENCY = 2.0
+TOLERATED_REFUSALS = 0.15
+"""Share of refusals in a round that is no reason to ask less."""
+MOST_FAILURES_IN_A_ROW = 20
+LONGEST_RETRY_AFTER = 600.0
+"""Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
+RETRY_AFTER_JITTER = 0.5
+"""A server tells everybody the same whole second: coming back together, most would be refused again."""
+CHAT_FORMAT_TOKENS = 64
+"""Allowance for the tokens a chat format adds to two messages."""
+_BUSY = (429, 503)
+_TRY_AGAIN = (408, 409, 429)
 _SECONDS_BETWEEN_LINES = 30.0  # without a terminal
+_pause = tenacity.wait_random_exponential(multiplier=0.25, max=8)
 
 
 class LLMJudge:
-    """Implements `tppo.judge.verdict.Judge`.
-
-    Raises:
-        UserError: a setting is missing, or the endpoint is not on this machine and `allow_remote` is false.
-    """
+    """Implements `tppo.judge.verdict.Judge`. Raises UserError for settings with which nobody may or can be asked."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.api_key = _checked_endpoint(settings)
         self.rubrics = tuple(settings.rubrics)
-        self.name = f"llm/{settings.model}/{settings.template}-v{TEMPLATE_VERSION}"
         self.with_probability = settings.score == "probability"
+        self.name = f"llm/{settings.model}/{settings.template}-v{TEMPLATE_VERSION}"
         if self.with_probability:
             self.name += "-probability"
-        self.ledger_path = ledger_path(settings)
 
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order. A response without any word is irrelevant, and nobody is asked.
 
-        Raises:
-            UserError: the server refused for good, could not be reached for some items, or the budget is used up.
+        UserError when the server refused for good, could not be reached for some items, or the budget is used up.
         """
-        questions = [judge_question(item, rubric, self.settings.template, self.with_probability) for item in items]
-        asked = [bool(split_response(item.response).words) for item in items]
-        outcomes = self.answers([q for q, ask in zip(questions, asked, strict=True) if ask], description)
-        waiting = iter(outcomes)
-        return [
-            _verdict(next(waiting), question) if ask else Verdict([], 0.0, False, "ok", None)
-            for question, ask in zip(questions, asked, strict=True)
-        ]
+        verdicts = [Verdict([], 0.0, False, "ok", None)] * len(items)
+        asked = [number for number, item in enumerate(items) if split_response(item.response).words]
+        template, probability = self.settings.template, self.with_probability
+        questions = [judge_question(items[number], rubric, template, probability) for number in asked]
+        for number, question, outcome in zip(asked, questions, self.answers(questions, description), strict=True):
+            verdicts[number] = _verdict(outcome, question)
+        return verdicts
 
     def answers(self, questions: Sequence[Question], description: str | None = None) -> list[Outcome]:
         """Outcome of every question, in order: from the ledger where it is finished, else from the server.
@@ -101,20 +97,22 @@ class LLMJudge:
         what it computed for a common beginning reads a history once, not once for each answer to it.
         """
         by_key = {question.key(self.settings.model): question for question in questions}
-        with JudgeLedger(self.ledger_path) as ledger:
+        path, description = ledger_path(self.settings), description or "judging"
+        with JudgeLedger(path) as ledger:
             known = ledger.outcomes(by_key)
-            missing = [(key, question) for key, question in by_key.items() if key not in known]
-            missing.sort(key=lambda entry: (entry[1].system, entry[1].user))
+            missing = [question for key, question in by_key.items() if key not in known]
             if missing:
-                with _progress(description or "judging", len(missing), len(known)) as show:
-                    asyncio.run(Asker(self.settings, ledger, self.api_key, show).ask(missing))
-                known |= ledger.outcomes(key for key, _ in missing)
-        failed = len(by_key.keys() - known.keys())
+                if known:
+                    console.print(f"{description}: {len(known)} verdicts from the ledger, {len(missing)} to ask")
+                missing.sort(key=lambda question: (question.system, question.user))
+                asyncio.run(Asker(self.settings, ledger, self.api_key).ask(missing, description))
+                known = ledger.outcomes(by_key)
+        failed = len(by_key) - len(known)
         if failed:
             raise UserError(
                 f"{failed} of {len(by_key)} questions could not be brought to {self.settings.base_url} (reasons: "
-                f"`tppo ledger --judge.ledger {self.ledger_path}`). The others are kept: the same command asks only "
-                "for the missing ones"
+                f"`tppo ledger --judge.ledger {path}`). The others are kept: the same command asks only for the "
+                "missing ones"
             )
         return [known[question.key(self.settings.model)] for question in questions]
 
@@ -148,7 +146,10 @@ def _checked_endpoint(settings: JudgeSettings) -> str:
     url = urlsplit(settings.base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise UserError(f"judge.base_url={settings.base_url!r} is no http(s) address such as http://127.0.0.1:8000/v1")
-    local = _is_loopback(url.hostname)
+    try:
+        local = ipaddress.ip_address(url.hostname).is_loopback
+    except ValueError:
+        local = url.hostname == "localhost"
     if not local and not settings.allow_remote:
         raise UserError(
             f"judge.base_url sends users' log data to {url.hostname}, which is not this machine: give "
@@ -160,80 +161,22 @@ def _checked_endpoint(settings: JudgeSettings) -> str:
     return key or "none"  # the client library insists on one
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-@contextmanager
-def _progress(description: str, total: int, known: int) -> Iterator[Any]:
-    """Progress of the questions: rate, abstentions, tokens, problems, time left."""
-    if known:
-        console.print(f"{description}: {known} verdicts from the ledger, {total} to ask")
-    start = last_line = time.monotonic()
-    with progress_bar(note=True) as bar:
-        task = bar.add_task(description, total=total, note="")
-
-        def show(tally: Tally) -> None:
-            nonlocal last_line
-            now = time.monotonic()
-            rate = tally.done / max(now - start, 1e-9)
-            problems = " ".join(f"{name} {count}" for name, count in sorted(tally.problems.items()))
-            note = (
-                f"{rate:.2f}/s, {tally.under_way} under way, {tally.abstained} abstained, {tally.failed} failed, "
-                f"{tally.tokens:,} tokens{f' ({problems})' if problems else ''}"
-            )
-            bar.update(task, completed=tally.done, note=note)
-            if not console.is_terminal and (now - last_line > _SECONDS_BETWEEN_LINES or tally.done == total):
-                last_line = now
-                left = (total - tally.done) / rate if rate else float("inf")
-                console.print(f"{description}: {tally.done}/{total}, {note}, {left:.0f} s left", soft_wrap=True)
-
-        yield show
-
-
-START_CONCURRENCY = 2.0
-LONGEST_RETRY_AFTER = 600.0
-"""Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
-MOST_FAILURES_IN_A_ROW = 20
-CHAT_FORMAT_TOKENS = 64
-"""Allowance for the tokens a chat format adds to two messages."""
-_BUSY = (429, 503)
-_TRY_AGAIN = (408, 409, 429)
-_pause = tenacity.wait_random_exponential(multiplier=0.25, max=8)
-TOLERATED_REFUSALS = 0.15
-"""Share of refusals in a round that is no reason to ask less."""
-RETRY_AFTER_JITTER = 0.5
-"""A server tells everybody the same whole second: coming back together, most would be refused again."""
-
-
 class AdaptiveLimit:
-    """How many questions may be under way.
+    """How many questions may be under way (each holds one of `places`), by the server's answers.
 
-    `limit` grows by 1 for every answer until the first refusal (slow start: it doubles each round), then by 1 each
-    round; at the end of a round it is multiplied by 1 - excess/2, with excess the share of refusals above
-    `TOLERATED_REFUSALS`. A round is `limit` answers.
+    `limit` grows by 1 for every answer until the first refusal (429, 503, or no answer in time): slow start, it doubles
+    each round of `limit` answers. Then it grows by 1 each round, and at the round's end is multiplied by 1 - excess/2,
+    with excess the share of refusals above `TOLERATED_REFUSALS` (as DCTCP, RFC 8257): a few cost nothing, a server that
+    refuses everybody is left alone at once. A question that waits out a refusal keeps its place, so that waiting
+    throttles the rest, too.
     """
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
         self.limit = min(START_CONCURRENCY, maximum)
-        self.active = 0
+        self.places = anyio.CapacityLimiter(int(self.limit))
         self._slow_start = True
         self._answers = self._refusals = 0
-        self._changed = asyncio.Condition()
-
-    async def __aenter__(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.active < int(self.limit))
-            self.active += 1
-
-    async def __aexit__(self, *_: object) -> None:
-        async with self._changed:
-            self.active -= 1
-            self._changed.notify_all()
 
     def note(self, refused: bool) -> None:
         """Count an answer of the server."""
@@ -249,6 +192,17 @@ class AdaptiveLimit:
             self.limit *= 1 - max(excess, 0.0) / 2
             self._answers = self._refusals = 0
         self.limit = min(max(self.limit, 1.0), float(self.maximum))
+        self.places.total_tokens = int(self.limit)
+
+
+class Usage(NamedTuple):
+    """Tokens of one request, or of many."""
+
+    prompt_tokens: int
+    reply_tokens: int
+
+    def plus(self, other: Usage, times: int = 1) -> Usage:
+        return Usage(self.prompt_tokens + times * other.prompt_tokens, self.reply_tokens + times * other.reply_tokens)
 
 
 class Budget:
@@ -263,7 +217,7 @@ class Budget:
         self.settings = settings
         self.spent = Usage(*spent)
         self.reserved = Usage(0, 0)
-        self._changed = asyncio.Condition()
+        self._settled = asyncio.Event()
 
     def estimate(self, question: Question) -> Usage:
         num_bytes = len(question.system.encode()) + len(question.user.encode())
@@ -273,96 +227,83 @@ class Budget:
         return (usage.prompt_tokens * self.settings.prompt_price + usage.reply_tokens * self.settings.reply_price) / 1e6
 
     def _fits(self, estimate: Usage) -> bool:
-        total = Usage(*(sum(parts) for parts in zip(self.spent, self.reserved, estimate, strict=True)))
+        total = self.spent.plus(self.reserved).plus(estimate)
         tokens, money = self.settings.token_budget, self.settings.cost_budget
         return (not tokens or sum(total) <= tokens) and (not money or self.cost(total) <= money)
 
     async def reserve(self, estimate: Usage) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._fits(estimate) or self.reserved == (0, 0))
-            if not self._fits(estimate):
+        while not self._fits(estimate):
+            if self.reserved == (0, 0):
                 raise UserError(
                     f"the next request might exceed the budget: {sum(self.spent):,} tokens are spent on "
                     f"{self.settings.model} (cost {self.cost(self.spent):.2f}), judge.token_budget="
                     f"{self.settings.token_budget:,}, judge.cost_budget={self.settings.cost_budget}. Every verdict so "
                     "far is kept: raise the budget and give the same command again"
                 )
-            self.reserved = Usage(*(a + b for a, b in zip(self.reserved, estimate, strict=True)))
+            self._settled.clear()
+            await self._settled.wait()
+        self.reserved = self.reserved.plus(estimate)
 
-    async def settle(self, estimate: Usage, used: Usage) -> None:
-        async with self._changed:
-            self.reserved = Usage(*(a - b for a, b in zip(self.reserved, estimate, strict=True)))
-            self.spent = Usage(*(a + b for a, b in zip(self.spent, used, strict=True)))
-            self._changed.notify_all()
+    def settle(self, estimate: Usage, used: Usage) -> None:
+        self.reserved = self.reserved.plus(estimate, times=-1)
+        self.spent = self.spent.plus(used)
+        self._settled.set()
 
 
-@dataclass
-class Tally:
-    """Counts for the progress line."""
+class TryAgain(Exception):
+    """A failure of transport that may pass."""
 
-    done: int = 0
-    abstained: int = 0
-    failed: int = 0
-    attempts: int = 0
-    tokens: int = 0
-    under_way: int = 0
-    problems: dict[str, int] = field(default_factory=dict)
+    def __init__(self, outcome: str, problem: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{outcome}: {problem}")
+        self.outcome = outcome
+        self.problem = problem
+        self.retry_after = retry_after
 
 
 class Asker:
-    """Asks questions of one judge model and writes everything to the ledger.
+    """Asks questions of one judge model and writes every attempt and outcome to the ledger.
 
-    Args:
-        settings: the recipe's `judge` section.
-        api_key: sent as bearer token; never logged or stored, and blanked out in the server's error messages.
-        on_progress: called after every attempt.
+    The API key is sent as bearer token; never logged or stored, and blanked out in the server's error messages.
     """
 
-    def __init__(
-        self, settings: JudgeSettings, ledger: JudgeLedger, api_key: str, on_progress: Callable[[Tally], None]
-    ) -> None:
+    def __init__(self, settings: JudgeSettings, ledger: JudgeLedger, api_key: str) -> None:
         self.settings = settings
         self.ledger = ledger
         self.api_key = api_key
-        self.on_progress = on_progress
-        self.tally = Tally()
-        self.failures_in_a_row = 0
-
-    async def ask(self, questions: Iterable[tuple[str, Question]]) -> None:
-        """Bring every (key, question) to an outcome in the ledger.
-
-        Raises:
-            UserError: the server refused for good, or the budget is used up.
-        """
-        settings = self.settings
         self.limit = AdaptiveLimit(settings.max_concurrency)
-        self.budget = Budget(settings, self.ledger.spent(settings.model))
+        self.budget = Budget(settings, ledger.spent(settings.model))
+        self.outcomes: Counter[str] = Counter()
+        self.problems: Counter[str] = Counter()
+        self.tokens = self.failures_in_a_row = 0
+
+    async def ask(self, questions: Sequence[Question], description: str) -> None:
+        """Bring every question to an outcome in the ledger. UserError: the server refuses, or the budget is spent."""
+        settings = self.settings
+        # A redirect or a proxy from the environment could carry log data to another host.
         http_client = openai.DefaultAsyncHttpxClient(
-            timeout=settings.timeout,
-            # A redirect or a proxy from the environment could carry log data to another host.
-            follow_redirects=False,
-            trust_env=settings.allow_remote,
+            timeout=settings.timeout, follow_redirects=False, trust_env=settings.allow_remote
+        )
+        self.client = openai.AsyncOpenAI(
+            base_url=settings.base_url, api_key=self.api_key, max_retries=0, http_client=http_client
         )
         waiting = iter(questions)
-        async with openai.AsyncOpenAI(
-            base_url=settings.base_url, api_key=self.api_key, max_retries=0, http_client=http_client
-        ) as self.client:
+        with progress_bar(note=True, lines=False) as self.bar:
+            self.bar.add_task(description, total=len(questions), note="")
+            self.started = self.last_line = time.monotonic()
             try:
-                async with asyncio.TaskGroup() as workers:
+                async with self.client, asyncio.TaskGroup() as workers:
                     for _ in range(settings.max_concurrency):
                         workers.create_task(self._work(waiting))
             except ExceptionGroup as group:
                 # One worker's error has cancelled the others; a second one says nothing new.
                 raise group.exceptions[0] from None
 
-    async def _work(self, waiting: Iterator[tuple[str, Question]]) -> None:
-        for key, question in waiting:
-            async with self.limit:
-                outcome = await self._outcome(key, question)
-            self.tally.done += 1
-            self.tally.abstained += outcome.status == "abstained"
-            self.tally.failed += outcome.status == "failed"
-            self.on_progress(self.tally)
+    async def _work(self, waiting: Iterator[Question]) -> None:
+        for question in waiting:
+            async with self.limit.places:
+                outcome = await self._outcome(question)
+            self.outcomes[outcome.status] += 1
+            self._show()
             self.failures_in_a_row = self.failures_in_a_row + 1 if outcome.status == "failed" else 0
             if self.failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
                 raise UserError(
@@ -370,91 +311,66 @@ class Asker:
                     f"{outcome.problem}. Is the server up? Finished verdicts are kept: give the same command again"
                 )
 
-    async def _outcome(self, key: str, question: Question) -> Outcome:
+    async def _outcome(self, question: Question) -> Outcome:
         """Ask until the reply keeps the contract, the judge abstains, or transport fails for good."""
-        for number in range(1, self.settings.reply_attempts + 1):
-            last = number == self.settings.reply_attempts
-            try:
-                outcome = await self._reply(key, question, number, last)
-            except TryAgain as error:
-                return Outcome("failed", None, str(error))
+        for reply_number in range(1, self.settings.reply_attempts + 1):
+            async for again in tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(TryAgain), wait=_wait):
+                with again:
+                    outcome = await self._attempt(question, reply_number, again.retry_state.attempt_number)
             if outcome:
                 return outcome
         raise AssertionError("the last reply attempt has an outcome")
 
-    async def _reply(self, key: str, question: Question, number: int, last: bool) -> Outcome | None:
-        """One reply, through as many transport attempts as it takes; None when it broke the contract."""
-        retries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(TryAgain),
-            stop=tenacity.stop_after_attempt(self.settings.transport_attempts),
-            wait=_wait,
-            reraise=True,
-        )
-        async for attempt in retries:
-            with attempt:
-                final_try = attempt.retry_state.attempt_number == self.settings.transport_attempts
-                return await self._attempt(key, question, number, last, final_try)
-        raise AssertionError("tenacity returns or raises")
+    async def _attempt(self, question: Question, reply_number: int, send_number: int) -> Outcome | None:
+        """Send once and record what came of it: an outcome, or None when the reply broke the contract.
 
-    async def _attempt(
-        self, key: str, question: Question, number: int, last_reply: bool, final_try: bool
-    ) -> Outcome | None:
-        """Send once, record the attempt. Returns the outcome, None for a broken reply, or raises `TryAgain`."""
+        What `_send` raises is raised again, except for the last TryAgain, which is an outcome.
+        """
+        settings = self.settings
         estimate = self.budget.estimate(question)
         await self.budget.reserve(estimate)
-        used = Usage(0, 0)
+        used, reply, outcome = Usage(0, 0), None, None
+        result, problem = "ok", None
+        raised: Exception | None = None
         started, clock = time.time(), time.monotonic()
-
-        def record(result: str, problem: str | None, reply: str | None, outcome: Outcome | None) -> None:
-            attempt = Attempt(started, time.monotonic() - clock, result, problem, reply, *used)
-            self.ledger.record(key, self.settings.model, attempt, outcome, question)
-            self.tally.attempts += 1
-            self.tally.tokens += sum(used)
-            self.tally.under_way = self.limit.active
-            if result != "ok":
-                self.tally.problems[result] = self.tally.problems.get(result, 0) + 1
-            self.on_progress(self.tally)
-
         try:
-            completion = read_completion(await self._send(question, number))
-            used = completion.usage or estimate
-            try:
-                verdict = check_completion(question, completion)
-            except BrokenReply as error:
-                outcome = Outcome("abstained", None, str(error)) if last_reply else None
-                record("broken", str(error), completion.content, outcome)
-                return outcome
-            outcome = Outcome("ok", verdict, None)
-            record("ok", None, completion.content, outcome)
-            return outcome
-        except UserError as error:
-            record("refused", str(error), None, None)
-            raise
+            completion = read_completion(await self._send(question, reply_number))
+            used, reply = completion.usage or estimate, completion.content
+            outcome = Outcome("ok", check_completion(question, completion), None)
+        except BrokenReply as error:
+            result, problem = "broken", str(error)
+            if reply_number == settings.reply_attempts:
+                outcome = Outcome("abstained", None, problem)
         except TryAgain as error:
-            too_long = error.retry_after is not None and error.retry_after > LONGEST_RETRY_AFTER
-            outcome = Outcome("failed", None, str(error)) if final_try or too_long else None
-            record(error.outcome, error.problem, None, outcome)
-            if too_long:
-                return outcome
-            raise
+            result, problem = error.outcome, error.problem
+            if send_number == settings.transport_attempts or (error.retry_after or 0) > LONGEST_RETRY_AFTER:
+                outcome = Outcome("failed", None, str(error))
+            else:
+                raised = error
+        except UserError as error:
+            result, problem, raised = "refused", str(error), error
         finally:
-            await self.budget.settle(estimate, used)
+            self.budget.settle(estimate, used)
+        attempt = Attempt(started, time.monotonic() - clock, result, problem, reply, *used)
+        self.ledger.record(question.key(settings.model), settings.model, attempt, outcome, question)
+        self.tokens += sum(used)
+        if result != "ok":
+            self.problems[result] += 1
+        self._show()
+        if raised:
+            raise raised
+        return outcome
 
-    async def _send(self, question: Question, number: int) -> bytes:
-        """One HTTP request; returns the body of the answer.
-
-        Raises:
-            TryAgain: it may work later.
-            UserError: it will not.
-        """
+    async def _send(self, question: Question, reply_number: int) -> bytes:
+        """One HTTP request; returns the body of the answer. TryAgain: it may work later; UserError: it will not."""
         settings = self.settings
         try:
             answer = await self.client.chat.completions.with_raw_response.create(
                 model=settings.model,
                 messages=question.messages,  # type: ignore[arg-type]
-                temperature=settings.temperature if number == 1 else settings.retry_temperature,
+                temperature=settings.temperature if reply_number == 1 else settings.retry_temperature,
                 max_tokens=settings.max_reply_tokens,
-                response_format=_response_format(settings.response_format, question.template),  # type: ignore[arg-type]
+                response_format=_response_format(settings.response_format, question.template),
                 logprobs=True if question.with_probability else openai.omit,
                 top_logprobs=TOP_LOGPROBS if question.with_probability else openai.omit,
             )
@@ -473,8 +389,7 @@ class Asker:
         return answer.content
 
     def _status_error(self, error: openai.APIStatusError) -> Exception:
-        code = error.status_code
-        words = error.message[:1000].replace(self.api_key, "***") if self.api_key else error.message[:1000]
+        code, words = error.status_code, error.message[:1000].replace(self.api_key, "***")
         if code >= 500 or code in _TRY_AGAIN:
             return TryAgain(f"http_{code}", words[:300], retry_after(error.response.headers.get("retry-after")))
         return UserError(
@@ -483,16 +398,80 @@ class Asker:
             f"judge.response_format ({self.settings.response_format}). Finished verdicts are kept"
         )
 
+    def _show(self) -> None:
+        """Rate, abstentions, tokens, problems, time left: on the bar, or without a terminal in a line now and then."""
+        (task,) = self.bar.tasks
+        now, done = time.monotonic(), self.outcomes.total()
+        rate = done / max(now - self.started, 1e-9)
+        problems = " ".join(f"{name} {count}" for name, count in sorted(self.problems.items()))
+        note = (
+            f"{rate:.2f}/s, {self.limit.places.borrowed_tokens} under way, {self.outcomes['abstained']} abstained, "
+            f"{self.outcomes['failed']} failed, {self.tokens:,} tokens{f' ({problems})' if problems else ''}"
+        )
+        self.bar.update(task.id, completed=done, note=note)
+        if not console.is_terminal and (now - self.last_line > _SECONDS_BETWEEN_LINES or task.finished):
+            self.last_line = now
+            left = (task.remaining or 0) / rate if rate else math.inf
+            console.print(f"{task.description}: {done}/{task.total}, {note}, {left:.0f} s left", soft_wrap=True)
 
-def _response_format(kind: str, template: Template) -> dict[str, Any] | openai.Omit:
-    if kind == "none":
-        return openai.omit
-    if kind == "json_object":
-        return {"type": "json_object"}
+
+def _response_format(kind: str, template: Template) -> Any:
+    """How the server is held to the reply's schema, by `judge.response_format`."""
     schema = reply_schema(template)
-    if kind == "json_object_schema":
-        return {"type": "json_object", "schema": schema}
-    return {"type": "json_schema", "json_schema": {"name": template, "strict": True, "schema": schema}}
+    return {
+        "none": openai.omit,
+        "json_object": {"type": "json_object"},
+        "json_object_schema": {"type": "json_object", "schema": schema},
+        "json_schema": {"type": "json_schema", "json_schema": {"name": template, "strict": True, "schema": schema}},
+    }[kind]
+
+
+class Completion(NamedTuple):
+    """The parts of a chat completion that are used."""
+
+    content: str | None
+    finish_reason: str | None
+    usage: Usage | None
+    """None when the server does not count, or not in numbers."""
+    logprobs: Any = None
+    """As the server sent them."""
+
+
+def read_completion(body: bytes) -> Completion:
+    """Read an answer by hand: servers send nearly-completions, and the client library builds them unchecked.
+
+    TryAgain when the body is no chat completion.
+    """
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        content, finish_reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise TryAgain("bad_body", f"not a chat completion: {error!r}"[:300]) from None
+    if not isinstance(content, str | None) or not isinstance(finish_reason, str | None):
+        raise TryAgain("bad_body", f"the reply is a {type(content).__name__}, not text")
+    counts = answer.get("usage")
+    counts = counts if isinstance(counts, dict) else {}
+    usage = Usage(counts.get("prompt_tokens"), counts.get("completion_tokens"))  # type: ignore[arg-type]
+    counted = all(type(count) is int and 0 <= count < 2**40 for count in usage)
+    return Completion(content, finish_reason, usage if counted else None, choice.get("logprobs"))
+
+
+def check_completion(question: Question, completion: Completion) -> dict[str, Any]:
+    """The verdict of a completion that keeps the contract (else BrokenReply), as the ledger stores it.
+
+    UserError when the server gives no log probabilities, though asked.
+    """
+    if question.with_probability and completion.logprobs is None:
+        raise UserError(
+            "judge.score=probability needs a server that gives token log probabilities (`logprobs`), and this one "
+            "gave none: switch them on there, or take judge.score=verdict"
+        )
+    verdict = check_reply(question, completion.content, completion.finish_reason).model_dump()
+    if question.with_probability:
+        found = verdict_probabilities(question.template, completion.content or "", completion.logprobs)
+        verdict |= {"probabilities": found} if question.template == "pair" else {"probability": found["1"]}
+    return verdict
 
 
 def retry_after(header: str | None) -> float | None:
@@ -506,7 +485,7 @@ def retry_after(header: str | None) -> float | None:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except ValueError:
             return None
-    return max(seconds, 0.0) if seconds == seconds else None
+    return None if math.isnan(seconds) else max(seconds, 0.0)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

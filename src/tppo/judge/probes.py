@@ -40,10 +40,8 @@ def make_probes(
 ) -> dict[str, list[str | None]]:
     """One response per probe and example, None where there is none (one user only, a history without a search).
 
-    Args:
-        vocabulary: the words `noise` is drawn from.
-        rubric: what the labels are judged against, hence which word is relevant for sure.
-        num_queries: queries of `repeated` and `copied` (the latter as far as the history goes).
+    `noise` is drawn from the vocabulary; the rubric says which word is relevant for sure (`repeated`); `num_queries` is
+    for `repeated` and `copied` (the latter as far as the history goes).
     """
     several_users = len({example.user_id for example in examples}) > 1
     others = [item.response for item in other_user_items(examples, seed)] if several_users else [None] * len(examples)
@@ -62,8 +60,7 @@ def construct(
 ) -> dict[str, list[tuple[Example, str]]]:
     """Probes as responses to learn from: for each kind that many (example, response), all where there are fewer.
 
-    Args:
-        counts: by a name in CONSTRUCTIBLE; the examples are drawn with the seed, for each kind on its own.
+    The kinds are those of CONSTRUCTIBLE; the examples are drawn with the seed, for each kind on its own.
     """
     wanted = {kind: count for kind, count in counts.items() if count}
     if not wanted:
@@ -71,8 +68,7 @@ def construct(
     probes = make_probes(examples, log_words(examples), rubric, num_queries, seed)
     found = {}
     for kind, count in wanted.items():
-        pairs = zip(examples, probes[kind], strict=True)
-        able = [(example, response) for example, response in pairs if response is not None]
+        able = [pair for pair in zip(examples, probes[kind], strict=True) if pair[1] is not None]
         chosen = rng(seed, "construct", kind).permutation(len(able))[:count]
         found[kind] = [able[i] for i in sorted(chosen)]
     return found
@@ -81,8 +77,7 @@ def construct(
 def noise_items(examples: Sequence[Example], seed: int, purpose: str) -> list[JudgeItem]:
     """Each example with `noise` as its response: random words of these examples' own histories and targets.
 
-    Args:
-        purpose: names the stream of random numbers: what a judge is calibrated on is not what it is tested with.
+    The purpose names the stream of random numbers: what a judge is calibrated on is not what it is tested with.
     """
     vocabulary, seed = log_words(examples), stream_seed(seed, "noise", purpose)
     return [JudgeItem(e.history, e.targets, _noise(e, vocabulary, seed)) for e in examples]

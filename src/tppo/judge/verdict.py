@@ -65,11 +65,9 @@ class Judge(Protocol):
 
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Verdict]:
         """One verdict per item, in order. `rubric`: relevance to the targets, or to the history."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write judge.json, from which `tppo.judge.label.saved_judge` makes the same judge again."""
-        ...
 
 
 def split_response(response: str) -> ParsedResponse:
@@ -80,19 +78,12 @@ def split_response(response: str) -> ParsedResponse:
 def verdict_to_row(
     example: Example, sample: int, rubric: Rubric, judge_name: str, response: str, verdict: Verdict
 ) -> dict[str, Any]:
-    """A row of labels.parquet (`tppo.core.tables.LABELS`).
-
-    Raises:
-        ValueError: the verdict has word verdicts, but not one per word of the response.
-    """
+    """A row of labels.parquet (`tppo.core.tables.LABELS`); ValueError unless words are judged all or none."""
     words = split_response(response).words
     abstained = verdict.status == "abstained"
-    judged = not abstained and verdict.words is not None
-    if judged and len(verdict.words or []) != len(words):
-        raise ValueError(
-            f"{judge_name} gave {len(verdict.words or [])} word verdicts for a response of {len(words)} words"
-        )
-    pairs = list(zip(words, verdict.words or [], strict=True)) if judged else []
+    judged = None if abstained else verdict.words
+    if judged is not None and len(judged) != len(words):
+        raise ValueError(f"{judge_name} gave {len(judged)} word verdicts for a response of {len(words)} words")
     return {
         "example_id": example.example_id,
         "split": example.split,
@@ -107,10 +98,10 @@ def verdict_to_row(
                 "start": word.start,
                 "end": word.end,
                 "query": word.query,
-                "score": word_verdict.score,
-                "label": RELEVANT if word_verdict.relevant else IRRELEVANT,
+                "score": found.score,
+                "label": RELEVANT if found.relevant else IRRELEVANT,
             }
-            for i, (word, word_verdict) in enumerate(pairs)
+            for i, (word, found) in enumerate(zip(words, judged or [], strict=False))
         ],
         "sentence_score": None if abstained else verdict.sentence_score,
         "sentence_label": None if abstained else int(verdict.sentence_relevant),
@@ -122,8 +113,7 @@ def verdict_to_row(
 def other_user_items(examples: Sequence[Example], seed: int) -> list[JudgeItem]:
     """Each example with the true next queries of a random example of another user as its response.
 
-    Raises:
-        UserError: all examples belong to one user.
+    UserError when all examples belong to one user.
     """
     if len({example.user_id for example in examples}) < 2:
         raise UserError(

@@ -29,6 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from tppo.core.files import read_jsonl
 from tppo.core.run import RunFolder
 from tppo.core.stages import DISPLAY, rl_stage
+from tppo.core.stats import IntervalEstimate
 
 # Any other name (a simple baseline) is drawn in the quiet colour.
 SERIES = ("sft", "dpo", "ppo", "ppo_sum", "tppo", "targets", "other_user")
@@ -98,6 +99,12 @@ class Interval:
     value: float
     low: float | None
     high: float | None
+
+    @classmethod
+    def of(cls, name: str, label: str, cell: IntervalEstimate) -> Interval:
+        """A measured estimate."""
+        assert cell.value is not None, label
+        return cls(name, label, cell.value, cell.low, cell.high)
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, *, dots: bool = False) -> Markup | None:

@@ -1,10 +1,7 @@
 """The report stage: one self-contained HTML page, and the tables alone as Markdown.
 
-report.html holds rows of the log (samples) and stays with the run; summary.md holds numbers only. Texts of
-the log are untrusted: the template escapes everything except our own charts, and the page runs no
-script at all.
-
-The report's section on the gate: check_reward/check.json as tables and a chart.
+report.html holds rows of the log (samples) and stays with the run; summary.md holds numbers only. Texts of the log are
+untrusted: the template escapes everything except our own charts, and the page runs no script at all.
 """
 
 from __future__ import annotations
@@ -17,23 +14,23 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 import uniplot
 import yaml
 from markupsafe import Markup
-from rich.box import SIMPLE
-from rich.table import Table
 from rich.text import Text
 
-from tppo.core import show, stats
 from tppo.core.common import UserError, console, draw
 from tppo.core.config import Recipe
-from tppo.core.files import read_jsonl
+from tppo.core.files import read_jsonl, write_json
 from tppo.core.run import RunFolder
-from tppo.core.stages import DISPLAY, all_stages, rl_stage
-from tppo.core.stats import verdict
-from tppo.core.tables import load_examples
-from tppo.evaluate.compare import Metrics, cost_markdown, cost_rows, model_costs
-from tppo.evaluate.metrics import BY_NAME, CORPUS, FORM, KNOWN, RELEVANCE, SECOND, TRUTH, Metric, read_generations
+from tppo.core.show import NOT_MEASURED, Cell, Table, interval, number
+from tppo.core.stages import DISPLAY, all_stages, read_stages, rl_stage
+from tppo.core.tables import load_examples, read_table
+from tppo.evaluate.answers import ANSWERS, Row
+from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
+from tppo.evaluate.metrics import BY_NAME
+from tppo.evaluate.readings import READINGS
 from tppo.judge.probes import PROBES
 from tppo.report import words
 from tppo.report.charts import (
@@ -54,68 +51,119 @@ CURVE_WINDOW = 10
 """Updates averaged in the terminal's curve: one rollout is a small sample."""
 SAMPLES = 12
 TOKEN_SAMPLES = 4
+COST_NOTE = (
+    "Everything made for a model and not for SFT: its own training and the stages that reads. “No gain shown”: the "
+    "interval of the gain holds 0, so there may be nothing to pay for."
+)
+Labels = Mapping[tuple[str, str], Sequence[int]]
+"""Labels of an answer's words, by model and example."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Write report.html and summary.md."""
-    metrics = load_metrics(run)
-    scope = metrics.scopes[0]
-    final_kl = {model: _last(rl_rows(run, model), "kl") for model in rollout_policies(metrics.policies)}
-    point_costs = model_costs(recipe, run, metrics, scope)
+    """Write report.html, summary.md, and metrics.json of everybody who read the answers."""
+    answers, readings = load_run(recipe, run)
+    metrics = run_metrics(recipe, run, answers, readings)
+    write_json(folder / "metrics.json", metrics.data)
+    scope, manifest = metrics.scopes[0], run.manifest("evaluate") or {}
+    curves = {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)}
+    final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
+    spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
+    rows = answers.to_dict("records")
     context = {
+        **page_context(recipe, metrics, manifest),
         "lead": words.lead(metrics, scope),
-        "scope_label": words.SCOPES[scope],
-        "verdicts": words.verdicts(metrics, scope),
         "cautions": words.cautions(metrics, scope, final_kl),
-        "chart_headline": headline_chart(metrics, scope),
-        "chart_differences": difference_chart(metrics, scope),
-        "scopes": [scope_tables(metrics, name) for name in metrics.scopes],
-        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
-        "judge": metrics.data["judge"],
-        "second_judge": metrics.data.get("second_judge"),
         "models": [(model, DISPLAY[model]) for model in metrics.policies],
         "rl_charts": rl_charts(run, metrics.policies),
         "dpo_charts": dpo_charts(run) if "dpo" in metrics.policies else [],
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
         "sft_chart": sft_chart(run),
-        "samples": samples(recipe, run, read_generations(run.require("evaluate")), metrics),
+        "samples": samples(run.require("prepare"), rows, word_labels(readings, metrics), metrics.policies, recipe.seed),
         "token_samples": token_samples(dict.fromkeys(metrics.policies, run)),
         "facts": [
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
-        "costs": costs(recipe, run),
-        "point_costs": cost_rows(point_costs),
-        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
-        "seed": recipe.seed,
+        "costs": spent_table(spent),
+        "point_costs": point_costs,
         "run_name": run.root.name,
-        "versions": (run.manifest("evaluate") or {}).get("versions", {}),
-        "python": (run.manifest("evaluate") or {}).get("python"),
-        "finished": (run.manifest("evaluate") or {}).get("finished"),
-        "counts": (run.manifest("evaluate") or {}).get("facts", {}),
+        "finished": manifest.get("finished"),
         "bootstrap_samples": recipe.evaluate.bootstrap_samples,
-        "temperature": recipe.evaluate.temperature,
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *KNOWN, *TRUTH, *FORM, *CORPUS)},
     }
     (folder / "report.html").write_text(render(context), encoding="utf-8")
+    counted = metrics.cell(scope, "sft", metrics.headline)
     facts = [
-        ("examples", str(metrics.cell(scope, "sft", metrics.data["headline"]).examples)),
-        ("users", str(metrics.cell(scope, "sft", metrics.data["headline"]).users)),
-        ("judge", metrics.data["judge"]),
-        *([("second judge", metrics.data["second_judge"])] if metrics.data.get("second_judge") else []),
+        ("examples", str(counted.examples)),
+        ("users", str(counted.users)),
+        *judge_facts(metrics),
         ("seed", str(recipe.seed)),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
     ]
     reward_facts = run.facts("reward")
-    training = words.training_markdown(
-        costs(recipe, run),
+    training = words.training_tables(
+        spent,
         {kind: reward_facts[kind]["best"] for kind in ("token", "sentence") if kind in reward_facts},
-        {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)},
+        curves,
         rl_rows(run, "dpo") if "dpo" in metrics.policies else [],
     )
-    summary = f"{words.summary_markdown(metrics, facts)}\n{training}\n{cost_markdown(point_costs)}"
-    (folder / "summary.md").write_text(summary, encoding="utf-8")
+    parts = [words.summary_markdown(metrics, facts), *(table.markdown() for table in (*training, point_costs))]
+    (folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     return {"verdict": context["lead"], "cautions": context["cautions"]}
+
+
+def load_run(recipe: Recipe, run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The answers of a run, and what everybody read in them."""
+    folders = [run.require(stage) for stage in ("evaluate", *read_stages(recipe))]
+    readings = [read_table(folder / "readings.parquet", READINGS).to_pandas() for folder in folders]
+    return read_table(folders[0] / "answers.parquet", ANSWERS).to_pandas(), pd.concat(readings, ignore_index=True)
+
+
+def run_metrics(recipe: Recipe, run: RunFolder, answers: pd.DataFrame, readings: pd.DataFrame) -> Metrics:
+    """metrics.json of everybody who read the answers."""
+    own = load_metrics(run.require("evaluate")).data
+    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
+    data = build_metrics(answers, readings, judge=own["judge"], rubric=recipe.reward.rubric, bootstrap_of=bootstrap)
+    return Metrics({**data, "judge_labelled_training": own["judge_labelled_training"]})
+
+
+def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of a run and that of a study show alike.
+
+    Args:
+        manifest: of an evaluate stage.
+    """
+    scope = metrics.scopes[0]
+    counts = {name: metrics.cell(name, "sft", metrics.headline) for name in metrics.scopes}
+    return {
+        "verdicts": words.verdicts(metrics, scope),
+        "scope_label": words.SCOPES[scope],
+        "chart_headline": headline_chart(metrics, scope),
+        "chart_differences": difference_chart(metrics, scope),
+        "scopes": [
+            {
+                **words.scope_tables(metrics, name),
+                "wins": words.wins_table(metrics, name, bars=True),
+                "name": name,
+                "label": words.SCOPES[name],
+                "examples": count.examples,
+                "users": count.users,
+            }
+            for name, count in counts.items()
+        ],
+        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "judge": metrics.data["judge"],
+        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
+        "seed": recipe.seed,
+        "temperature": recipe.evaluate.temperature,
+        "versions": manifest.get("versions", {}),
+        "python": manifest.get("python"),
+        "docs": {metric.label: metric.doc for metric in BY_NAME.values()},
+    }
+
+
+def judge_facts(metrics: Metrics) -> list[tuple[str, str]]:
+    """Who judged, for the head of a summary."""
+    return [("judge", metrics.data["judge"]), *(("second judge", name) for name in metrics.second_judges)]
 
 
 def render(context: dict[str, Any], template: Path = Path(__file__).parent / "report.html") -> str:
@@ -130,40 +178,36 @@ def render(context: dict[str, Any], template: Path = Path(__file__).parent / "re
     return environment.get_template(template.name).render(context)
 
 
-def load_metrics(run: RunFolder) -> Metrics:
-    path = run.require("evaluate") / "metrics.json"
+def load_metrics(folder: Path) -> Metrics:
+    """metrics.json of a finished evaluate or report stage."""
+    path = folder / "metrics.json"
     try:
         return Metrics(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give `--redo evaluate` to make it anew") from None
+        raise UserError(f"{path} cannot be read ({error}): give `--redo {folder.name}` to make it anew") from None
 
 
 def print_summary(run: RunFolder) -> None:
     """The headline of a finished run on the console: a table, the curve of RL, and what the intervals allow to say."""
-    metrics = load_metrics(run)
-    scope = metrics.scopes[0]
-    headline, check = metrics.data["headline"], metrics.data["check"]
-    heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %",
-             "unparseable": "unparseable %"}  # fmt: skip
+    metrics = load_metrics(run.require("report"))
+    scope, headline, check = metrics.scopes[0], metrics.headline, metrics.data["check"]
+    heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %"}
     with_interval = [headline]
     if metrics.knows_truth:
-        heads = {headline: "judged %", "known_words": "true words %", "known_queries": "true queries %",
-                 "unparseable": "unparseable %"}  # fmt: skip
+        heads = {headline: "judged %", "known_words": "true words %", "known_queries": "true queries %"}
         with_interval.append("known_words")
+    heads["unparseable"] = "unparseable %"
     checked = "" if metrics.knows_truth else f"; check: {words.AGAINST[check]}"
     console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}{checked}")
-    table = Table(box=SIMPLE, padding=0, show_edge=False)
-    table.add_column("", min_width=15)
-    for name in heads:
-        table.add_column(heads[name], justify="right", no_wrap=True)
+    rows: list[list[Cell | str]] = []
     for model in metrics.data["models"]:
-        texts = []
+        cells: list[Cell | str] = [DISPLAY[model]]
         for name in heads:
             cell, unit = metrics.cell(scope, model, name), BY_NAME[name].unit
-            shown = show.interval(cell, unit) if name in with_interval and model in metrics.policies else ""
-            texts.append(f"{show.number(cell.value, unit)} {shown}".strip().replace("[", "\\["))
-        table.add_row(DISPLAY[model], *texts)
-    console.print(table)
+            shown = interval(cell, unit) if name in with_interval and model in metrics.policies else ""
+            cells.append(f"{number(cell.value, unit)} {shown}".strip())
+        rows.append(cells)
+    Table(["", *heads.values()], rows).print()
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
         console.print(Text.from_ansi(curve))
     for sentence in words.lead(metrics, scope)[:-1]:
@@ -196,136 +240,67 @@ def terminal_curve(run: RunFolder, policies: Sequence[str]) -> str | None:
 
 
 def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
-    headline = metrics.data["headline"]
-    cells = [(model, metrics.cell(scope, model, headline)) for model in metrics.data["models"]]
-    intervals = [
-        Interval(model, DISPLAY[model], cell.value, cell.low, cell.high)
-        for model, cell in cells
-        if cell.value is not None
-    ]
-    return interval_chart(intervals, f"Answers {words.AGAINST[headline]}, % (95% interval)")
+    """The headline of everybody who answered."""
+    cells = [(model, metrics.cell(scope, model, metrics.headline)) for model in metrics.data["models"]]
+    intervals = [Interval.of(model, DISPLAY[model], cell) for model, cell in cells if cell.value is not None]
+    return interval_chart(intervals, f"Answers {words.AGAINST[metrics.headline]}, % (95% interval)")
 
 
 def difference_chart(metrics: Metrics, scope: str) -> Markup | None:
-    intervals = []
-    for model, than in metrics.pairs(scope):
-        cell = metrics.difference(scope, model, than, metrics.data["headline"])
-        if cell.value is not None:
-            label = f"{DISPLAY[model]} minus {DISPLAY[than]}"
-            intervals.append(Interval(model, label, cell.value, cell.low, cell.high))
+    """The headline's difference of every two policies."""
+    cells = [(pair, metrics.difference(scope, *pair, metrics.headline)) for pair in metrics.pairs(scope)]
+    intervals = [Interval.of(pair[0], words.display(pair), cell) for pair, cell in cells if cell.value is not None]
     return interval_chart(intervals, "Difference of that share, points (95% interval)", zero=True)
 
 
-def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
-    """Everything the template shows of one evaluation set."""
-    count = metrics.cell(scope, "sft", metrics.data["headline"])
-    return {
-        "name": scope,
-        "label": words.SCOPES[scope],
-        "examples": count.examples,
-        "users": count.users,
-        "relevance": table(metrics, scope, _headline_first(metrics)),
-        "second": table(metrics, scope, SECOND) if metrics.data.get("second_judge") else None,
-        "known": table(metrics, scope, KNOWN) if metrics.knows_truth else None,
-        "truth": table(metrics, scope, TRUTH),
-        "form": table(metrics, scope, FORM[:4]),
-        "variety": table(metrics, scope, (*FORM[4:], *CORPUS)),
-        "differences": differences(metrics, scope),
-        "wins": [
-            {**row, "title": f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
-             "net_value": show.signed_number(row["net"]["value"], "rate"),
-             "net_interval": show.interval(stats.estimate(row["net"]), "rate", signed=True),
-             "against": {"targets": "next queries", "history": "history"}[row["rubric"]],
-             "votes": words.votes_note(row) if row["by"] == "vote" else None}
-            for row in words.shown_wins(metrics, scope)
-        ],
-    }  # fmt: skip
-
-
-def _headline_first(metrics: Metrics) -> list[Metric]:
-    rubric = metrics.data["headline"].removeprefix("relevant_")
-    return sorted(RELEVANCE, key=lambda metric: not metric.name.endswith(rubric))
-
-
-def table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> dict[str, Any]:
-    """Heads and rows of a table: (label, value, interval) cells."""
-    rows = []
-    for model in metrics.data["models"]:
-        cells = []
-        for metric in group:
-            cell = metrics.cell(scope, model, metric.name)
-            cells.append((show.number(cell.value, metric.unit), show.interval(cell, metric.unit)))
-        rows.append({"model": model, "label": DISPLAY[model], "cells": cells})
-    heads = [(metric.label + (", %" if metric.unit == "rate" else ""), metric.doc) for metric in group]
-    return {"heads": heads, "rows": rows}
-
-
-def differences(metrics: Metrics, scope: str) -> dict[str, Any]:
-    names = (
-        metrics.data["headline"],
-        metrics.data["check"],
-        "hit",
-        "token_f1",
-        "copied_words",
-        "queries_written",
-    )
-    rows = []
-    for model, than in [*metrics.pairs(scope), *metrics.baseline_pairs(scope)]:
-        cells = []
-        for name in names:
-            cell, metric = metrics.difference(scope, model, than, name), BY_NAME[name]
-            outcome = verdict(cell, metric.better)
-            value = show.signed_number(cell.value, metric.unit)
-            said = words.SHORT.get(outcome, "")
-            cells.append((value, show.interval(cell, metric.unit, signed=True), said, words.TONES[outcome]))
-        rows.append({"model": model, "label": f"{DISPLAY[model]} minus {DISPLAY[than]}", "cells": cells})
-    heads = [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else "") for name in names]
-    return {"heads": heads, "rows": rows}
-
-
-def samples(recipe: Recipe, run: RunFolder, rows: Sequence[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+def samples(
+    prepare: Path, answers: Sequence[Row], labels: Labels, policies: Sequence[str], seed: int
+) -> list[dict[str, Any]]:
     """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks.
 
     Args:
-        run: holds the prepare stage with the examples.
-        rows: of generations.parquet; each model answered an example once.
+        prepare: the stage with the examples.
+        answers: rows of answers.parquet; each model answered an example once.
+        labels: what the headline's judge says of the words, by model and example; absent where it abstained.
     """
-    rubric = metrics.data["headline"].removeprefix("relevant_")
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        answers.setdefault(row["example_id"], {})[row["model"]] = row
-    wanted = draw(list(answers), SAMPLES, recipe.seed, "report samples")
-    examples = {e.example_id: e for e in load_examples(run.require("prepare")) if e.example_id in set(wanted)}
-    shown = []
-    for example_id in wanted:
-        by_model = answers[example_id]
-        columns = [
-            {
-                "model": m,
-                "label": DISPLAY[m],
-                "problem": by_model[m]["problem"],
-                "lines": _marked(by_model[m], rubric),
-            }
-            for m in metrics.policies
-            if m in by_model
-        ]
-        shown.append(
-            {
-                "history": examples[example_id].history,
-                "targets": examples[example_id].targets,
-                "columns": columns,
-            }
-        )
-    return shown
+    by_example: dict[str, dict[str, Row]] = {}
+    for row in answers:
+        by_example.setdefault(row["example_id"], {})[row["model"]] = row
+    wanted = draw(list(by_example), SAMPLES, seed, "report samples")
+    examples = {e.example_id: e for e in load_examples(prepare) if e.example_id in set(wanted)}
+    return [
+        {
+            "history": examples[example_id].history,
+            "targets": examples[example_id].targets,
+            "columns": [
+                {
+                    "model": model,
+                    "label": DISPLAY[model],
+                    "problem": answer["problem"],
+                    "lines": _marked(answer, labels.get((model, example_id))),
+                }
+                for model in policies
+                if (answer := by_example[example_id].get(model))
+            ],
+        }
+        for example_id in wanted
+    ]
 
 
-def _marked(row: dict[str, Any], rubric: str) -> list[list[tuple[str, int]]]:
+def _marked(row: Row, labels: Sequence[int] | None) -> list[list[tuple[str, int]]]:
     """Queries as lists of (word, label); label 0 when the judge abstained."""
-    labels = row[f"word_labels_{rubric}"] or [0] * len(row["words"])
+    labels = [0] * len(row["words"]) if labels is None else labels
     lines: list[list[tuple[str, int]]] = [[] for _ in row["queries"]]
     for word, query, label in zip(row["words"], row["word_query"], labels, strict=True):
         lines[query].append((word, label))
     return lines
+
+
+def word_labels(readings: pd.DataFrame, metrics: Metrics) -> Labels:
+    """What the first judge says of each word, under the headline's rubric."""
+    wanted = (readings["measure"] == f"words_{metrics.rubric}") & (readings["reader"] == metrics.data["judge"])
+    rows = readings[wanted]
+    return dict(zip(zip(rows["model"], rows["example_id"], strict=True), rows["labels"], strict=True))
 
 
 def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
@@ -356,17 +331,21 @@ def costs(recipe: Recipe, run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
+def spent_table(costs: Sequence[dict[str, Any]]) -> Table:
+    """The same as a table, with the sum."""
+    rows = [[row["stage"], f"{row['seconds'] / 60:.1f}", str(row["memory"])] for row in costs]
+    peak = str(max(row["memory"] for row in costs)) if costs else NOT_MEASURED
+    total = ["All", f"{sum(row['seconds'] for row in costs) / 60:.1f}", peak]
+    return Table(["Stage", "Minutes", "Peak memory, MiB"], [*rows, total])
+
+
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Facts of a manifest as (dotted name, text) rows; floats to 4 digits."""
     if isinstance(value, dict):
         return [pair for key, child in value.items() for pair in flatten(child, f"{prefix}{key}.")]
     if isinstance(value, float):
         return [(prefix.rstrip("."), f"{value:.4g}")]
-    return [(prefix.rstrip("."), show.NOT_MEASURED if value is None else str(value))]
-
-
-def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    return rows[-1].get(name) if rows else None
+    return [(prefix.rstrip("."), NOT_MEASURED if value is None else str(value))]
 
 
 # Token level in TPPO's colour, its rival in PPO's, as in the curves of the reward models.
@@ -389,19 +368,14 @@ def reward_check_section(run: RunFolder) -> dict[str, Any]:
         "verdicts": gate.verdict_lines(report),
         "cautions": gate.caution_lines(report),
         "data": gate.data_line(report),
-        "tables": [
-            ("Requirement", gate.check_rows(report)),
-            ("Nothing required", gate.aside_rows(report)),
-            ("Mean score of a response", gate.probe_rows(report)),
-        ],
-        "tones": gate.TONES,
+        "tables": [table(report) for table in (gate.requirement_table, gate.aside_table, gate.probe_table)],
         "chart": interval_chart(_intervals(report), "Mean score of a response, % (95% interval)"),
         "note": gate.NOTE,
     }
 
 
 def _intervals(report: dict[str, Any]) -> list[Interval]:
-    found = [(model, probe, report["models"][model]["probes"][probe]) for probe in PROBES for model in gate.MODELS]
+    found = [(model, probe, report["models"][model]["probes"][probe]) for probe in PROBES for model in gate.TITLES]
     return [
         Interval(COLOURS[model], f"{PROBES[probe]} ({model})", cell["value"], cell["low"], cell["high"])
         for model, probe, cell in found

@@ -1,54 +1,63 @@
-"""Numbers of metrics.json in words: cells, the verdict, the cautions, the Markdown summary.
+"""What metrics.json allows to say: the verdict, the cautions, and the tables that the page and the summary share.
 
-A number that was not measured is written "not measured", never 0. Verdicts are computed from intervals only.
+Verdicts are computed from intervals only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from tppo.core.show import NOT_MEASURED, interval, number, p_text, signed_number
-from tppo.core.stages import BASELINES, DISPLAY
+from markupsafe import Markup
+
+from tppo.core.show import (
+    NOT_MEASURED,
+    Cell,
+    Table,
+    digits,
+    interval,
+    number,
+    p_text,
+    signed_number,
+)
+from tppo.core.stages import BASELINES, DISPLAY, REFERENCES
 from tppo.core.stats import FEW_USERS, Estimate, estimate, verdict
 from tppo.evaluate.compare import POOLED, Metrics
-from tppo.evaluate.metrics import BY_NAME, FORM, KNOWN, RELEVANCE, SECOND, TRUTH, Metric
+from tppo.evaluate.metrics import BY_JUDGE, BY_NAME, CORPUS, FORM, KNOWN, RELEVANCE, TRUTH, Metric
 
 SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
-TONES = {
-    "an improvement": "good",
-    "worse": "bad",
-    "no difference shown": "flat",
-    NOT_MEASURED: "none",
-    "higher": "flat",
-    "lower": "flat",
-}
-# A model that moves this many nats per response from the SFT model is far from what the log taught it.
+TONES = {"an improvement": "good", "worse": "bad", "no difference shown": "flat", NOT_MEASURED: "none",
+         "higher": "flat", "lower": "flat"}  # fmt: skip
 FAR_NATS = 10.0
+"""A model that moves this many nats per response from the SFT model is far from what the log taught it."""
 DIVERSITY_LOSS = 0.1
+WITHOUT_JUDGE = ("hit", "token_f1")
+"""Measures that confirm a judge's."""
+
 RL_WINDOW = 5
 """Updates averaged for the start and the end of an RL run: one rollout is a small sample."""
-RL_COLUMNS = (
-    ("reward_mean", "reward"),
-    ("reward_std", "reward std"),
-    ("token_relevance", "relevance by token RM"),
-    ("sentence_reward_mean", "relevance by sentence RM"),
-    ("kl", "KL, nats a response"),
-    ("entropy", "entropy"),
-    ("response_length", "tokens"),
-    ("queries", "queries"),
-    ("unparseable", "unparseable"),
-    ("explained_variance", "explained variance"),
-    ("seconds", "seconds an update"),
-)
-DPO_COLUMNS = (
-    ("loss", "loss"),
-    ("reward_margin", "reward margin"),
-    ("reward_accuracy", "pairs in the right order"),
-    ("chosen_reward", "chosen reward"),
-    ("rejected_reward", "rejected reward"),
-)
+RL_COLUMNS = {
+    "reward_mean": "reward",
+    "reward_std": "reward std",
+    "token_relevance": "relevance by token RM",
+    "sentence_reward_mean": "relevance by sentence RM",
+    "kl": "KL, nats a response",
+    "entropy": "entropy",
+    "response_length": "tokens",
+    "queries": "queries",
+    "unparseable": "unparseable",
+    "explained_variance": "explained variance",
+    "seconds": "seconds an update",
+}
+DPO_COLUMNS = {
+    "loss": "loss",
+    "reward_margin": "reward margin",
+    "reward_accuracy": "pairs in the right order",
+    "chosen_reward": "chosen reward",
+    "rejected_reward": "rejected reward",
+}
 AGAINST = {
     "relevant_targets": "relevant to what the user really searched next",
     "relevant_history": "relevant to the history",
@@ -64,41 +73,44 @@ def shift(estimate: Estimate, metric: Metric) -> str:
     return f"{signed_number(estimate.value, metric.unit)}{points} {shown or '(interval not measured)'}"
 
 
-def second_measures(headline: str) -> list[str]:
-    """The second judge's measures of what the headline measures: its verdicts, and its score."""
-    return [f"second_{headline}", f"second_sentence_score_{headline.removeprefix('relevant_')}"]
+def display(pair: tuple[str, str]) -> str:
+    return f"{DISPLAY[pair[0]]} minus {DISPLAY[pair[1]]}"
+
+
+def second_measures(metrics: Metrics) -> list[tuple[str, str]]:
+    """Each second judge's measures of what the headline measures, as (measure, judge): its verdicts, and its score."""
+    names = (metrics.headline, f"sentence_score_{metrics.rubric}")
+    return [(name, judge) for judge in metrics.second_judges for name in names]
 
 
 def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
-    """One entry per pair of models: the claim, its numbers, and what the other measures say."""
-    headline, check = BY_NAME[metrics.data["headline"]], BY_NAME[metrics.data["check"]]
-    rubric = headline.name.removeprefix("relevant_")
+    """What each pair's interval allows to claim, its numbers, and what the other measures say."""
+    known = ("known_words", "known_queries") if metrics.knows_truth else ()
+    measures = [(f"Check, {AGAINST[metrics.data['check']]}", metrics.data["check"], "")]
+    for name, judge in second_measures(metrics):
+        score = "" if name == metrics.headline else ", score"
+        measures.append((f"Second judge, {AGAINST[metrics.headline]}{score}", name, judge))
+    measures += [(f"{BY_NAME[name].label}, no judge", name, "") for name in (*known, *WITHOUT_JUDGE)]
     entries = []
     for model, than in metrics.pairs(scope):
-        difference = metrics.difference(scope, model, than, headline.name)
-        outcome = verdict(difference)
-        wins = metrics.wins(scope, model, than, rubric)
-        other = metrics.difference(scope, model, than, check.name)
-        others = [("Check, " + AGAINST[check.name], shift(other, check), verdict(other))]
-        for name, what in zip(second_measures(headline.name), ("", ", score"), strict=True):
-            second = metrics.difference(scope, model, than, name)
-            if second.value is not None:
-                label = f"Second judge, {AGAINST[headline.name]}{what}"
-                others.append((label, shift(second, BY_NAME[name]), verdict(second)))
-        known = ("known_words", "known_queries") if metrics.knows_truth else ()
-        for name in (*known, "hit", "token_f1"):
-            found = metrics.difference(scope, model, than, name)
-            others.append((f"{BY_NAME[name].label}, no judge", shift(found, BY_NAME[name]), verdict(found)))
+        difference = metrics.difference(scope, model, than, metrics.headline)
+        outcome, wins = verdict(difference), metrics.wins(scope, model, than, metrics.rubric)
+        others = []
+        for label, name, judge in measures:
+            found = metrics.difference(scope, model, than, name, judge)
+            if found.value is not None or not judge:
+                said = verdict(found)
+                others.append((label, shift(found, BY_NAME[name]), said, TONES[said]))
         entries.append(
             {
                 "model": model,
                 "than": than,
-                "title": f"{DISPLAY[model]} minus {DISPLAY[than]}",
-                "shift": shift(difference, headline),
+                "title": display((model, than)),
+                "shift": shift(difference, BY_NAME[metrics.headline]),
                 "outcome": outcome,
                 "tone": TONES[outcome],
                 "win": None if wins is None or wins["win"] is None else wins,
-                "others": [(label, text, said, TONES[said]) for label, text, said in others],
+                "others": others,
             }
         )
     return entries
@@ -106,38 +118,36 @@ def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
 
 def lead(metrics: Metrics, scope: str) -> list[str]:
     """The first sentences of the report: what the intervals allow to claim, then the shares themselves."""
-    headline = metrics.data["headline"]
-    against = AGAINST[headline]
-    shares = []
+    shares, sentences, said = [], [], verdicts(metrics, scope)
     for model in metrics.policies[::-1]:
-        estimate = metrics.cell(scope, model, headline)
-        value = NOT_MEASURED if estimate.value is None else f"{number(estimate.value, 'rate')}%"
-        shares.append(f"{DISPLAY[model]} {value} {interval(estimate, 'rate')}".strip())
-    sentences = []
+        found = metrics.cell(scope, model, metrics.headline)
+        value = NOT_MEASURED if found.value is None else f"{number(found.value, 'rate')}%"
+        shares.append(f"{DISPLAY[model]} {value} {interval(found, 'rate')}".strip())
     for outcome, words in (
         ("an improvement", "is better than"),
         ("worse", "is worse than"),
         ("no difference shown", "shows no difference from"),
     ):
         for model in metrics.policies[::-1]:
-            than = [e["than"] for e in verdicts(metrics, scope) if e["model"] == model and e["outcome"] == outcome]
+            than = [DISPLAY[e["than"]] for e in said if (e["model"], e["outcome"]) == (model, outcome)]
             if than:
-                sentences.append(f"{DISPLAY[model]} {words} {_listed([DISPLAY[name] for name in than])}.")
+                sentences.append(f"{DISPLAY[model]} {words} {_listed(than)}.")
     if metrics.knows_truth:
         sentences += _known_truth(metrics, scope)
-    return [*sentences, *baseline_verdicts(metrics, scope), f"Answers {against}: {', '.join(shares)}."]
+    answers = f"Answers {AGAINST[metrics.headline]}: {', '.join(shares)}."
+    return [*sentences, *baseline_verdicts(metrics, scope), answers]
 
 
 def _known_truth(metrics: Metrics, scope: str) -> list[str]:
     """What the synthetic log itself says of each pair, with no judge between."""
     sentences = []
-    for model, than in metrics.pairs(scope):
+    for pair in metrics.pairs(scope):
         said = [
             f"{BY_NAME[name].label.lower()} {shift(found, BY_NAME[name])} ({verdict(found)})"
             for name in ("known_words", "known_queries")
-            if (found := metrics.difference(scope, model, than, name)).value is not None
+            if (found := metrics.difference(scope, *pair, name)).value is not None
         ]
-        sentences.append(f"By what the synthetic log knows, {DISPLAY[model]} minus {DISPLAY[than]}: {', '.join(said)}.")
+        sentences.append(f"By what the synthetic log knows, {display(pair)}: {', '.join(said)}.")
     return sentences
 
 
@@ -147,44 +157,37 @@ def baseline_verdicts(metrics: Metrics, scope: str) -> list[str]:
     SFT against its own best of n is left out: that is SFT with more samples.
     """
     sentences = []
-    names = (metrics.data["headline"], "hit", "token_f1")
     for model in metrics.policies[::-1]:
         lost: dict[str, list[str]] = {}
-        for policy, than in metrics.baseline_pairs(scope):
-            if policy != model or (model, than) == ("sft", "best_of_n"):
-                continue
-            for name in names:
-                if verdict(metrics.difference(scope, model, than, name)) == "worse":
-                    lost.setdefault(DISPLAY[than], []).append(BY_NAME[name].label)
+        for pair in metrics.baseline_pairs(scope):
+            for name in (metrics.headline, *WITHOUT_JUDGE) if pair[0] == model and pair != ("sft", "best_of_n") else ():
+                if verdict(metrics.difference(scope, *pair, name)) == "worse":
+                    lost.setdefault(DISPLAY[pair[1]], []).append(BY_NAME[name].label)
         if lost:
             said = "; ".join(f"{baseline} ({', '.join(labels)})" for baseline, labels in lost.items())
             sentences.append(f"{DISPLAY[model]} loses to a simple baseline: {said}.")
     if not sentences and metrics.baseline_pairs(scope):
-        sentences = [
-            f"No model is shown to lose to a simple baseline ({_listed([DISPLAY[b] for b in metrics.baselines])})."
-        ]
+        names = _listed([DISPLAY[baseline] for baseline in metrics.baselines])
+        sentences = [f"No model is shown to lose to a simple baseline ({names})."]
     return sentences
 
 
-def cautions(metrics: Metrics, scope: str, final_kl: dict[str, float | None]) -> list[str]:
+def cautions(metrics: Metrics, scope: str, final_kl: Mapping[str, float | None]) -> list[str]:
     """What a reader has to know before acting on the verdict; each computed from the numbers."""
     notes: list[str] = []
-    headline = metrics.data["headline"]
     for model in [name for name in metrics.policies[::-1] if name != "sft"]:
         notes += _model_cautions(metrics, scope, model)
         kl = final_kl.get(model)
         if kl is not None and kl > FAR_NATS:
             notes.append(f"{DISPLAY[model]} ended {kl:.1f} nats per response away from SFT, which is far.")
-    users = metrics.cell(scope, "sft", headline).users
+    users = metrics.cell(scope, "sft", metrics.headline).users
     if users < FEW_USERS:
         notes.append(f"Only {users} users were evaluated: intervals over so few users are too narrow.")
-    for judge, prefix in (("The judge", ""), ("The second judge", "second_")):
-        counted = {prefix + rubric for rubric in ("targets", "history")}
-        counts = [
-            row["count"] for row in metrics.data["abstained"] if row["scope"] == scope and row["rubric"] in counted
-        ]
-        if sum(counts):
-            notes.append(f"{judge} abstained {sum(counts)} times; those answers are left out of its numbers.")
+    for reader in ("", *metrics.second_judges):
+        of = [row for row in metrics.data["abstained"] if (row["scope"], row["reader"]) == (scope, reader)]
+        if count := sum(row["count"] for row in of):
+            who = f"The second judge, {reader}," if reader else "The judge"
+            notes.append(f"{who} abstained {count} times; those answers are left out of its numbers.")
     notes.append(_trainings(metrics.data.get("seeds", 1)))
     if metrics.data["judge_labelled_training"]:
         notes.append(
@@ -219,66 +222,121 @@ def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:
         outcome, text = change(name)
         if outcome == bad:
             notes.append(f"{title} {words}: {text}.")
-    ours = metrics.cell(scope, model, "distinct_2").value
-    theirs = metrics.cell(scope, "sft", "distinct_2").value
+    ours, theirs = (metrics.cell(scope, name, "distinct_2").value for name in (model, "sft"))
     if ours is not None and theirs and ours < (1 - DIVERSITY_LOSS) * theirs:
         notes.append(
             f"{title} is less varied than SFT: {number(ours, 'rate')}% of its word pairs are distinct, "
             f"SFT's {number(theirs, 'rate')}%."
         )
-    gained = change(metrics.data["headline"])[0] == "an improvement"
-    confirmed = any(change(name)[0] == "an improvement" for name in ("hit", "token_f1"))
-    if gained and not confirmed:
+    gained = change(metrics.headline)[0] == "an improvement"
+    if gained and not any(change(name)[0] == "an improvement" for name in WITHOUT_JUDGE):
         notes.append(f"{title}'s gain over SFT is the judge's: hit and word F1, which need no judge, do not show it.")
     if gained and change(metrics.data["check"])[0] == "worse":
         notes.append(f"{title} gains in the headline but loses {AGAINST[metrics.data['check']]}.")
     return notes
 
 
-def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
-    """The tables of the report in Markdown: numbers only, no text of the log, so it may be shared."""
-    scope = metrics.scopes[0]
-    lines = ["# Evaluation", "", *lead(metrics, scope), ""]
-    lines += [f"- {name}: {value}" for name, value in facts]
-    for part in metrics.scopes:
-        second = [("Relevance by the second judge", SECOND)] if metrics.data.get("second_judge") else []
-        known = [("True relevance, known of the synthetic log", KNOWN)] if metrics.knows_truth else []
-        groups = (("Relevance", RELEVANCE), *second, *known, ("True next queries", TRUTH), ("Form", FORM))
-        for title, group in groups:
-            lines += ["", f"## {title}, {SCOPES[part]}", "", *_markdown_table(metrics, part, group)]
-        lines += ["", f"## Differences, {SCOPES[part]}", ""]
-        lines += ["| | headline | check | hit | word F1 |", "|---|---|---|---|---|"]
-        for model, than in [*metrics.pairs(part), *metrics.baseline_pairs(part)]:
-            cells = [
-                shift(metrics.difference(part, model, than, name), BY_NAME[name])
-                for name in (metrics.data["headline"], metrics.data["check"], "hit", "token_f1")
-            ]
-            lines.append(f"| {DISPLAY[model]} minus {DISPLAY[than]} | {' | '.join(cells)} |")
-        lines += [
-            "",
-            f"## Win, tie, lose, {SCOPES[part]}",
-            "",
-            "| | against | by | win | tie | lose | win minus lose, points | votes |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in shown_wins(metrics, part):
-            shares = " | ".join(number(row[key], "rate") for key in ("win", "tie", "lose"))
-            votes = votes_note(row) if row["by"] == "vote" else ""
-            net = estimate(row["net"])
-            shown = f"{signed_number(net.value, 'rate')} {interval(net, 'rate', signed=True)}".strip()
-            pair = f"{DISPLAY[row['model']]} vs {DISPLAY[row['than']]}"
-            lines.append(f"| {pair} | {row['rubric']} | {row['by']} | {shares} | {shown} | {votes} |")
-    return "\n".join([*lines, ""])
+def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
+    """The tables of one evaluation set, by what they show; `second` by judge."""
+    headline_first = sorted(RELEVANCE, key=lambda metric: not metric.name.endswith(metrics.rubric))
+    return {
+        "relevance": grid(metrics, scope, headline_first, "Relevance"),
+        "second": {
+            judge: grid(metrics, scope, BY_JUDGE, "Relevance by the second judge", judge)
+            for judge in metrics.second_judges
+        },
+        "known": grid(metrics, scope, KNOWN, "True relevance, known of the synthetic log")
+        if metrics.knows_truth
+        else None,
+        "truth": grid(metrics, scope, TRUTH, "True next queries"),
+        "form": grid(metrics, scope, FORM[:4], "Form"),
+        "variety": grid(metrics, scope, (*FORM[4:], *CORPUS), "Variety"),
+        "differences": difference_table(metrics, scope),
+        "wins": wins_table(metrics, scope),
+    }
 
 
-def shown_wins(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
-    """The win-tie-lose rows of a scope; against baselines under the headline's rubric only."""
-    rubric = metrics.data["headline"].removeprefix("relevant_")
-    return [
+def head(metric: Metric, unit: str, reader: str = "") -> str:
+    """The head of a column: what it holds, in which unit, and whether a second judge says so."""
+    return f"{metric.label}{' (second judge)' if reader else ''}{f', {unit}' if metric.unit == 'rate' else ''}"
+
+
+def grid(metrics: Metrics, scope: str, group: Sequence[Metric], title: str, reader: str = "") -> Table:
+    """Every model by some measures."""
+    rows = []
+    for model in metrics.data["models"]:
+        cells = [(metrics.cell(scope, model, metric.name, reader), metric.unit) for metric in group]
+        row: list[Cell | str] = [Cell(number(cell.value, unit), interval(cell, unit)) for cell, unit in cells]
+        rows.append([DISPLAY[model], *row])
+    return Table(
+        ["Model", *(head(metric, "%", reader) for metric in group)],
+        rows,
+        f"{title}, {SCOPES[scope]}",
+        docs=["", *(metric.doc for metric in group)],
+        series=metrics.data["models"],
+        quiet=REFERENCES,
+    )
+
+
+def difference_table(metrics: Metrics, scope: str) -> Table:
+    """Every pair of policies, and every policy and baseline, by the measures that matter most."""
+    names = (metrics.headline, metrics.data["check"], *WITHOUT_JUDGE, "copied_words", "queries_written")
+    pairs = [*metrics.pairs(scope), *metrics.baseline_pairs(scope)]
+    rows: list[list[Cell | str]] = []
+    for pair in pairs:
+        cells: list[Cell | str] = [display(pair)]
+        for metric in (BY_NAME[name] for name in names):
+            found = metrics.difference(scope, *pair, metric.name)
+            outcome, signed = verdict(found, metric.better), signed_number(found.value, metric.unit)
+            shown = interval(found, metric.unit, signed=True)
+            cells.append(Cell(signed, shown, SHORT.get(outcome, ""), TONES[outcome]))
+        rows.append(cells)
+    heads = ["Pair", *(head(BY_NAME[name], "points") for name in names)]
+    return Table(heads, rows, f"Differences, {SCOPES[scope]}", series=[pair[0] for pair in pairs])
+
+
+def wins_table(metrics: Metrics, scope: str, bars: bool = False) -> Table:
+    """Win-tie-lose; against baselines under the headline's rubric only.
+
+    Args:
+        bars: with a bar of the three shares, for a page.
+    """
+    shown = [
         row
         for row in metrics.data["wins"]
-        if row["scope"] == scope and (row["than"] not in BASELINES or row["rubric"] == rubric)
+        if row["scope"] == scope and (row["than"] not in BASELINES or row["rubric"] == metrics.rubric)
     ]
+    rows: list[list[Cell | str]] = []
+    for row in shown:
+        by_vote = row["by"] == "vote"
+        against = {"targets": "next queries", "history": "history"}[row["rubric"]] + (", by vote" if by_vote else "")
+        net, shares = estimate(row["net"]), [row[key] for key in ("win", "tie", "lose")]
+        cells: list[Cell | str] = [
+            f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
+            Cell(against, votes_note(row) if by_vote else ""),
+            *(Cell(number(share, "rate")) for share in shares),
+            Cell(signed_number(net.value, "rate"), interval(net, "rate", signed=True)),
+        ]
+        rows.append([*cells[:2], _bar(shares), *cells[2:]] if bars else cells)
+    heads = ["Pair", "Judged by", "Win, %", "Tie, %", "Lose, %", "Win minus lose, points"]
+    return Table(
+        [*heads[:2], "win · tie · lose", *heads[2:]] if bars else heads,
+        rows,
+        f"Win, tie, lose, {SCOPES[scope]}",
+        series=[row["model"] for row in shown],
+    )
+
+
+def _bar(shares: Sequence[float | None]) -> Cell:
+    found = [share for share in shares if share is not None]
+    if len(found) < 3:
+        return Cell()
+    said = ", ".join(f"{name} {100 * share:.1f}%" for name, share in zip(("win", "tie", "lose"), found, strict=True))
+    parts = Markup("").join(
+        Markup('<span class="{}" style="width:{}%"></span>').format(name, f"{100 * share:.2f}")
+        for name, share in zip("wtl", found, strict=True)
+    )
+    return Cell(Markup('<div class="wtl" role="img" aria-label="{}">{}</div>').format(said, parts))
 
 
 def votes_note(row: dict[str, Any]) -> str:
@@ -290,13 +348,30 @@ def votes_note(row: dict[str, Any]) -> str:
     return f"{row['judge']}; orders disagree: {flips} of {row['asked']} asked{abstained}{p}"
 
 
-def training_markdown(
+def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
+    """The tables of the report in Markdown: numbers only, no text of the log, so it may be shared."""
+    lines = [
+        "# Evaluation",
+        "",
+        *lead(metrics, metrics.scopes[0]),
+        "",
+        *(f"- {name}: {value}" for name, value in facts),
+    ]
+    for scope in metrics.scopes:
+        found = scope_tables(metrics, scope)
+        tables = [found["relevance"], *found["second"].values(), found["known"]]
+        tables += [found[name] for name in ("truth", "form", "variety", "differences", "wins")]
+        lines += ["", *(table.markdown() for table in tables if table)]
+    return "\n".join([*lines, ""])
+
+
+def training_tables(
     costs: Sequence[dict[str, Any]],
     reward_best: dict[str, dict[str, Any]],
     rl: dict[str, list[dict[str, Any]]],
     dpo: Sequence[dict[str, Any]],
-) -> str:
-    """How the models came to be, in Markdown: time and memory, reward models, first and last updates of RL.
+) -> list[Table]:
+    """How the models came to be: time and memory, reward models, first and last updates of RL, DPO.
 
     Args:
         costs: rows {stage, seconds, memory}.
@@ -304,53 +379,36 @@ def training_markdown(
         rl: rows of metrics.jsonl by algorithm.
         dpo: rows of DPO's metrics.jsonl.
     """
-    lines = ["## Time and memory", "", "| stage | seconds | peak memory, MiB |", "|---|---|---|"]
-    lines += [f"| {row['stage']} | {row['seconds']:.0f} | {row['memory']} |" for row in costs]
-    lines += ["", "## Reward models on held-out users, kept checkpoint", "", "| | step | token AUC | sentence AUC |"]
-    lines += ["|---|---|---|---|"]
-    for kind, best in reward_best.items():
-        cells = [_digits(best.get(name)) for name in ("token_auc", "sentence_auc")]
-        lines.append(f"| {kind} | {best.get('step')} | {' | '.join(cells)} |")
+    time = [[row["stage"], f"{row['seconds']:.0f}", str(row["memory"])] for row in costs]
+    aucs = ("token_auc", "sentence_auc")
+    best = [[kind, str(b.get("step")), *(digits(b.get(name)) for name in aucs)] for kind, b in reward_best.items()]
+    tables = [
+        Table(["Stage", "Seconds", "Peak memory, MiB"], time, "Time and memory"),
+        Table(["Model", "Step", "Token AUC", "Sentence AUC"], best, "Reward models on held-out users, kept checkpoint"),
+    ]
     if rl:
-        lines += ["", f"## RL, mean of the first and the last {RL_WINDOW} updates", ""]
-        lines += [f"| | {' | '.join(label for _, label in RL_COLUMNS)} |", "|---" * (len(RL_COLUMNS) + 1) + "|"]
-    for model, rows in rl.items():
-        for name, part in (("first", rows[:RL_WINDOW]), ("last", rows[-RL_WINDOW:])):
-            lines.append(_means_row(f"{DISPLAY[model]}, {name}", part, [key for key, _ in RL_COLUMNS]))
+        rows = [
+            _means(f"{DISPLAY[model]}, {name}", part, RL_COLUMNS)
+            for model, found in rl.items()
+            for name, part in (("first", found[:RL_WINDOW]), ("last", found[-RL_WINDOW:]))
+        ]
+        title = f"RL, mean of the first and the last {RL_WINDOW} updates"
+        tables.append(Table(["Policy", *RL_COLUMNS.values()], rows, title))
     if dpo:
-        lines += ["", f"## DPO, mean of the first and the last {RL_WINDOW} steps, and held-out pairs at the end", ""]
-        lines += [f"| | {' | '.join(label for _, label in DPO_COLUMNS)} |", "|---" * (len(DPO_COLUMNS) + 1) + "|"]
         steps, held_out = ([row for row in dpo if key in row] for key in ("loss", "eval_loss"))
-        keys = [key for key, _ in DPO_COLUMNS]
-        lines.append(_means_row("training, first", steps[:RL_WINDOW], keys))
-        lines.append(_means_row("training, last", steps[-RL_WINDOW:], keys))
-        lines.append(_means_row("held out", held_out[-1:], [f"eval_{key}" for key in keys]))
-    return "\n".join([*lines, ""])
+        rows = [
+            _means("training, first", steps[:RL_WINDOW], DPO_COLUMNS),
+            _means("training, last", steps[-RL_WINDOW:], DPO_COLUMNS),
+            _means("held out", held_out[-1:], [f"eval_{key}" for key in DPO_COLUMNS]),
+        ]
+        title = f"DPO, mean of the first and the last {RL_WINDOW} steps, and held-out pairs at the end"
+        tables.append(Table(["Part", *DPO_COLUMNS.values()], rows, title))
+    return tables
 
 
-def _means_row(title: str, rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
-    cells = [_digits(_mean([row[key] for row in rows if key in row])) for key in keys]
-    return f"| {title} | {' | '.join(cells)} |"
-
-
-def _markdown_table(metrics: Metrics, scope: str, group: Sequence[Metric]) -> list[str]:
-    heads = [metric.label + (" %" if metric.unit == "rate" else "") for metric in group]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(group) + 1) + "|"]
-    for model in metrics.data["models"]:
-        cells = []
-        for metric in group:
-            estimate = metrics.cell(scope, model, metric.name)
-            cells.append(f"{number(estimate.value, metric.unit)} {interval(estimate, metric.unit)}".strip())
-        lines.append(f"| {DISPLAY[model]} | {' | '.join(cells)} |")
-    return lines
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _digits(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.3f}"
+def _means(title: str, rows: Sequence[dict[str, Any]], keys: Sequence[str] | Mapping[str, str]) -> list[str]:
+    found = [[row[key] for row in rows if key in row] for key in keys]
+    return [title, *(digits(fmean(values) if values else None) for values in found)]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError
 from tppo.core.config import Rubric
-from tppo.core.tables import CONSTRUCTED, LABELS, Example, load_examples, read_table
+from tppo.core.tables import LABELS, Example, load_examples, read_table
 from tppo.core.text import QUERY_SEPARATOR, Event, Word, render_history
-from tppo.judge.verdict import CONSTRUCTED_FILE, split_response
-from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans
+from tppo.judge.verdict import split_response
+from tppo.reward.align import IRRELEVANT, RELEVANT, Span, classes_from_words, encoder_spans, query_lengths
 
 VISIBLE_SEPARATOR = "|"
 RESERVED_TOKENS = 8  # of max_length: the special tokens of a pair, and a little history
@@ -56,10 +56,9 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A pair and what is to be learnt from it: a gold class per response token, a label for the response."""
+class Item(Pair):
+    """A pair with what is to be learnt from it: a gold class per response token, a label for the response."""
 
-    pair: Pair
     classes: list[int]
     label: int
 
@@ -72,47 +71,35 @@ class Batch(NamedTuple):
 
 
 def load_labelled(
-    label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str
+    label_folder: Path, prepare_folder: Path, rubric: Rubric, split: str, file: str = "labels.parquet"
 ) -> tuple[list[LabelledResponse], int]:
-    """Judged sampled responses of one split and rubric, in file order, and how many the judge abstained on.
+    """Judged responses of one split and rubric, in file order, and how many the judge abstained on.
 
     Raises:
         UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
     """
-    return _load(label_folder / "labels.parquet", LABELS, prepare_folder, rubric, split)
-
-
-def load_constructed(label_folder: Path, prepare_folder: Path, rubric: Rubric) -> tuple[list[LabelledResponse], int]:
-    """The same of constructed responses to training examples; none when the label stage was asked for none."""
-    path = label_folder / CONSTRUCTED_FILE
-    return _load(path, CONSTRUCTED, prepare_folder, rubric, "train") if path.exists() else ([], 0)
-
-
-def _load(
-    path: Path, schema: pa.Schema, prepare_folder: Path, rubric: Rubric, split: str
-) -> tuple[list[LabelledResponse], int]:
+    path = label_folder / file
     examples = {example.example_id: example for example in load_examples(prepare_folder, split)}
     labelled, abstained = [], 0
-    for number, row in enumerate(read_table(path, schema).to_pylist()):
+    for number, row in enumerate(read_table(path, LABELS).to_pylist()):
         if row["split"] != split or row["rubric"] != rubric:
             continue
         if row["status"] != "ok":
             abstained += 1
             continue
-        problem = _problem(row, examples)
-        if problem:
+        example_id = row["example_id"]
+        if problem := _problem(row, examples):
             raise UserError(
-                f"{path}, row {number} (example {row['example_id']}): {problem}; run `tppo label` again, "
+                f"{path}, row {number} (example {example_id}): {problem}; run `tppo label` again, "
                 "or mend the file that you brought"
             )
-        words = [Word(word["word"], word["start"], word["end"], word["query"]) for word in row["words"]]
         labelled.append(
             LabelledResponse(
-                row["example_id"],
-                examples[row["example_id"]].user_id,
-                examples[row["example_id"]].history,
+                example_id,
+                examples[example_id].user_id,
+                examples[example_id].history,
                 row["response"],
-                words,
+                [Word(word["word"], word["start"], word["end"], word["query"]) for word in row["words"]],
                 [word["label"] for word in row["words"]],
                 row["sentence_label"],
             )
@@ -185,9 +172,17 @@ def make_items(tokenizer: Any, labelled: Sequence[LabelledResponse], max_length:
     """Training items: words' labels become classes of the reward model's own tokens."""
     pairs = encode_pairs(tokenizer, [row.history for row in labelled], [row.response for row in labelled], max_length)
     return [
-        Item(pair, classes_from_words(row.words, row.classes, pair.spans), row.sentence_label)
+        Item(**vars(pair), classes=classes_from_words(row.words, row.classes, pair.spans), label=row.sentence_label)
         for row, pair in zip(labelled, pairs, strict=True)
     ]
+
+
+def suggested_length(rows: Sequence[LabelledResponse], items: Sequence[Item], num_queries: int) -> float | None:
+    """sl of Eq. 4 in reward-model tokens; None when no row holds a query."""
+    lengths: list[int] = []
+    for row, item in zip(rows, items, strict=True):
+        lengths += query_lengths(split_response(row.response), item.spans)
+    return float(np.median(lengths)) * num_queries if lengths else None
 
 
 def collate(pairs: Sequence[Pair], pad_token_id: int, device: torch.device) -> Batch:
@@ -210,6 +205,5 @@ def collate(pairs: Sequence[Pair], pad_token_id: int, device: torch.device) -> B
 def targets(items: Sequence[Item], batch: Batch) -> tuple[Tensor, Tensor]:
     """Gold classes (B,T), 0 outside the response, and labels (B,) of a batch made from these items."""
     classes_BT = torch.zeros_like(batch.inputs["input_ids"])
-    for row, item in zip(classes_BT, items, strict=True):
-        row[item.pair.start : item.pair.start + len(item.classes)] = torch.tensor(item.classes)
+    classes_BT[batch.response_mask_BT] = torch.tensor([c for item in items for c in item.classes]).to(classes_BT)
     return classes_BT, torch.tensor([item.label for item in items], device=classes_BT.device)

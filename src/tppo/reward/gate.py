@@ -1,68 +1,72 @@
-"""The gate between the reward models and RL: thresholds on measurements, a verdict with reasons, the refusal.
+"""The check_reward stage, the gate before RL: does each reward model know its job?
 
-Pure but for `require_passed`. A requirement that cannot be told (too few rows, a number that is not defined) is not
-met: silence is no pass.
+Measured on users held out from training (split reward_eval), for the token-level reward model and its rival alike:
 
-The check_reward stage: does each reward model know its job? Measured before RL is let loose on it.
-
-On users held out from training (split reward_eval), for the token-level reward model and its rival alike:
-
-1. the labelled responses: AUC, F1 and calibration, by the functions that chose the checkpoint (`train.evaluate`).
+1. the labelled responses: AUC, F1 and calibration, by the function that chose the checkpoint (`metrics.evaluate`).
    That choice was made on these very rows, so these numbers lean a little to the good side;
 2. rank correlation of the reward with the response's length, beside that of the judge's labels;
 3. probes (`tppo.judge.probes`): how often the user's real next queries score above responses that should not win.
 
 A response's score is what the model says of the whole: the mean relevance of its tokens
-(`metrics.response_relevance`), or the rival's probability. Writes check.json (every number), README.md (the same to
-read), and the facts {passed, reasons} that `tppo.reward.gate.require_passed` goes by.
+(`metrics.response_relevance`), or the rival's probability.
+
+The measurements are held against the thresholds of `CheckReward`. A requirement that cannot be told (too few rows, a
+number that is not defined) is not met: silence is no pass. Writes check.json (every number), README.md (the same to
+read), and the facts {passed, reasons} that `require_passed` lets RL start by.
 
 Nothing depends on batch or order beyond rounding; all draws are seeded.
-
-check.json in words: the verdict and the tables of the console, of check_reward/README.md and of the run's report.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from rich.box import SIMPLE
-from rich.table import Table
-from scipy.stats import ConstantInputWarning, spearmanr
+from scipy.special import softmax
+from scipy.stats import spearmanr
 
 from tppo.core.common import UserError, console, draw, stream_seed
-from tppo.core.config import RL, CheckReward, Recipe, Rubric
+from tppo.core.config import RL, CheckReward, Recipe, Reward, Rubric
 from tppo.core.files import write_json, write_text
 from tppo.core.run import RunFolder
-from tppo.core.show import NOT_MEASURED, interval, number
-from tppo.core.stats import IntervalEstimate, UserBootstrap, win_tie_lose
+from tppo.core.show import Cell, Table, digits, interval, number
+from tppo.core.stats import IntervalEstimate, UserBootstrap, estimate, win_tie_lose
 from tppo.core.tables import Example, load_examples
 from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes
 from tppo.reward.align import RELEVANT
 from tppo.reward.data import LabelledResponse, Pair, load_labelled, make_items
 from tppo.reward.metrics import class_rewards, evaluate, mean_relevances, reward_values, sentence_scores
-from tppo.reward.models import RewardModel, TokenRewardModel, softmax
+from tppo.reward.models import RewardModel, TokenRewardModel
 from tppo.reward.train import KINDS
 
 Status = Literal["passed", "failed", "cannot be told", "not required"]
 TITLES = {"token": "token-level reward model", "sentence": "sentence-level reward model"}
-LABELS = {
-    "token_auc": "token AUC",
-    "sentence_auc": "sentence AUC",
-    "token_ece": "calibration error of words (ECE)",
-    "sentence_ece": "calibration error of responses (ECE)",
-    "length": "rank correlation with length, distance from the labels'",
-    "shuffled": "real above another user's queries",
-    "noise": "real above random words",
-    "repeated": "real above one word repeated",
-    "copied": "real above a copied history",
+REQUIREMENTS = {
+    "token_auc": ("token AUC", "min_token_auc"),
+    "sentence_auc": ("sentence AUC", "min_sentence_auc"),
+    "token_ece": ("calibration error of words (ECE)", "max_ece"),
+    "sentence_ece": ("calibration error of responses (ECE)", "max_ece"),
+    "length": ("rank correlation with length, distance from the labels'", "max_length_correlation"),
+    "shuffled": ("real above another user's queries", "min_real_over_shuffled"),
+    "noise": ("real above random words", "min_real_over_noise"),
+    "repeated": ("real above one word repeated", "min_real_over_repeated"),
+    "copied": ("real above a copied history", "min_real_over_copied"),
 }
+"""Name of a measurement -> how it is called and the setting that limits it."""
+NOT_ASKED = {"token": ("sentence_ece",), "sentence": ("token_auc", "token_ece")}
+"""Each model is held to the calibration of what it pays with: words in one, responses in the other."""
+AGAINST = ("shuffled", "noise", "repeated", "copied")
+"""Probes that the user's real next queries should win against."""
+MEASURES = ("token_auc", "weighted_auc", "token_f1", "token_ece", "sentence_auc", "sentence_f1", "sentence_ece")
+HELD_OUT = "reward_eval"
+TIE = 0.05
+"""Scores (from 0 to 1) closer than this are a tie: where real queries and a probe are both as good as worthless, which
+of two numbers near 0 is the larger is nothing that RL could live on."""
 _MOST = 2.0  # no calibration error and no distance of correlations is larger
 
 
@@ -79,54 +83,229 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Check:
-    """A requirement and how a reward model stands to it."""
+class HeldOut:
+    """What the models are measured on: judged responses, and probed examples with one response per probe."""
 
-    model: str
-    name: str
-    value: float | None
-    low: float | None
-    high: float | None
-    setting: str
-    limit: float
-    status: Status
-    reason: str | None
-    """Why it is not met; None when it is, or when nothing is required."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "label": LABELS[self.name]}
+    rows: list[LabelledResponse]
+    examples: list[Example]
+    probes: dict[str, list[str | None]]
+    relevant_word_share: float
+    """Of the training labels: the base rate that the summed reward is centred on."""
 
 
-def required(model: str, settings: CheckReward) -> dict[str, tuple[str, float]]:
-    """Requirements on a reward model: name of the measurement -> setting and its limit."""
-    names = {
-        "token_auc": "min_token_auc",
-        "sentence_auc": "min_sentence_auc",
-        "token_ece": "max_ece",
-        "sentence_ece": "max_ece",
-        "length": "max_length_correlation",
-        "shuffled": "min_real_over_shuffled",
-        "noise": "min_real_over_noise",
-        "repeated": "min_real_over_repeated",
-        "copied": "min_real_over_copied",
+def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]:
+    """The verdict on the reward model that pays `config.algorithm`: {model, passed, reasons}.
+
+    Raises:
+        UserError: the check has not been made, was made of another reward stage, or failed and
+            `check_reward.allow_failed` does not let RL start all the same.
+    """
+    folder = run.require_current("check_reward")
+    model = "sentence" if config.algorithm == "ppo" and config.sentence_reward == "rival" else "token"
+    why = run.facts("check_reward")["reasons"][model]
+    told = f"the {TITLES[model]}, which pays {config.algorithm}, did not pass its check:\n  - " + "\n  - ".join(why)
+    if why and not recipe.check_reward.allow_failed:
+        raise UserError(
+            f"{told}\nAll numbers: {folder / 'README.md'}. Make a better reward model (more labels: "
+            "sample.train_examples; longer: reward.epochs; another reward.encoder or reward.rubric), hold out more "
+            "rows where it cannot be told (sample.reward_eval_examples), or lower the named threshold and give "
+            "`--redo check_reward`. `--check_reward.allow_failed true` starts RL all the same"
+        )
+    if why:
+        console.print(f"check_reward.allow_failed: RL starts although {told}", markup=False)
+    return {"model": model, "passed": not why, "reasons": why}
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Measure both reward models, of one rubric; the stage finishes whether they pass or not."""
+    settings = recipe.check_reward
+    check_settings(settings)
+    reward_folder = run.require("reward")
+    models = {kind.kind: kind.load(reward_folder / kind.kind) for kind in KINDS}
+    rubrics = {name: model.info.get("rubric") for name, model in models.items()}
+    rubric: Any = rubrics["token"]
+    if rubric not in get_args(Rubric) or rubrics["sentence"] != rubric:
+        raise UserError(
+            f"{reward_folder}: the reward.json of both models must name the same rubric, and they say {rubrics}"
+        )
+    held_out, abstained = load_held_out(run, rubric, settings.max_examples, recipe.task.num_queries, recipe.seed)
+    users = [example.user_id for example in held_out.examples]
+    bootstrap = UserBootstrap(users, settings.bootstrap_samples, stream_seed(recipe.seed, "check_reward"))
+    counts = {**_counts(held_out), "abstained": abstained}
+    measured = {name: measure(model, held_out, bootstrap, recipe.reward) for name, model in models.items()}
+    report = {"rubric": rubric, "judge": run.facts("label")["judge"], **build_report(measured, counts, settings)}
+    write_json(folder / "check.json", report)
+    write_text(folder / "README.md", to_markdown(report))
+    console.print(QUESTION)
+    requirement_table(report).print()
+    for line in (*verdict_lines(report), *caution_lines(report)):
+        console.print(line, markup=False)
+    return {
+        "passed": report["passed"],
+        **{part: {name: found[part] for name, found in report["models"].items()} for part in ("reasons", "cautions")},
+        "counts": counts,
     }
-    # Each model is held to the calibration of what it pays with: words here, responses there.
-    skipped = {"token": ("sentence_ece",), "sentence": ("token_auc", "token_ece")}[model]
-    return {name: (setting, getattr(settings, setting)) for name, setting in names.items() if name not in skipped}
 
 
-def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> list[Check]:
-    """Hold the measurements of a reward model against its requirements.
+def check_settings(settings: CheckReward) -> None:
+    """Raise UserError for a number out of range."""
+    if settings.bootstrap_samples < 100:
+        raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
+
+
+def load_held_out(
+    run: RunFolder, rubric: Rubric, max_examples: int, num_queries: int, seed: int
+) -> tuple[HeldOut, int]:
+    """Judged responses and probed examples of the held-out users, and how many rows the judge abstained on.
 
     Args:
-        evidence: one entry per name of `required`.
+        max_examples: examples that are probed; 0 means all.
+        num_queries: queries in a response of one repeated word.
+    """
+    prepare = run.require("prepare")
+    rows, abstained = load_labelled(run.require("label"), prepare, rubric, HELD_OUT)
+    everyone = load_examples(prepare)
+    examples = [example for example in everyone if example.split == HELD_OUT]
+    if not rows or not examples:
+        raise UserError(
+            f"{run.root} has {len(examples)} examples and {len(rows)} judged responses of split {HELD_OUT} for rubric "
+            f"'{rubric}': raise prepare.reward_eval_share or sample.reward_eval_examples"
+        )
+    examples = draw(examples, max_examples or None, seed, "check_reward", "examples")
+    seed = stream_seed(seed, "check_reward", "probes")
+    probes = make_probes(examples, log_words(everyone), rubric, num_queries, seed)
+    trained_on = run.facts("reward")["train"]
+    return HeldOut(rows, examples, probes, trained_on["words_relevant"] / trained_on["words"]), abstained
+
+
+def _counts(held_out: HeldOut) -> dict[str, int]:
+    return {
+        "responses": len(held_out.rows),
+        "responses_relevant": sum(row.sentence_label for row in held_out.rows),
+        "words": sum(len(row.classes) for row in held_out.rows),
+        "words_relevant": sum(row.classes.count(RELEVANT) for row in held_out.rows),
+        "examples_probed": len(held_out.examples),
+        "users_probed": len({example.user_id for example in held_out.examples}),
+    }
+
+
+def measure(model: RewardModel, held_out: HeldOut, bootstrap: UserBootstrap, settings: Reward) -> dict[str, Any]:
+    """Every number on one reward model: {metrics, length, probes, beats, histories_truncated}."""
+    items = make_items(model.tokenizer, held_out.rows, model.max_length)
+    found = evaluate(model, items, settings)
+    histories = [example.history for example in held_out.examples]
+    scores = {
+        probe: _score_some(model, histories, responses, f"{model.kind} reward model: {PROBES[probe]}")
+        for probe, responses in held_out.probes.items()
+    }
+    beats = {}
+    for probe in AGAINST:
+        compared = win_tie_lose(bootstrap, scores["real"], scores[probe], TIE)
+        share = compared.net.as_dict()
+        for part in ("value", "low", "high"):
+            # Win minus lose -> win, a tie counted half as in an AUC.
+            share[part] = None if share[part] is None else (1 + share[part]) / 2
+        beats[probe] = {**share, "ties": compared.tie}
+    return {
+        "metrics": {name: found[name] for name in MEASURES if name in found},
+        "length": length_correlations(model, held_out, items),
+        "probes": {probe: bootstrap.mean(values).as_dict() for probe, values in scores.items()},
+        "beats": beats,
+        "histories_truncated": sum(item.dropped > 0 for item in items),
+    }
+
+
+def _score_some(
+    model: RewardModel, histories: Sequence[Sequence[Event]], responses: Sequence[str | None], description: str
+) -> list[float | None]:
+    """Scores of the responses that there are; None for the others."""
+    rows = zip(histories, responses, strict=True)
+    present = [(history, response) for history, response in rows if response is not None]
+    pairs = model.encode([history for history, _ in present], [response for _, response in present])
+    scores = iter(sentence_scores(model, pairs, description).tolist())
+    return [None if response is None else next(scores) for response in responses]
+
+
+def length_correlations(model: RewardModel, held_out: HeldOut, pairs: Sequence[Pair]) -> dict[str, float | None]:
+    """Spearman's correlations with the response's length in words, over the labelled responses, encoded as `pairs`.
+
+    reward: what the model says of the response. labels: the judge's share of relevant words (token model) or its
+    sentence label (rival). distance: between these two. sum: of the token rewards as RL sums them by default
+    (`base_rate`, expected); the rival has none.
+    """
+    rows = held_out.rows
+    length = [len(row.words) for row in rows]
+    labels: list[float] = [row.sentence_label for row in rows]
+    correlations: dict[str, float | None] = {}
+    if isinstance(model, TokenRewardModel):
+        logits = model.response_logits(pairs)
+        scores = mean_relevances(logits)
+        values = reward_values("base_rate", held_out.relevant_word_share)
+        probs = [torch.from_numpy(softmax(logits_TC, axis=-1))[None] for logits_TC in logits]
+        sums = [class_rewards(probs_1TC, values, "expected").sum().item() for probs_1TC in probs]
+        correlations["sum"] = _spearman(sums, length)
+        labels = [row.classes.count(RELEVANT) / len(row.classes) if row.classes else 0.0 for row in rows]
+    else:
+        scores = sentence_scores(model, pairs)
+    reward, gold = _spearman(scores, length), _spearman(labels, length)
+    distance = None if reward is None or gold is None else abs(reward - gold)
+    return {"reward": reward, **correlations, "labels": gold, "distance": distance}
+
+
+def _spearman(values: np.ndarray | Sequence[float], lengths: Sequence[float]) -> float | None:
+    """None where ranks say nothing: fewer than three rows, or all equal."""
+    values = np.round(values, 6)  # so that what differs by floating-point noise only is a tie
+    if len(values) < 3 or np.ptp(values) == 0 or np.ptp(lengths) == 0:
+        return None
+    return float(spearmanr(values, lengths).statistic)
+
+
+def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], settings: CheckReward) -> dict[str, Any]:
+    """Measurements (what `measure` gives, by model) and the verdict on them: {passed, counts, models}."""
+    models = {}
+    for name, found in measured.items():
+        checks = assess(name, _evidence(found, counts), settings)
+        models[name] = {
+            **found,
+            "checks": checks,
+            "reasons": reasons(checks),
+            "cautions": cautions(found["beats"]),
+        }
+    return {"passed": not any(found["reasons"] for found in models.values()), "counts": counts, "models": models}
+
+
+def _evidence(measured: dict[str, Any], counts: dict[str, int]) -> dict[str, Evidence]:
+    """The measurements under the names of `REQUIREMENTS`."""
+    count = counts["responses"]
+    relevant, words = counts["responses_relevant"], counts["words_relevant"]
+    rarer = {"token_auc": min(words, counts["words"] - words), "sentence_auc": min(relevant, count - relevant)}
+    evidence = {name: Evidence(value, count, rarer.get(name)) for name, value in measured["metrics"].items()}
+    evidence["length"] = Evidence(measured["length"]["distance"], count)
+    for probe, found in measured["beats"].items():
+        evidence[probe] = Evidence(found["value"], found["examples"], None, found["low"], found["high"])
+    return evidence
+
+
+def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> list[dict[str, Any]]:
+    """Hold the measurements of a reward model against what is required of it.
+
+    Returns:
+        One row per requirement: model, name, value, low, high, setting, limit, status, reason (why it is not met; None
+        when it is, or when nothing is required), label.
     """
     checks = []
-    for name, (setting, limit) in required(model, settings).items():
-        found = evidence[name]
-        status, reason = _judge(found, setting, limit, settings)
-        text = f"{LABELS[name]}: {reason}" if reason else None
-        checks.append(Check(model, name, found.value, found.low, found.high, setting, limit, status, text))
+    for name, (label, setting) in REQUIREMENTS.items():
+        if name in NOT_ASKED[model]:
+            continue
+        found, limit = evidence[name], getattr(settings, setting)
+        status, why = _judge(found, setting, limit, settings)
+        checks.append(
+            {
+                **{"model": model, "name": name, "value": found.value, "low": found.low, "high": found.high},
+                **{"setting": setting, "limit": limit, "status": status},
+                **{"reason": f"{label}: {why}" if why else None, "label": label},
+            }
+        )
     return checks
 
 
@@ -149,208 +328,9 @@ def _judge(found: Evidence, setting: str, limit: float, settings: CheckReward) -
     return "failed", f"{found.value:.3f}, and check_reward.{setting} asks for {asked} {limit:g}"
 
 
-def reasons(checks: Sequence[Check]) -> list[str]:
+def reasons(checks: Sequence[dict[str, Any]]) -> list[str]:
     """Why the gate is closed; empty when it is open."""
-    return [check.reason for check in checks if check.reason]
-
-
-def paying_model(config: RL) -> str:
-    """The reward model that pays `config.algorithm`, so whose failure refuses it."""
-    return "sentence" if config.algorithm == "ppo" and config.sentence_reward == "rival" else "token"
-
-
-def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]:
-    """The verdict on the reward model that pays `config.algorithm`: {model, passed, reasons}.
-
-    Raises:
-        UserError: the check has not been made, was made of another reward stage, or failed and
-            `check_reward.allow_failed` does not let RL start all the same.
-    """
-    folder = run.require_current("check_reward")
-    model = paying_model(config)
-    why = run.facts("check_reward")["reasons"][model]
-    verdict = {"model": model, "passed": not why, "reasons": why}
-    if not why:
-        return verdict
-    told = f"the {TITLES[model]}, which pays {config.algorithm}, did not pass its check:\n  - " + "\n  - ".join(why)
-    if recipe.check_reward.allow_failed:
-        console.print(f"check_reward.allow_failed: RL starts although {told}", markup=False)
-        return verdict
-    raise UserError(
-        f"{told}\nAll numbers: {folder / 'README.md'}. Make a better reward model (more labels: sample.train_examples; "
-        "longer: reward.epochs; another reward.encoder or reward.rubric), hold out more rows where it cannot be told "
-        "(sample.reward_eval_examples), or lower the named threshold and give `--redo check_reward`. "
-        "`--check_reward.allow_failed true` starts RL all the same"
-    )
-
-
-HELD_OUT = "reward_eval"
-MEASURES = (
-    *("token_auc", "weighted_auc", "token_f1", "token_ece"),
-    *("sentence_auc", "sentence_f1", "sentence_ece"),
-)
-AGAINST = ("shuffled", "noise", "repeated", "copied")
-TIE = 0.05
-"""Scores (from 0 to 1) closer than this are a tie: where real queries and a probe are both as good as worthless, which
-of two numbers near 0 is the larger is nothing that RL could live on."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the models are measured on: judged responses, and probed examples with one response per probe."""
-
-    rows: list[LabelledResponse]
-    examples: list[Example]
-    probes: dict[str, list[str | None]]
-    relevant_word_share: float
-    """Of the training labels: the base rate that the summed reward is centred on."""
-
-
-def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Measure both reward models; the stage finishes whether they pass or not."""
-    settings = recipe.check_reward
-    check_settings(settings)
-    reward_folder = run.require("reward")
-    models = {kind.kind: kind.load(reward_folder / kind.kind) for kind in KINDS}
-    rubric = _rubric(models, reward_folder)
-    held_out, abstained = load_held_out(recipe, run, rubric)
-    bootstrap = UserBootstrap(
-        [example.user_id for example in held_out.examples],
-        settings.bootstrap_samples,
-        stream_seed(recipe.seed, "check_reward"),
-    )
-    counts = {**_counts(held_out), "abstained": abstained}
-    measured = {name: measure(model, held_out, bootstrap, recipe) for name, model in models.items()}
-    report = {"rubric": rubric, "judge": run.facts("label")["judge"], **build_report(measured, counts, settings)}
-    write_json(folder / "check.json", report)
-    write_text(folder / "README.md", to_markdown(report))
-    print_check(report)
-    return {
-        "passed": report["passed"],
-        "reasons": {name: found["reasons"] for name, found in report["models"].items()},
-        "cautions": {name: found["cautions"] for name, found in report["models"].items()},
-        "counts": counts,
-    }
-
-
-def check_settings(settings: CheckReward) -> None:
-    """Raise UserError for a number out of range."""
-    if settings.bootstrap_samples < 100:
-        raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
-
-
-def build_report(measured: dict[str, dict[str, Any]], counts: dict[str, int], settings: CheckReward) -> dict[str, Any]:
-    """Measurements (what `measure` gives, by model) and the verdict on them: {passed, counts, models}."""
-    models = {}
-    for name, found in measured.items():
-        checks = assess(name, _evidence(found, counts), settings)
-        models[name] = {
-            **found,
-            "checks": [check.as_dict() for check in checks],
-            "reasons": reasons(checks),
-            "cautions": cautions(found["beats"]),
-        }
-    return {"passed": not any(found["reasons"] for found in models.values()), "counts": counts, "models": models}
-
-
-def load_held_out(recipe: Recipe, run: RunFolder, rubric: Rubric) -> tuple[HeldOut, int]:
-    """Judged responses and probed examples of the held-out users, and how many rows the judge abstained on."""
-    prepare = run.require("prepare")
-    rows, abstained = load_labelled(run.require("label"), prepare, rubric, HELD_OUT)
-    everyone = load_examples(prepare)
-    examples = [example for example in everyone if example.split == HELD_OUT]
-    if not rows or not examples:
-        raise UserError(
-            f"{run.root} has {len(examples)} examples and {len(rows)} judged responses of split {HELD_OUT} for rubric "
-            f"'{rubric}': raise prepare.reward_eval_share or sample.reward_eval_examples"
-        )
-    examples = draw(examples, recipe.check_reward.max_examples or None, recipe.seed, "check_reward", "examples")
-    seed = stream_seed(recipe.seed, "check_reward", "probes")
-    probes = make_probes(examples, log_words(everyone), rubric, recipe.task.num_queries, seed)
-    trained_on = run.facts("reward")["train"]
-    return HeldOut(rows, examples, probes, trained_on["words_relevant"] / trained_on["words"]), abstained
-
-
-def measure(model: RewardModel, held_out: HeldOut, bootstrap: UserBootstrap, recipe: Recipe) -> dict[str, Any]:
-    """Every number on one reward model: {metrics, length, probes, beats, histories_truncated}."""
-    items = make_items(model.tokenizer, held_out.rows, model.max_length)
-    found = evaluate(model, items, recipe.reward)
-    histories = [example.history for example in held_out.examples]
-    scores = {
-        probe: _score_some(model, histories, responses, f"{model.kind} reward model: {PROBES[probe]}")
-        for probe, responses in held_out.probes.items()
-    }
-    beats = {}
-    for probe in AGAINST:
-        compared = win_tie_lose(bootstrap, scores["real"], scores[probe], TIE)
-        net = compared.net
-        beats[probe] = {
-            # A tie counts half, as in an AUC: (1 + win - lose) / 2.
-            **{key: None if part is None else (1 + part) / 2 for key, part in _interval(net.as_dict()).items()},
-            "examples": net.examples,
-            "users": net.users,
-            "ties": compared.tie,
-        }
-    return {
-        "metrics": {name: found[name] for name in MEASURES if name in found},
-        "length": length_correlations(model, held_out, [item.pair for item in items]),
-        "probes": {probe: bootstrap.mean(values).as_dict() for probe, values in scores.items()},
-        "beats": beats,
-        "histories_truncated": sum(item.pair.dropped > 0 for item in items),
-    }
-
-
-def _interval(estimate: dict[str, Any]) -> dict[str, float | None]:
-    return {key: estimate[key] for key in ("value", "low", "high")}
-
-
-def _score_some(
-    model: RewardModel, histories: Sequence[Sequence[Event]], responses: Sequence[str | None], description: str
-) -> list[float | None]:
-    """Scores of the responses that there are; None for the others."""
-    present = [i for i, response in enumerate(responses) if response is not None]
-    pairs = model.encode([histories[i] for i in present], [cast(str, responses[i]) for i in present])
-    scores: list[float | None] = [None] * len(responses)
-    for i, score in zip(present, sentence_scores(model, pairs, description).tolist(), strict=True):
-        scores[i] = score
-    return scores
-
-
-def length_correlations(model: RewardModel, held_out: HeldOut, pairs: Sequence[Pair]) -> dict[str, float | None]:
-    """Spearman's correlations with the response's length in words, over the labelled responses, encoded as `pairs`.
-
-    reward: what the model says of the response. labels: the judge's share of relevant words (token model) or its
-    sentence label (rival). distance: between these two. sum: of the token rewards as RL sums them by default
-    (`base_rate`, expected); the rival has none.
-    """
-    rows = held_out.rows
-    length = [len(row.words) for row in rows]
-    labels: list[float] = [row.sentence_label for row in rows]
-    correlations: dict[str, float | None] = {}
-    if isinstance(model, TokenRewardModel):
-        logits = model.response_logits(pairs)
-        scores = mean_relevances(logits)
-        values = reward_values("base_rate", held_out.relevant_word_share)
-        probs = [torch.from_numpy(softmax(logits_TC))[None] for logits_TC in logits]
-        sums = [class_rewards(probs_1TC, values, "expected").sum().item() for probs_1TC in probs]
-        correlations["sum"] = _spearman(sums, length)
-        labels = [row.classes.count(RELEVANT) / len(row.classes) if row.classes else 0.0 for row in rows]
-    else:
-        scores = sentence_scores(model, pairs)
-    reward, gold = _spearman(scores.tolist(), length), _spearman(labels, length)
-    distance = None if reward is None or gold is None else abs(reward - gold)
-    return {"reward": reward, **correlations, "labels": gold, "distance": distance}
-
-
-def _spearman(values: Sequence[float], lengths: Sequence[float]) -> float | None:
-    """None where ranks say nothing: fewer than three rows, or all equal."""
-    if len(values) < 3:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        # Rounded, so that what differs by floating-point noise only is a tie.
-        found = float(spearmanr(np.round(values, 6), lengths).statistic)
-    return None if np.isnan(found) else found
+    return [check["reason"] for check in checks if check["reason"]]
 
 
 def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
@@ -363,57 +343,18 @@ def cautions(beats: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _evidence(measured: dict[str, Any], counts: dict[str, int]) -> dict[str, Evidence]:
-    """The measurements under the names of `gate.required`."""
-    count = counts["responses"]
-    relevant, words = counts["responses_relevant"], counts["words_relevant"]
-    rarer = {
-        "token_auc": min(words, counts["words"] - words),
-        "sentence_auc": min(relevant, count - relevant),
-    }
-    evidence = {name: Evidence(value, count, rarer.get(name)) for name, value in measured["metrics"].items()}
-    evidence["length"] = Evidence(measured["length"]["distance"], count)
-    for probe, found in measured["beats"].items():
-        evidence[probe] = Evidence(found["value"], found["examples"], None, found["low"], found["high"])
-    return evidence
+# check.json in words, for the console, README.md and the run's report.
 
-
-def _counts(held_out: HeldOut) -> dict[str, int]:
-    return {
-        "responses": len(held_out.rows),
-        "responses_relevant": sum(row.sentence_label for row in held_out.rows),
-        "words": sum(len(row.classes) for row in held_out.rows),
-        "words_relevant": sum(row.classes.count(RELEVANT) for row in held_out.rows),
-        "examples_probed": len(held_out.examples),
-        "users_probed": len({example.user_id for example in held_out.examples}),
-    }
-
-
-def _rubric(models: dict[str, RewardModel], folder: Path) -> Rubric:
-    """The rubric both models learnt.
-
-    Raises:
-        UserError: they learnt different ones, or do not say.
-    """
-    found = {name: model.info.get("rubric") for name, model in models.items()}
-    rubric = found["token"]
-    if rubric not in ("targets", "history") or set(found.values()) != {rubric}:
-        raise UserError(f"{folder}: the reward.json of both models must name the same rubric, and they say {found}")
-    return rubric
-
-
-MODELS = tuple(TITLES)
-TONES = {"passed": "good", "failed": "bad", "cannot be told": "bad", "not required": "none"}
-ASIDE = {
-    "weighted_auc": "weighted AUC, three classes",
-    "token_f1": "F1 of words",
-    "sentence_f1": "F1 of responses",
-}
-LENGTHS = {
-    "reward": "reward",
-    "labels": "the judge's labels",
-    "sum": "summed reward (`base_rate`)",
-}
+QUESTION = "Do the reward models know their job?"
+TONES = {"passed": "good", "failed": "bad", "cannot be told": "bad"}
+ASIDE = (
+    ("metrics", "weighted_auc", "weighted AUC, three classes"),
+    ("metrics", "token_f1", "F1 of words"),
+    ("metrics", "sentence_f1", "F1 of responses"),
+    ("length", "reward", "rank correlation with length: reward"),
+    ("length", "labels", "rank correlation with length: the judge's labels"),
+    ("length", "sum", "rank correlation with length: summed reward (`base_rate`)"),
+)
 NOTE = (
     "AUC: chance that a relevant word (or response) scores above an irrelevant one. Real above ...: share of examples "
     "in which the user's real next queries score higher for the same history, a tie (within 0.05) counted half. "
@@ -422,86 +363,60 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number of one reward model as shown; empty where the model has none."""
-
-    text: str = ""
-    detail: str = ""
-    status: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: what is measured, what is asked of it, and a cell per model of `MODELS`."""
-
-    label: str
-    asked: str
-    cells: list[Cell]
-
-
-def check_rows(report: dict[str, Any]) -> list[Row]:
-    """The requirements with the models' standing."""
-    by_name: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in LABELS}
-    for model in MODELS:
-        for check in report["models"][model]["checks"]:
-            by_name[check["name"]][model] = check
-    rows = []
-    for checks in by_name.values():
-        one = next(iter(checks.values()))
+def requirement_table(report: dict[str, Any]) -> Table:
+    """What is asked of the models, and how they stand to it."""
+    by_model = {model: {check["name"]: check for check in report["models"][model]["checks"]} for model in TITLES}
+    rows: list[list[Cell | str]] = []
+    for name, (label, _) in REQUIREMENTS.items():
+        checks = [by_model[model].get(name) for model in TITLES]
+        one = next(check for check in checks if check)
         sign = "≥" if one["setting"].startswith("min_") else "≤"
         asked = "-" if one["status"] == "not required" else f"{sign} {one['limit']:g}"
-        cells = [_check_cell(checks[model]) if model in checks else Cell() for model in MODELS]
-        rows.append(Row(one["label"], asked, cells))
-    return rows
+        rows.append([label, asked, *(_check_cell(check) if check else Cell() for check in checks)])
+    return _table("Requirements", "Requirement", rows)
 
 
 def _check_cell(check: dict[str, Any]) -> Cell:
-    shown = interval(IntervalEstimate(check["value"], check["low"], check["high"]))
-    return Cell(_digits(check["value"]), shown, check["status"])
+    detail = interval(IntervalEstimate(check["value"], check["low"], check["high"]))
+    said = "" if check["status"] == "not required" else check["status"]
+    return Cell(digits(check["value"]), detail, said, TONES.get(said, ""))
 
 
-def aside_rows(report: dict[str, Any]) -> list[Row]:
-    """Numbers nothing is required of."""
-    found = report["models"]
-    rows = [Row(label, "", [_cell(found[model]["metrics"], name) for model in MODELS]) for name, label in ASIDE.items()]
-    rows += [
-        Row(f"rank correlation with length: {label}", "", [_cell(found[model]["length"], name) for model in MODELS])
-        for name, label in LENGTHS.items()
-    ]
-    return rows
+def aside_table(report: dict[str, Any]) -> Table:
+    """Numbers nothing is required of; an empty cell where a model has none."""
+    rows: list[list[Cell | str]] = []
+    for part, name, label in ASIDE:
+        found = [report["models"][model][part] for model in TITLES]
+        rows.append([label, "", *(digits(values[name]) if name in values else "" for values in found)])
+    return _table("Other numbers", "Nothing required", rows)
 
 
-def _cell(values: dict[str, float | None], name: str) -> Cell:
-    return Cell(_digits(values[name])) if name in values else Cell()
-
-
-def probe_rows(report: dict[str, Any]) -> list[Row]:
+def probe_table(report: dict[str, Any]) -> Table:
     """Mean score of each probe."""
-    rows = []
+    rows: list[list[Cell | str]] = []
     for probe, label in PROBES.items():
-        cells = []
-        for model in MODELS:
-            estimate = report["models"][model]["probes"][probe]
-            shown = interval(IntervalEstimate(estimate["value"], estimate["low"], estimate["high"]))
-            cells.append(Cell(number(estimate["value"]), shown))
-        rows.append(Row(label, "", cells))
-    return rows
+        found = [estimate(report["models"][model]["probes"][probe]) for model in TITLES]
+        rows.append([label, "", *(Cell(number(score.value), interval(score)) for score in found)])
+    return _table("Mean score of a response", "Mean score of a response", rows)
+
+
+def _table(title: str, head: str, rows: Sequence[Sequence[Cell | str]]) -> Table:
+    return Table([head, "Asked", "Token level", "Sentence level"], rows, title)
 
 
 def verdict_lines(report: dict[str, Any]) -> list[str]:
     """One sentence per model, with the reasons of a failure."""
     lines = []
-    for model in MODELS:
+    for model, title in TITLES.items():
         why = report["models"][model]["reasons"]
-        lines.append(f"The {TITLES[model]} {'failed: ' + '; '.join(why) if why else 'passed'}.")
+        lines.append(f"The {title} {'failed: ' + '; '.join(why) if why else 'passed'}.")
     return lines
 
 
 def caution_lines(report: dict[str, Any]) -> list[str]:
     return [
-        f"{TITLES[model].capitalize()}: {caution}."
-        for model in MODELS
+        f"{title.capitalize()}: {caution}."
+        for model, title in TITLES.items()
         for caution in report["models"][model]["cautions"]
     ]
 
@@ -518,44 +433,9 @@ def data_line(report: dict[str, Any]) -> str:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The check as a page of numbers, without any text of the log."""
-    lines = ["# Do the reward models know their job?", "", *[f"- {line}" for line in verdict_lines(report)], ""]
+    lines = [f"# {QUESTION}", "", *[f"- {line}" for line in verdict_lines(report)], ""]
     lines += [data_line(report), ""]
     if found := caution_lines(report):
         lines += ["Cautions:", *[f"- {line}" for line in found], ""]
-    lines += [*_table("Requirements", check_rows(report)), *_table("Other numbers", aside_rows(report))]
-    lines += [*_table("Mean score of a response", probe_rows(report)), NOTE, ""]
-    return "\n".join(lines)
-
-
-def _table(title: str, rows: list[Row]) -> list[str]:
-    lines = [f"## {title}", "", "| | asked | token level | sentence level |", "|---|---|---|---|"]
-    for row in rows:
-        cells = []
-        for cell in row.cells:
-            said = f", {cell.status}" if cell.status not in ("", "not required") else ""
-            cells.append(f"{cell.text} {cell.detail}".strip() + said)
-        lines.append(f"| {row.label} | {row.asked} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def print_check(report: dict[str, Any]) -> None:
-    """The requirements and the verdict on the console."""
-    table = Table(title="Do the reward models know their job?", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for head in ("", "asked", "token level", "sentence level"):
-        table.add_column(head, justify="left" if not head else "right")
-    colours = {"good": "green", "bad": "red", "none": ""}
-    for row in check_rows(report):
-        shown = []
-        for cell in row.cells:
-            colour = colours[TONES.get(cell.status, "none")]
-            said = cell.status if cell.status in ("failed", "cannot be told") else ""
-            text = f"{cell.text} {said}".strip()
-            shown.append(f"[{colour}]{text}[/]" if colour else text)
-        table.add_row(row.label, row.asked, *shown)
-    console.print(table)
-    for line in (*verdict_lines(report), *caution_lines(report)):
-        console.print(line, markup=False)
-
-
-def _digits(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.3f}"
+    lines += [table(report).markdown() for table in (requirement_table, aside_table, probe_table)]
+    return "\n".join([*lines, NOTE, ""])

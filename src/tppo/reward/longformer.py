@@ -9,6 +9,7 @@ converted, too: their positions start at 0, a Longformer's after the padding tok
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 import torch
@@ -57,7 +58,9 @@ def to_longformer(model: Any, max_length: int, attention_window: int) -> Longfor
         name.replace(f"{model.base_model_prefix}.", "longformer.", 1): value
         for name, value in model.state_dict().items()
     }
-    weights |= {_global_name(name): value for name, value in weights.items() if ".attention.self." in name}
+    # ...self.query.weight is copied to ...self.query_global.weight, and so on.
+    attention = {name: value for name, value in weights.items() if ".attention.self." in name}
+    weights |= {re.sub(r"\.(\w+)$", r"_global.\1", name): value for name, value in attention.items()}
     weights["longformer.embeddings.position_embeddings.weight"] = positions_PD
     longformer.load_state_dict(weights)  # strict: a weight without a place, or a place without a weight, is an error
     return longformer.train(model.training)
@@ -95,12 +98,6 @@ def check_global_attention(where: Any, source: str) -> None:
     """Raise UserError when `where`, which `source` says, is no known choice."""
     if where not in get_args(GlobalAttention):
         raise UserError(f"{source} is {where!r} and has to be one of {', '.join(get_args(GlobalAttention))}")
-
-
-def _global_name(name: str) -> str:
-    """`...self.query.weight` -> `...self.query_global.weight`."""
-    head, projection, parameter = name.rsplit(".", 2)
-    return f"{head}.{projection}_global.{parameter}"
 
 
 def _check_kind(config: Any) -> None:

@@ -6,12 +6,9 @@ response's logit is pooled from its tokens' (`pool_sentence`).
 
 A reward model reads the whole response in both directions: score complete responses only.
 
-Folder: an ordinary Hugging Face token-classification folder (safetensors, tokenizer, config) with a model card, and
-`reward.json` (fields: `tppo.reward.models.FIELDS`).
-
-What a reward-model folder says of itself: reward.json's facts, and the model card made of them.
-
-The card is a pure function of reward.json, so the two cannot disagree. Counts and rates only, never rows of a log.
+Folder: an ordinary Hugging Face token-classification folder (safetensors, tokenizer, config) with `reward.json`
+(`FIELDS`) and a model card. The card is a pure function of reward.json, so the two cannot disagree; it holds counts
+and rates only, never rows of a log.
 """
 
 from __future__ import annotations
@@ -21,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jinja2
 import numpy as np
 import torch
-from scipy.special import expit
+from scipy.special import expit, softmax
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging
@@ -31,19 +29,40 @@ from transformers.utils import logging
 from tppo.core.common import UserError, track
 from tppo.core.config import GlobalAttention, Pooling
 from tppo.core.models import save_model
-from tppo.core.run import RunFolder
 from tppo.core.text import Event
-from tppo.judge.verdict import split_response
-from tppo.reward.align import Span, pool_probabilities, query_lengths
-from tppo.reward.data import RESERVED_TOKENS, Batch, Item, LabelledResponse, Pair, collate, encode_pairs
+from tppo.reward.align import Span, pool_probabilities
+from tppo.reward.data import RESERVED_TOKENS, Batch, Pair, collate, encode_pairs
 from tppo.reward.longformer import check_global_attention, first_position, global_attention_mask, to_longformer
+
+REWARD_JSON = "reward.json"
+FIELDS = {
+    "kind": "`token` (a class per token) or `sentence` (one number per response)",
+    "classes": "what the outputs stand for, in order",
+    "values": "relevance of each class in [0, 1], as the losses have it; null: no word, left out of every mean. What "
+    "RL pays for a class is its own setting, `rl.reward_values`",
+    "max_length": "longest input in tokens; the oldest history is cut off, the response never",
+    "encoder": "what training started from",
+    "rubric": "what the labels judge relevance against: the true next queries (`targets`) or the history",
+    "judge": "who labelled",
+    "template": "prompt template of an LLM judge (word and response scores, or the response's only); null: a judge "
+    "without a prompt",
+    "repeats_irrelevant": "the judge calls queries that repeat the history or the response irrelevant; null: up to "
+    "the LLM judge",
+    "sl": "suggested length of Eq. 4 in tokens of *this* tokenizer: median length of a labelled query, separator "
+    "included, times the number of queries. RL pays policy tokens and measures its own (`rl.suggested_length`)",
+    "train": "training rows",
+    "constructed": "constructed responses among the training rows (`label.constructed`), not counted in `train`",
+    "reward_eval": "held-out rows",
+    "metrics": "of the kept checkpoint, on the held-out rows",
+}
 
 
 class RewardModel:
     """What both kinds share: loading, saving, encoding, logits. Use one of the two subclasses."""
 
     kind: ClassVar[str]
-    classes: ClassVar[tuple[str, ...]]
+    values: ClassVar[dict[str, float | None]]
+    """What each output stands for, in order, and its relevance."""
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, info: dict[str, Any]) -> None:
         if getattr(model.config, "type_vocab_size", 0) < 2:
@@ -88,9 +107,9 @@ class RewardModel:
                 encoder,
                 **({} if dropout is None else _dropout_rates(config, dropout)),
                 **first_layers(config, encoder, layers),
-                num_labels=len(cls.classes),
-                id2label=dict(enumerate(cls.classes)),
-                label2id={name: i for i, name in enumerate(cls.classes)},
+                num_labels=len(cls.values),
+                id2label=dict(enumerate(cls.values)),
+                label2id={name: i for i, name in enumerate(cls.values)},
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -144,8 +163,8 @@ class RewardModel:
         """Write the folder, whole or not at all; `facts` go into reward.json and the model card."""
         self.info = {
             "kind": self.kind,
-            "classes": list(self.classes),
-            "values": VALUES[self.kind],
+            "classes": list(self.values),
+            "values": self.values,
             "max_length": self.max_length,
             **self.info,
             **facts,
@@ -165,17 +184,17 @@ class RewardModel:
         return self.model(**inputs).logits
 
     def response_logits(
-        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
+        self, pairs: Sequence[Pair], description: str | None = None, batch_size: int = 64
     ) -> list[np.ndarray]:
         """Logits (T_i, C) of each pair's response tokens, in the order given."""
-        logits = self._outputs(self.logits, pairs, batch_size, description)
+        logits = self._outputs(self.logits, pairs, description, batch_size)
         return [
             logits_TC[pair.start : pair.start + len(pair.spans)] for pair, logits_TC in zip(pairs, logits, strict=True)
         ]
 
     @torch.inference_mode()
     def _outputs(
-        self, outputs: Callable[[Batch], Tensor], pairs: Sequence[Pair], batch_size: int, description: str | None
+        self, outputs: Callable[[Batch], Tensor], pairs: Sequence[Pair], description: str | None, batch_size: int = 64
     ) -> list[np.ndarray]:
         """The row of `outputs` (B,...) that belongs to each pair, in the order given.
 
@@ -197,7 +216,7 @@ class TokenRewardModel(RewardModel):
     """Class probabilities (separator, irrelevant, relevant) for every token of a response."""
 
     kind = "token"
-    classes = ("separator", "irrelevant", "relevant")
+    values: ClassVar = {"separator": None, "irrelevant": 0.0, "relevant": 1.0}
 
     def score(
         self,
@@ -217,9 +236,9 @@ class TokenRewardModel(RewardModel):
             that show nothing but white space, special tokens among them, are [1, 0, 0].
         """
         pairs = self.encode(histories, responses)
-        logits = self.response_logits(pairs, description=description)
+        logits = self.response_logits(pairs, description)
         return [
-            pool_probabilities(pair.spans, softmax(logits_TC), target, response)
+            pool_probabilities(pair.spans, softmax(logits_TC, axis=-1), target, response)
             for pair, logits_TC, target, response in zip(pairs, logits, spans, responses, strict=True)
         ]
 
@@ -228,7 +247,7 @@ class SentenceRewardModel(RewardModel):
     """The chance that a response as a whole is relevant."""
 
     kind = "sentence"
-    classes = ("relevant",)
+    values: ClassVar = {"relevant": 1.0}
 
     @property
     def pooling(self) -> Pooling:
@@ -237,8 +256,7 @@ class SentenceRewardModel(RewardModel):
     def use_pooling(self, pooling: Pooling) -> None:
         """Choose the pooling of a model that is to be trained; the folder remembers it.
 
-        Raises:
-            UserError: `cls` with a tokenizer that does not begin an input with a [CLS] token.
+        Raises a UserError for `cls` with a tokenizer that does not begin an input with a [CLS] token.
         """
         first = self.tokenizer("a", "a")["input_ids"][0]
         if pooling == "cls" and first != self.tokenizer.cls_token_id:
@@ -252,21 +270,16 @@ class SentenceRewardModel(RewardModel):
         """(B,) for a batch."""
         return pool_sentence(self.logits(batch), batch.response_mask_BT, self.pooling)
 
-    def sentence_logits(
-        self, pairs: Sequence[Pair], batch_size: int = 64, description: str | None = None
-    ) -> np.ndarray:
+    def sentence_logits(self, pairs: Sequence[Pair], description: str | None = None) -> np.ndarray:
         """(N,) float32, in the order given; 0 for a response without tokens."""
-        return np.array(self._outputs(self.pooled_logits, pairs, batch_size, description), np.float32)
+        return np.array(self._outputs(self.pooled_logits, pairs, description), np.float32)
 
     def score(
-        self,
-        histories: Sequence[Sequence[Event]],
-        responses: Sequence[str],
-        description: str | None = None,
+        self, histories: Sequence[Sequence[Event]], responses: Sequence[str], description: str | None = None
     ) -> list[float]:
         """One number in [0, 1] per response; 0 for a response without tokens, as the judge has it."""
         pairs = self.encode(histories, responses)
-        return sentence_probabilities(pairs, self.sentence_logits(pairs, description=description)).tolist()
+        return sentence_probabilities(pairs, self.sentence_logits(pairs, description)).tolist()
 
 
 def pool_sentence(logits_BT1: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
@@ -293,11 +306,6 @@ def sentence_probabilities(pairs: Sequence[Pair], logits_N: np.ndarray) -> np.nd
     return np.where([len(pair.spans) > 0 for pair in pairs], expit(logits_N.astype(float)), 0.0)
 
 
-def softmax(logits_TC: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits_TC - logits_TC.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
-
-
 def first_layers(config: Any, encoder: str, layers: int) -> dict[str, int]:
     """The entry of a config that keeps the first `layers` layers; nothing for 0.
 
@@ -316,8 +324,8 @@ def first_layers(config: Any, encoder: str, layers: int) -> dict[str, int]:
 
 def _dropout_rates(config: Any, rate: float) -> dict[str, float]:
     """Every rate of dropout that the config has, whatever its model family calls it."""
-    rates = {name: value for name, value in config.to_dict().items() if "dropout" in name}
-    return {name: rate for name, value in rates.items() if isinstance(value, float | int)}
+    settings = config.to_dict().items()
+    return {name: rate for name, value in settings if "dropout" in name and isinstance(value, float | int)}
 
 
 def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
@@ -340,191 +348,19 @@ def _checked(tokenizer: Any, model: Any, encoder: str, max_length: int) -> Any:
     return tokenizer
 
 
-REWARD_JSON = "reward.json"
-FIELDS = {
-    "kind": "`token` (a class per token) or `sentence` (one number per response)",
-    "classes": "what the outputs stand for, in order",
-    "values": "relevance of each class in [0, 1], as the losses have it; null: no word, left out of every mean. What "
-    "RL pays for a class is its own setting, `rl.reward_values`",
-    "max_length": "longest input in tokens; the oldest history is cut off, the response never",
-    "encoder": "what training started from",
-    "rubric": "what the labels judge relevance against: the true next queries (`targets`) or the history",
-    "judge": "who labelled",
-    "template": "prompt template of an LLM judge (word and response scores, or the response's only); null: a judge "
-    "without a prompt",
-    "repeats_irrelevant": "the judge calls queries that repeat the history or the response irrelevant; null: up to "
-    "the LLM judge",
-    "sl": "suggested length of Eq. 4 in tokens of *this* tokenizer: median length of a labelled query, separator "
-    "included, times the number of queries. RL pays policy tokens and measures its own (`rl.suggested_length`)",
-    "train": "training rows",
-    "constructed": "constructed responses among the training rows (`label.constructed`), not counted in `train`",
-    "reward_eval": "held-out rows",
-    "metrics": "of the kept checkpoint, on the held-out rows",
-}
-VALUES: dict[str, dict[str, float | None]] = {
-    "token": {"separator": None, "irrelevant": 0.0, "relevant": 1.0},
-    "sentence": {"relevant": 1.0},
-}
-_METRICS = {
-    "token_auc": "token AUC, relevant against irrelevant",
-    "weighted_auc": "weighted AUC, three classes",
-    "token_f1": "F1 of relevant words' tokens",
-    "token_ece": "calibration error of words' tokens",
-    "sentence_auc": "AUC of whole responses",
-    "sentence_f1": "F1 of relevant responses",
-    "sentence_ece": "calibration error of whole responses",
-}
-_COUNTS = (
-    ("responses", "responses"),
-    ("responses_relevant", "of them relevant"),
-    ("words", "words"),
-    ("words_relevant", "of them relevant"),
-)
-
-
-def label_facts(run: RunFolder) -> dict[str, Any]:
-    """Who labelled, and how: {judge, template, repeats_irrelevant} of the run's label stage."""
-    config = (run.manifest("label") or {})["config"]
-    by_llm = config["label"]["judge"] == "llm"
-    return {
-        "judge": run.facts("label")["judge"],
-        "template": config["judge"]["template"] if by_llm else None,
-        "repeats_irrelevant": None if by_llm else config["label"]["repeats_irrelevant"],
-    }
-
-
-def suggested_length(rows: Sequence[LabelledResponse], items: Sequence[Item], num_queries: int) -> float | None:
-    """sl of Eq. 4 in reward-model tokens; None when no row holds a query."""
-    lengths: list[int] = []
-    for row, item in zip(rows, items, strict=True):
-        lengths += query_lengths(split_response(row.response), item.pair.spans)
-    return float(np.median(lengths)) * num_queries if lengths else None
-
-
 def model_card(info: dict[str, Any]) -> str:
     """README.md of a reward-model folder, in the hub's form; `info` is the content of reward.json."""
-    token = info["kind"] == "token"
-    lines = [
-        *("---", "library_name: transformers", "pipeline_tag: token-classification", "tags: [reward-model, tppo]"),
-        *("---", ""),
-        f"# Reward model for query suggestions: {'one class per token' if token else 'one number per response'}",
-        "",
-        _what_it_is(token),
-        "",
-        "## Load it",
-        *("", "With transformers alone:", "", "```python", *_snippet(token), "```", ""),
-        "With tppo, which does the rest (longest input, a Longformer's global attention, another tokenizer's tokens):",
-        *("", "```python", *_tppo_snippet(token), "```", ""),
-    ]
-    lines += [*_described(info), *_numbers(info), *_limits(info)]
-    return "\n".join(lines)
-
-
-def _what_it_is(token: bool) -> str:
-    task = (
-        "Says of every token of a response whether it belongs to a relevant word: class 0 separator, 1 irrelevant, "
-        "2 relevant. The response's score is the mean chance of class 2 among classes 1 and 2."
-        if token
-        else "Says how likely a response as a whole is relevant: the sigmoid of the mean logit over its tokens."
-    )
-    return (
-        f"{task} Input is a pair: a user's history (`kind: text`, one event per line, oldest first; kinds are search, "
-        "click, purchase, visit) and a complete response (one query per line). Line breaks are shown to the model "
-        "as `|`."
-    )
-
-
-def _snippet(token: bool) -> list[str]:
-    """Code of the card that needs nothing but torch and transformers, run in the model's folder."""
-    result = (
-        "probabilities_TC = logits_TC.softmax(-1)  # separator, irrelevant, relevant"
-        if token
-        else "relevance = logits_TC.mean().sigmoid().item()"
-    )
-    return [
-        "import torch",
-        "from transformers import AutoModelForTokenClassification, AutoTokenizer",
-        "",
-        'folder = "."',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForTokenClassification.from_pretrained(folder).eval()",
-        'history = "search: cheap flights\\nclick: flights to rome"',
-        'response = "rome hotels\\nvatican tickets"',
-        'encoded = tokenizer(history.replace("\\n", "|"), response.replace("\\n", "|"), return_tensors="pt")',
-        "in_response = [part == 1 for part in encoded.sequence_ids(0)]",
-        "with torch.inference_mode():",
-        "    logits_TC = model(**encoded).logits[0][in_response]",
-        result,
-    ]
-
-
-def _tppo_snippet(token: bool) -> list[str]:
-    events = 'history = [Event("search", "cheap flights"), Event("click", "flights to rome")]'
-    if not token:
-        return [
-            "from tppo.reward.models import SentenceRewardModel",
-            "from tppo.core.text import Event",
-            "",
-            events,
-            'relevance = SentenceRewardModel.load(".").score([history], ["rome hotels\\nvatican tickets"])[0]',
-        ]
-    return [
-        "from tppo.reward.models import TokenRewardModel",
-        "from tppo.core.text import Event",
-        "",
-        events,
-        "# Characters of the tokens to be scored: here two words; tppo.reward.align.token_spans gives a policy's.",
-        "spans = [(0, 4), (5, 11)]",
-        'class_probs_T3 = TokenRewardModel.load(".").score([history], ["rome hotels\\nvatican tickets"], [spans])[0]',
-    ]
-
-
-def _described(info: dict[str, Any]) -> list[str]:
-    """Fields of reward.json that are plain values, with their meaning."""
-    plain = [name for name in FIELDS if name in info and name not in ("train", "constructed", "reward_eval", "metrics")]
-    rows = [f"| `{name}` | {_plain(info[name])} | {FIELDS[name]} |" for name in plain]
-    return ["## reward.json", "", "| field | here | meaning |", "|---|---|---|", *rows, ""]
+    text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    sections = ("train", "constructed", "reward_eval", "metrics")  # they have a place of their own in the card
+    fields = [(name, _plain(info[name]), FIELDS[name]) for name in FIELDS if name in info and name not in sections]
+    return template.render(token=info["kind"] == "token", info=info, fields=fields)
 
 
 def _plain(value: Any) -> str:
+    """A value of reward.json in a table."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _numbers(info: dict[str, Any]) -> list[str]:
-    """Counts of the rows and metrics of the kept checkpoint, as far as they are known."""
-    lines = []
-    if "train" in info and "reward_eval" in info:
-        lines += ["## Data", "", "| | training | held-out users |", "|---|---|---|"]
-        lines += [f"| {label} | {info['train'][name]} | {info['reward_eval'][name]} |" for name, label in _COUNTS]
-        if constructed := info.get("constructed", {}).get("responses"):
-            lines.append(f"| constructed responses beside them | {constructed} | 0 |")
-        lines += ["", "Responses were sampled from the supervised policy and labelled word by word. Users are in one "
-                  "split only.", ""]  # fmt: skip
-    found = {label: info["metrics"].get(name) for name, label in _METRICS.items() if name in info.get("metrics", {})}
-    if found:
-        lines += ["## On the held-out users", "", "| measure | value |", "|---|---|"]
-        lines += [f"| {label} | {'not measured' if v is None else f'{v:.3f}'} |" for label, v in found.items()]
-        lines += ["", "The checkpoint was chosen by AUC on these rows. `tppo check-reward` probes it further.", ""]
-    return lines
-
-
-def _limits(info: dict[str, Any]) -> list[str]:
-    return [
-        "## Limits",
-        "",
-        "- It reads the response in both directions: score complete responses only, never a prefix.",
-        "- It imitates one judge under one rubric, on responses of one policy. Far from those (after long RL, in "
-        "another log) its scores are guesses, and a policy trained long enough against it finds its mistakes.",
-        "- Sampled responses rarely repeat a query or copy the history. Without constructed rows that do "
-        "(`label.constructed`) it may prefer those that do.",
-        "",
-        "## Licence",
-        "",
-        f"The weights derive from the encoder `{info.get('encoder', 'not recorded')}`, whose licence holds. They "
-        "learnt from a log: whether they may be shared depends on the log's licence and its users' privacy.",
-        "",
-    ]
+    return value if isinstance(value, str) else json.dumps(value)

@@ -4,8 +4,6 @@ Both see the same rows in the same order from the same encoder; number of passes
 the same unless the rival is given its own (`reward.sentence_*`); both keep the checkpoint with the best AUC on held-out
 users. Writes token/, sentence/ (model folders) and metrics.jsonl: rows {model, step, epoch, split, ...}, split `train`
 per optimiser step and `reward_eval` per evaluation. An unfinished attempt is done anew: it is a matter of minutes.
-
-The training loop of both reward models: the same rows in the same order, the same balance, the best checkpoint.
 """
 
 from __future__ import annotations
@@ -29,22 +27,19 @@ from tppo.core.config import Recipe, Reward
 from tppo.core.device import autocast
 from tppo.core.models import load_encoder_path
 from tppo.core.run import RunFolder
+from tppo.judge.verdict import CONSTRUCTED_FILE
 from tppo.reward import losses
 from tppo.reward.align import IRRELEVANT, RELEVANT
-from tppo.reward.data import (
-    Batch,
-    Item,
-    LabelledResponse,
-    collate,
-    load_constructed,
-    load_labelled,
-    make_items,
-    targets,
-)
+from tppo.reward.data import Item, LabelledResponse, collate, load_labelled, make_items, suggested_length, targets
 from tppo.reward.metrics import evaluate, sentence_check, sentence_scores
-from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel, label_facts, suggested_length
+from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
 
 KINDS: tuple[type[RewardModel], ...] = (TokenRewardModel, SentenceRewardModel)
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.1
+MAX_GRAD_NORM = 1.0
+HEAD_LEARNING_RATE_FACTOR = 10  # the head starts from noise, the encoder does not
+Log = Callable[[dict[str, Any]], None]
 
 
 class Labels(NamedTuple):
@@ -60,30 +55,18 @@ class Labels(NamedTuple):
     """Constructed ones to learn from (`label.constructed`)."""
 
 
-class Trained(NamedTuple):
-    """A reward model as its best checkpoint, and what is to be said of it."""
-
-    model: RewardModel
-    train_items: list[Item]
-    """The sampled responses it has learnt from, encoded."""
-    facts: dict[str, Any]
-    """best (held-out metrics), steps, planned_steps, sentence_auc, score_std, collapsed, why, histories_truncated,
-    seconds."""
-
-
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train both reward models on the labels; returns facts for the manifest."""
     settings = recipe.reward
-    labels = load_labels(recipe, run)
+    labels = load_labels(run, settings)
     for kind in KINDS:
         shutil.rmtree(folder / kind.kind, ignore_errors=True)
-    facts: dict[str, Any] = {
-        "abstained": labels.abstained,
+    counts = {
         "train": _describe(labels.train),
         "constructed": _describe(labels.constructed),
         "reward_eval": _describe(labels.held_out),
     }
-    described = {**label_facts(run), **{name: facts[name] for name in ("train", "constructed", "reward_eval")}}
+    facts: dict[str, Any] = {"abstained": labels.abstained, **counts}
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for kind in KINDS:
 
@@ -91,120 +74,90 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
                 file.write(json.dumps({"model": name, **row}) + "\n")
                 file.flush()
 
-            trained = train_model(kind, labels, settings, recipe.seed, log)
-            sl = suggested_length(labels.train, trained.train_items, recipe.task.num_queries)
-            trained.model.save(
-                folder / kind.kind, rubric=settings.rubric, metrics=trained.facts["best"], sl=sl, **described
+            model, train_items, found = train_model(kind, labels, settings, recipe.seed, log)
+            model.save(
+                folder / kind.kind,
+                rubric=settings.rubric,
+                metrics=found["best"],
+                sl=suggested_length(labels.train, train_items, recipe.task.num_queries),
+                **label_facts(run),
+                **counts,
             )
-            facts[kind.kind] = trained.facts
-            if trained.facts["collapsed"] is not False:
-                _warn(kind, trained.facts)
+            facts[kind.kind] = found
+            if found["collapsed"]:
+                console.print(
+                    f"[bold red]WARNING: the {kind.kind} reward model has collapsed[/]: {found['why']}. Results of PPO "
+                    "on it say nothing about sentence-level rewards. Search its settings (benchmarks/reward_study.py "
+                    "search) or label more responses."
+                )
+            elif found["collapsed"] is None:
+                told = f"Nobody can tell whether the {kind.kind} reward model has collapsed"
+                console.print(f"[bold yellow]{told}[/]: {found['why']}")
     return facts
 
 
-def load_labels(recipe: Recipe, run: RunFolder) -> Labels:
+def label_facts(run: RunFolder) -> dict[str, Any]:
+    """Who labelled, and how: {judge, template, repeats_irrelevant} of the run's label stage."""
+    config = (run.manifest("label") or {})["config"]
+    by_llm = config["label"]["judge"] == "llm"
+    return {
+        "judge": run.facts("label")["judge"],
+        "template": config["judge"]["template"] if by_llm else None,
+        "repeats_irrelevant": None if by_llm else config["label"]["repeats_irrelevant"],
+    }
+
+
+def load_labels(run: RunFolder, settings: Reward) -> Labels:
     """Labels of a run's finished label stage for `reward.rubric`.
 
     Raises:
         UserError: settings that make no sense, a stage that is not finished, or labels that cannot be learnt from.
     """
-    settings = recipe.reward
     check_settings(settings)
     label, prepare = run.require("label"), run.require("prepare")
-    train_rows, train_abstained = load_labelled(label, prepare, settings.rubric, "train")
-    eval_rows, eval_abstained = load_labelled(label, prepare, settings.rubric, "reward_eval")
-    constructed, constructed_abstained = load_constructed(label, prepare, settings.rubric)
-    abstained = {"train": train_abstained, "reward_eval": eval_abstained, "constructed": constructed_abstained}
-    labels = Labels(train_rows, eval_rows, abstained, constructed)
+    found = {split: load_labelled(label, prepare, settings.rubric, split) for split in ("train", "reward_eval")}
+    found["constructed"] = [], 0
+    if (label / CONSTRUCTED_FILE).exists():  # the label stage was asked for some
+        found["constructed"] = load_labelled(label, prepare, settings.rubric, "train", CONSTRUCTED_FILE)
+    train, held_out, constructed = (rows for rows, _ in found.values())
+    labels = Labels(train, held_out, {name: abstained for name, (_, abstained) in found.items()}, constructed)
     check_labels(labels, label / "labels.parquet", settings)
     return labels
 
 
-def train_model(kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log) -> Trained:
-    """One reward model from the start encoder, seeded; `log` gets the rows of metrics.jsonl."""
-    settings = settings_for(kind, settings)
-    seed_everything(seed, "reward")
-    start = time.monotonic()
-    reward_model = kind.start(
-        load_encoder_path(settings.encoder),
-        settings.max_length,
-        longformer_window=settings.attention_window if settings.to_longformer else None,
-        global_attention=settings.global_attention,
-        dropout=settings.dropout,
-        layers=settings.encoder_layers,
-    )
-    if isinstance(reward_model, SentenceRewardModel):
-        reward_model.use_pooling(settings.sentence_pooling)
-    train_items = make_items(reward_model.tokenizer, labels.train, settings.max_length)
-    constructed_items = make_items(reward_model.tokenizer, labels.constructed, settings.max_length)
-    eval_items = make_items(reward_model.tokenizer, labels.held_out, settings.max_length)
-    result = fit(reward_model, [*train_items, *constructed_items], eval_items, settings, seed, log)
-    reward_model.info["encoder"] = settings.encoder
-    check = sentence_check(
-        sentence_scores(reward_model, [item.pair for item in eval_items]),
-        np.array([item.label for item in eval_items]),
-        [row.user_id for row in labels.held_out],
-    )
-    cut = sum(item.pair.dropped > 0 for item in [*train_items, *constructed_items, *eval_items])
-    seconds = round(time.monotonic() - start, 1)
-    facts = {**result._asdict(), **check, "histories_truncated": cut, "seconds": seconds}
-    return Trained(reward_model, train_items, facts)
-
-
-def _warn(kind: type[RewardModel], facts: dict[str, Any]) -> None:
-    if facts["collapsed"]:
-        console.print(
-            f"[bold red]WARNING: the {kind.kind} reward model has collapsed[/]: {facts['why']}. Results of PPO on it "
-            "say nothing about sentence-level rewards. Search its settings (benchmarks/reward_study.py search) or "
-            "label more responses."
-        )
-    else:
-        console.print(
-            f"[bold yellow]Nobody can tell whether the {kind.kind} reward model has collapsed[/]: {facts['why']}"
-        )
-
-
 def check_settings(settings: Reward) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        UserError: names the setting.
-    """
-    for name, least in (
-        ("epochs", 1),
-        ("sentence_epochs", 1),
-        ("batch_size", 1),
-        ("evals_per_epoch", 1),
-        ("patience", 0),
-        ("encoder_layers", 0),
-    ):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"reward.{name}={value} must be at least {least}")
-    for name in ("class_ratio", "sentence_class_ratio"):
-        value = getattr(settings, name)
-        if value is not None and value < 1 and value != 0:
-            raise UserError(f"reward.{name}={value} must be at least 1, or 0 (no balance)")
-    if settings.dropout is not None and not 0 <= settings.dropout < 1:
-        raise UserError(f"reward.dropout={settings.dropout} must be at least 0 and below 1, or null")
-    for name in ("learning_rate", "sentence_learning_rate"):
-        value = getattr(settings, name)
-        if value is not None and value <= 0:
-            raise UserError(f"reward.{name}={value} must be above 0")
-    weights = settings.class_weights
-    if len(weights) != 3 or min(weights) <= 0:
-        raise UserError(f"reward.class_weights={weights} must be three positive numbers, for classes 0, 1 and 2")
+    """Raises a UserError that names the setting when a number is out of range."""
+    rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+        (("epochs", "sentence_epochs", "batch_size", "evals_per_epoch"), lambda n: n >= 1, "at least 1"),
+        (("patience", "encoder_layers"), lambda n: n >= 0, "at least 0"),
+        (("class_ratio", "sentence_class_ratio"), lambda x: x >= 1 or x == 0, "at least 1, or 0 (no balance)"),
+        (("dropout",), lambda x: 0 <= x < 1, "at least 0 and below 1, or null"),
+        (("learning_rate", "sentence_learning_rate"), lambda x: x > 0, "above 0"),
+        (("class_weights",), lambda w: len(w) == 3 and min(w) > 0, "three positive numbers, for classes 0, 1 and 2"),
+    )
+    for names, fits, rule in rules:
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not fits(value):
+                raise UserError(f"reward.{name}={value} must be {rule}")
     parts = (settings.local_weight, settings.global_weight)
     if min(parts) < 0 or max(parts) == 0:
         raise UserError(f"reward.local_weight and global_weight are {parts}: none may be negative, one positive")
 
 
-def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
-    """Refuse to train on what cannot be learnt from.
+def _describe(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
+    classes = [c for row in rows for c in row.classes]
+    return {
+        "responses": len(rows),
+        "responses_relevant": sum(row.sentence_label for row in rows),
+        "words": len(classes),
+        "words_relevant": classes.count(RELEVANT),
+        "words_irrelevant": classes.count(IRRELEVANT),
+    }
 
-    Raises:
-        UserError: a split without rows, or training rows of one class only; names `path`, where they are from.
-    """
+
+def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
+    """Raises a UserError when a split has no rows, or the training rows one class only; they are from `path`."""
     train = labels.train
     for split, rows in (("train", train), ("reward_eval", labels.held_out)):
         if not rows:
@@ -226,55 +179,64 @@ def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
             )
 
 
-def _describe(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
-    classes = [c for row in rows for c in row.classes]
-    return {
-        "responses": len(rows),
-        "responses_relevant": sum(row.sentence_label for row in rows),
-        "words": len(classes),
-        "words_relevant": classes.count(RELEVANT),
-        "words_irrelevant": classes.count(IRRELEVANT),
-    }
+def train_model(
+    kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log
+) -> tuple[RewardModel, list[Item], dict[str, Any]]:
+    """One reward model from the start encoder, seeded; `log` gets the rows of metrics.jsonl.
 
-
-WEIGHT_DECAY = 0.01
-WARMUP_SHARE = 0.1
-MAX_GRAD_NORM = 1.0
-HEAD_LEARNING_RATE_FACTOR = 10  # the head starts from noise, the encoder does not
-Log = Callable[[dict[str, Any]], None]
-
-
-class Fit(NamedTuple):
-    best: dict[str, Any]
-    """Step, epoch and held-out metrics of the kept checkpoint."""
-    steps: int
-    """Optimiser steps done; fewer than planned when training stopped early."""
-    planned_steps: int
+    Returns:
+        The model as its best checkpoint; the sampled responses it has learnt from, encoded; and the facts `fit` and
+        `sentence_check` give, histories_truncated and seconds.
+    """
+    settings = settings_for(kind, settings)
+    seed_everything(seed, "reward")
+    start = time.monotonic()
+    reward_model = kind.start(
+        load_encoder_path(settings.encoder),
+        settings.max_length,
+        longformer_window=settings.attention_window if settings.to_longformer else None,
+        global_attention=settings.global_attention,
+        dropout=settings.dropout,
+        layers=settings.encoder_layers,
+    )
+    if isinstance(reward_model, SentenceRewardModel):
+        reward_model.use_pooling(settings.sentence_pooling)
+    train_items, constructed_items, held_out_items = (
+        make_items(reward_model.tokenizer, rows, settings.max_length)
+        for rows in (labels.train, labels.constructed, labels.held_out)
+    )
+    fitted = fit(reward_model, [*train_items, *constructed_items], held_out_items, settings, seed, log)
+    reward_model.info["encoder"] = settings.encoder
+    check = sentence_check(
+        sentence_scores(reward_model, held_out_items),
+        np.array([item.label for item in held_out_items]),
+        [row.user_id for row in labels.held_out],
+    )
+    cut = sum(item.dropped > 0 for item in [*train_items, *constructed_items, *held_out_items])
+    seconds = round(time.monotonic() - start, 1)
+    return reward_model, train_items, {**fitted, **check, "histories_truncated": cut, "seconds": seconds}
 
 
 def settings_for(kind: type[RewardModel], settings: Reward) -> Reward:
     """The settings with the rival's own learning rate, epochs and balance in force when `kind` is the rival."""
     if kind is not SentenceRewardModel:
         return settings
-    own = {
-        "learning_rate": settings.sentence_learning_rate,
-        "epochs": settings.sentence_epochs,
-        "class_ratio": settings.sentence_class_ratio,
-    }
-    return replace(settings, **{name: value for name, value in own.items() if value is not None})  # type: ignore[arg-type]
+    own = {name: getattr(settings, f"sentence_{name}") for name in ("learning_rate", "epochs", "class_ratio")}
+    return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
 def fit(
-    reward_model: RewardModel,
-    train: Sequence[Item],
-    held_out: Sequence[Item],
-    settings: Reward,
-    seed: int,
-    log: Log,
-) -> Fit:
+    reward_model: RewardModel, train: Sequence[Item], held_out: Sequence[Item], settings: Reward, seed: int, log: Log
+) -> dict[str, Any]:
     """Train in place; the model ends as its best checkpoint. `settings` are those of `settings_for`.
 
     Held-out rows are scored in the precision of training here; final numbers come from `check_reward`, in float32.
+    (On transformers' Trainer the same numbers came out, to the last bit, of twice the code: batches drawn beforehand,
+    evaluations at uneven steps, the best weights and the rows for `log` each need a hook there.)
+
+    Returns:
+        best (step, epoch and held-out metrics of the kept checkpoint), steps, and planned_steps, of which early
+        stopping leaves some out.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = reward_model.model.to(device)
@@ -285,20 +247,21 @@ def fit(
     optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
 
-    def held_out_scores() -> dict[str, Any]:
+    def evaluated(where: dict[str, Any]) -> dict[str, Any]:
         with autocast(settings.precision, device.type):
-            return evaluate(reward_model, held_out, settings)
+            scores = evaluate(reward_model, held_out, settings)
+        log({**where, "split": "reward_eval", **scores})
+        return {**where, **scores}
 
-    log({"step": 0, "epoch": 0.0, "split": "reward_eval", **held_out_scores()})
+    evaluated({"step": 0, "epoch": 0.0})
     best: dict[str, Any] = {}
     best_weights: dict[str, Tensor] = {}
     worse = step = 0
     model.train()
     for step, items in enumerate(track(batches, f"{reward_model.kind} reward model"), start=1):
-        batch = collate([item.pair for item in items], reward_model.tokenizer.pad_token_id, device)
         generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
         with autocast(settings.precision, device.type):
-            loss, parts = _objective(reward_model, batch, items, settings, generator)
+            loss, parts = _objective(reward_model, items, settings, generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         rate = schedule.get_last_lr()[0]
@@ -309,10 +272,9 @@ def fit(
         log({**where, "split": "train", **parts, "grad_norm": float(norm), "learning_rate": rate})
         if (step - 1) % per_epoch + 1 not in evals:
             continue
-        scores = held_out_scores()
-        log({**where, "split": "reward_eval", **scores})
+        scores = evaluated(where)
         if not best or _rank(scores) > _rank(best):
-            best, best_weights, worse = {**where, **scores}, copy.deepcopy(model.state_dict()), 0
+            best, best_weights, worse = scores, copy.deepcopy(model.state_dict()), 0
         else:
             worse += 1
         if settings.patience and worse >= settings.patience:
@@ -320,17 +282,14 @@ def fit(
     model.load_state_dict(best_weights)
     model.eval()
     console.print(f"{reward_model.kind} reward model: held-out AUC {best['auc']}, step {best['step']}")
-    return Fit(best, step, len(batches))
+    return {"best": best, "steps": step, "planned_steps": len(batches)}
 
 
 def _objective(
-    reward_model: RewardModel,
-    batch: Batch,
-    items: Sequence[Item],
-    settings: Reward,
-    generator: torch.Generator,
+    reward_model: RewardModel, items: Sequence[Item], settings: Reward, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """Training loss of a batch and its parts as numbers."""
+    batch = collate(items, reward_model.tokenizer.pad_token_id, reward_model.model.device)
     mask_BT = batch.response_mask_BT
     classes_BT, labels_B = targets(items, batch)
     if isinstance(reward_model, TokenRewardModel):
@@ -358,7 +317,7 @@ def _batches(items: Sequence[Item], settings: Reward, seed: int, epoch: int) -> 
     window = 8 * settings.batch_size
     batches: list[list[Item]] = []
     for i in range(0, len(order), window):
-        near = sorted(order[i : i + window], key=lambda j: len(items[j].pair))
+        near = sorted(order[i : i + window], key=lambda j: len(items[j]))
         for k in range(0, len(near), settings.batch_size):
             batches.append([items[j] for j in near[k : k + settings.batch_size]])
     return [batches[i] for i in generator.permutation(len(batches))]

@@ -4,7 +4,7 @@ A cell is a model (SFT, or an algorithm), a setting and a seed; it is a run fold
 when their settings and those of all stages to their left are: such a stage is made once, in the run folder
 that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a setting that changes `reward.*` has its
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
-not concern an algorithm adds no cell of it. Votes of the LLM judge, the second judge's readings and the KL from SFT
+not concern an algorithm adds no cell of it. Readings of the cells' answers (another judge, votes, the KL from SFT)
 stand to the right of the cells that they read, each in a run folder of its own.
 """
 
@@ -14,23 +14,20 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tppo.core.common import UserError
-from tppo.core.config import Recipe, Setting, Study, TuningAlgorithm
-from tppo.core.recipe import check_samples
+from tppo.core.config import Reader, Reading, Recipe, Setting, Study, TuningAlgorithm
+from tppo.core.recipe import check_recipe, check_samples
 from tppo.core.run import RunFolder
-from tppo.core.stages import EVALUATION, REFERENCES, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
+from tppo.core.stages import REFERENCES, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
 BASE = "base"
 SFT = "sft"
-Reader = Literal["vote", "rejudge", "distance"]
-READERS: dict[Reader, str] = {"vote": "votes", "rejudge": "second", "distance": "distance"}
-"""The stages that read several cells, and the folder in which theirs stand."""
-_FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study")
+_FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study", "evaluate.models", "evaluate.answers")
 """What no setting can override: the study sets it."""
 
 
@@ -60,7 +57,8 @@ class Job:
 
     def needs(self, other: Job) -> bool:
         """Whether it takes over a stage that the other job makes."""
-        return not {str(other.run.path(stage)) for stage in other.stages}.isdisjoint(self.recipe.stage_dirs.values())
+        taken = {*self.recipe.stage_dirs.values(), *self.recipe.evaluate.answers.values()}
+        return not {str(other.run.path(stage)) for stage in other.stages}.isdisjoint(taken)
 
 
 @dataclass
@@ -71,45 +69,24 @@ class Plan:
     cells: list[Job] = field(default_factory=list)
     cell_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
-    vote_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The LLM judge's votes between the answers of all cells of a (setting, seed); settings may share them."""
-    reading_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The second judge's reading of the answers of all cells of a (setting, seed)."""
-    distance_of: dict[tuple[str, int], Job] = field(default_factory=dict)
-    """The KL from SFT of all policies of a (setting, seed)."""
-
-    @property
-    def jobs(self) -> list[Job]:
-        return [*self.shared, *self.cells, *self.readers]
-
-    @property
-    def votes(self) -> list[Job]:
-        return _distinct(self.vote_of.values())
+    reading_of: dict[tuple[str, int, Reader], Job] = field(default_factory=dict)
+    """Who reads the answers of all cells of a (setting, seed); settings may share it."""
 
     @property
     def readings(self) -> list[Job]:
-        return _distinct(self.reading_of.values())
+        """Jobs that read several cells, each once."""
+        return list({job.name: job for job in self.reading_of.values()}.values())
 
     @property
-    def distances(self) -> list[Job]:
-        return _distinct(self.distance_of.values())
-
-    @property
-    def readers(self) -> list[Job]:
-        """Jobs that read several cells."""
-        return [*self.votes, *self.readings, *self.distances]
+    def jobs(self) -> list[Job]:
+        return [*self.shared, *self.cells, *self.readings]
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
 
 
-def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    """Each job once, in order."""
-    return list({job.name: job for job in jobs}.values())
-
-
 def make_plan(recipe: Recipe) -> Plan:
-    """The shared run folders, the cells and the votes of a study; touches no file.
+    """The shared run folders, the cells and the readings of a study; touches no file.
 
     Raises:
         UserError: a seed, a setting or an override that cannot be.
@@ -128,10 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
             for model in (SFT, *recipe.algorithms):
                 asked = model == SFT or model in algorithms
                 _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
-    recipes = {name: variant for name, (variant, _) in variants.items()}
-    _plan_readers("vote", recipes, plan, plan.vote_of)
-    _plan_readers("rejudge", recipes, plan, plan.reading_of)
-    _plan_readers("distance", recipes, plan, plan.distance_of)
+    _plan_readings({name: variant for name, (variant, _) in variants.items()}, plan)
     return plan
 
 
@@ -177,55 +151,52 @@ def _plan_cell(
         plan.cell_of[key] = cells[evaluation]
 
 
-def _plan_readers(
-    stage: Reader, variants: Mapping[str, Recipe], plan: Plan, job_of: dict[tuple[str, int], Job]
-) -> None:
-    """Add the job of a stage that reads all cells of a setting and seed, where the setting's recipe asks for it.
+def _plan_readings(variants: Mapping[str, Recipe], plan: Plan) -> None:
+    """Add the job of every reading that a setting's recipe asks for, of all cells of the setting and a seed.
 
     Settings with the same cells and the same questions share the job.
     """
     made: dict[tuple[str, ...], Job] = {}
     for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
         for setting, variant in variants.items():
-            cells = _cells_of(plan, setting, seed)
-            evaluate = variant.evaluate
-            wanted = {
-                "vote": evaluate.vote and len(cells) > 1,
-                "rejudge": evaluate.second_judge != "none",
-                "distance": evaluate.distance_examples > 0 and len(cells) > 1,
-            }
-            if not wanted[stage] or SFT not in cells:
-                continue
-            name = f"{READERS[stage]}/{setting}-s{seed}"
-            recipe = reader_recipe(stage, variant, cells, name)
-            key = (*(job.name for job in cells.values()), json.dumps(stage_config(stage, recipe), default=str))
-            job_of[setting, seed] = made.setdefault(key, Job(name, setting, recipe, [stage]))
+            cells = {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+            for reading in variant.evaluate.readings:
+                # Votes and distances are between models.
+                if SFT not in cells or (reading.reader in ("vote", "distance") and len(cells) < 2):
+                    continue
+                name, stage = f"{reading.reader}/{setting}-s{seed}", f"read_{reading.reader}"
+                recipe = reading_recipe(reading, variant, cells, name)
+                key = (
+                    stage,
+                    *(job.name for job in cells.values()),
+                    json.dumps(stage_config(stage, recipe), default=str),
+                )
+                plan.reading_of[setting, seed, reading.reader] = made.setdefault(
+                    key, Job(name, setting, recipe, [stage])
+                )
 
 
-def _cells_of(plan: Plan, setting: str, seed: int) -> dict[str, Job]:
-    """The cells of a setting and seed, by model."""
-    return {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
-
-
-def reader_recipe(stage: Reader, variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
+def reading_recipe(reading: Reading, variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
     """The recipe of a stage that reads what these cells, by model, made; its folder has this name.
 
-    The LLM judge reads the policies and the two references; simple baselines are left to the first judge, since every
-    answer costs a request.
+    A judge reads the policies and the two references; simple baselines are left to the first judge, since every answer
+    may cost a request.
     """
     sft = cells[SFT]
     tuned = {model: job for model, job in cells.items() if model != SFT}
-    if stage == "distance":
-        taken = {"sft": sft.run.path("sft")} | {rl_stage(m): job.run.path(rl_stage(m)) for m, job in tuned.items()}
+    taken = {"prepare": sft.run.path("prepare")}
+    answers = {}
+    if reading.reader == "distance":
+        taken |= {"sft": sft.run.path("sft")} | {rl_stage(m): job.run.path(rl_stage(m)) for m, job in tuned.items()}
     else:
         read = {**cells, **dict.fromkeys(REFERENCES, sft)}
-        taken = {EVALUATION + model: job.run.path("evaluate") for model, job in read.items()}
+        answers = {model: str(job.run.path("evaluate")) for model, job in read.items()}
     return replace(
         cell_recipe(variant, SFT, sft.seed),
         run_dir=str(Path(variant.run_dir) / name),
         algorithms=[name for name in variant.algorithms if name in tuned],
-        stage_dirs={"prepare": str(sft.run.path("prepare")), **{key: str(path) for key, path in taken.items()}},
-        evaluate=variant.evaluate,
+        stage_dirs={key: str(path) for key, path in taken.items()},
+        evaluate=replace(variant.evaluate, readings=[reading], answers=answers),
     )
 
 
@@ -237,17 +208,8 @@ def cell_recipe(variant: Recipe, model: str, seed: int) -> Recipe:
         seed=seed,
         shared_seed=variant.data_seed,
         algorithms=algorithms,
-        # A cell has one model, so nothing to vote on; and a second judge reads all answers to a history in a row: these
-        # are jobs of their own (`_plan_readers`).
-        evaluate=replace(
-            variant.evaluate,
-            tuned_only=model != SFT,
-            vote=False,
-            vote_examples=0,
-            distance_examples=0,
-            second_judge="none",
-            second_judge_examples=0,
-        ),
+        # Whoever reads the answers afterwards reads all answers to a history in a row: jobs of their own.
+        evaluate=replace(variant.evaluate, models=[] if model == SFT else [model], readings=[]),
         study=Study(),
     )
 
@@ -265,12 +227,10 @@ def varied(recipe: Recipe, setting: Setting) -> Recipe:
     Raises:
         UserError: an override that does not exist, does not fit, or changes nothing.
     """
-    from tppo.core.recipe import check_recipe  # here: the command line imports this package
-
     values: dict[str, Any] = asdict(recipe)
     for name, value in setting.overrides.items():
         *sections, last = name.split(".")
-        if name.split(".")[0] in _FIXED:
+        if not {name, sections[0] if sections else name}.isdisjoint(_FIXED):
             raise UserError(f"study.settings '{setting.name}': {name} is the study's own and cannot be overridden")
         place = values
         for section in sections:
@@ -309,8 +269,8 @@ def check_study(recipe: Recipe) -> None:
         raise UserError(f"study.workers={study.workers}: give at least 1")
     if study.bootstrap_samples < 1000:
         raise UserError(f"study.bootstrap_samples={study.bootstrap_samples}: give at least 1000")
-    if recipe.evaluate.tuned_only:
-        raise UserError("evaluate.tuned_only is set by the study: leave it false")
+    if recipe.evaluate.models or recipe.evaluate.answers:
+        raise UserError("evaluate.models and evaluate.answers are set by the study: leave them empty")
     check_samples(recipe)
 
 
@@ -322,12 +282,7 @@ def describe(plan: Plan) -> list[str]:
         left.update(missing)
         lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
     counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
-    readers = (
-        (plan.votes, "votes"),
-        (plan.readings, "readings of a second judge"),
-        (plan.distances, "KL measurements"),
-    )
-    read = "".join(f", {len(jobs)} {what}" for jobs, what in readers if jobs)
+    read = f", {len(plan.readings)} readings" if plan.readings else ""
     return [*lines, f"{len(plan.cells)} cells{read}; stages: {counts}"]
 
 

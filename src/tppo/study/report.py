@@ -1,36 +1,31 @@
 """The study's report: results.parquet, curves.parquet, one self-contained page, and its tables as Markdown.
 
 All of them hold numbers only, no text of the log. The one exception is the page of a study on the synthetic log, which
-is nobody's: it shows answers and token rewards as `tppo report` does.
-
-The training curves of a study, on its page and as PNG files.
+is nobody's: it shows answers and token rewards as `tppo report` does. The training curves are PNG files, too.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from markupsafe import Markup
 
 from tppo.core.common import console
 from tppo.core.config import Recipe, Setting
 from tppo.core.files import write_json, write_text
+from tppo.core.show import Table
 from tppo.core.stages import DISPLAY, stage_inputs
 from tppo.evaluate.compare import Metrics
-from tppo.evaluate.metrics import CORPUS, FORM, KNOWN, RELEVANCE, SECOND, TRUTH
 from tppo.report import words
 from tppo.report.charts import DPO_CHARTS, RL_CHARTS, Line, line_chart, reward_charts, rollout_policies, save_line_chart
-from tppo.report.page import difference_chart, headline_chart, render, samples, scope_tables, token_samples
+from tppo.report.page import difference_chart, judge_facts, page_context, render, samples, token_samples, word_labels
 from tppo.study.grid import BASE, SFT, Plan
 from tppo.study.results import MEASURES, Collected, Curves, collect, study_metrics, write_tables
 from tppo.study.tables import (
     Ablation,
-    PlainTable,
     ablation_charts,
     ablation_measures,
     ablation_table,
@@ -38,13 +33,13 @@ from tppo.study.tables import (
     budget_table,
     claims,
     corrected_table,
-    cost_table,
     distance_tables,
     equal_kl_table,
     find_ablations,
     point_cost_table,
     reach_table,
     steadiness_table,
+    time_table,
 )
 
 FOLDER = "study"
@@ -66,10 +61,10 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
         return None
     folder = Path(recipe.run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_tables(plan, collected, folder)
+    write_tables(collected, folder)
     ablations = find_ablations(recipe, plan, collected, ablation_measures(base))
     write_json(folder / "metrics.json", base.data | {"ablations": {found.name: found.rows for found in ablations}})
-    context = page_context(recipe, plan, collected, base, failed)
+    context = study_context(recipe, plan, collected, base, failed)
     context |= setting_context(recipe, by_setting, ablations, ablation_measures(base))
     write_text(folder / "summary.md", summary(base, context))
     save_figures(Curves(collected.curves, BASE), folder / "figures")
@@ -81,35 +76,29 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
 
 def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: str) -> Metrics | None:
     """Metrics of a setting's finished cells; None when there are none, or SFT is not among them."""
-    rows = collected.of_setting(plan, setting)
-    if not any(row["model"] == SFT for row in rows):
+    answers, readings = collected.of_setting(plan, setting)
+    if SFT not in set(answers["model"]):
         return None
-    cells = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting]
-    labelled = any(collected.judge_labelled_training.get(name, False) for name in cells)
-    return study_metrics(recipe, rows, labelled, collected.votes_of_setting(plan, setting))
+    cell = collected.metrics[answers["job"].iloc[0]]
+    draws, rubric = recipe.study.bootstrap_samples, recipe.reward.rubric
+    return study_metrics(answers, readings, cell, rubric=rubric, draws=draws, seed=recipe.seed)
 
 
-def page_context(
+def study_context(
     recipe: Recipe, plan: Plan, collected: Collected, metrics: Metrics, failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Everything the template shows of the recipe's own setting."""
     scope = metrics.scopes[0]
     curves = Curves(collected.curves, BASE)
-    evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.rows)
-    manifest = evaluated.run.manifest("evaluate") or {}
+    evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.metrics)
+    context = page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {})
+    for shown in context["scopes"]:
+        shown["examples"] = metrics.data["distinct_examples"][shown["name"]]
     return {
+        **context,
         "run_name": Path(recipe.run_dir).name,
         "lead": [*claims(metrics, scope), *words.lead(metrics, scope)],
-        "verdicts": words.verdicts(metrics, scope),
         "cautions": [*missing_cells(plan, collected, failed), *words.cautions(metrics, scope, final_kl(curves))],
-        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
-        "scope_label": words.SCOPES[scope],
-        "chart_headline": headline_chart(metrics, scope),
-        "chart_differences": difference_chart(metrics, scope),
-        "scopes": [
-            {**scope_tables(metrics, name), "examples": metrics.data["distinct_examples"][name]}
-            for name in metrics.scopes
-        ],
         "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
         "charts": charts(curves),
         "reward_charts": reward_charts(evaluated.run),
@@ -122,20 +111,12 @@ def page_context(
             steadiness_table(curves),
             budget_table(plan),
             point_cost_table(plan, metrics),
-            cost_table(plan),
+            time_table(plan),
         ],
         "seeds": metrics.data["seeds"],
-        "cells": {"finished": len(collected.rows), "all": len(plan.cells)},
-        "judge": metrics.data["judge"],
-        "second_judge": metrics.data["second_judge"],
+        "cells": {"finished": len(collected.metrics), "all": len(plan.cells)},
         "bootstrap_samples": recipe.study.bootstrap_samples,
-        "seed": recipe.seed,
         "seed_list": ", ".join(map(str, recipe.study.seeds)),
-        "temperature": recipe.evaluate.temperature,
-        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
-        "python": manifest.get("python"),
-        "versions": manifest.get("versions", {}),
-        "docs": {metric.label: metric.doc for metric in (*RELEVANCE, *SECOND, *KNOWN, *TRUTH, *FORM, *CORPUS)},
     }
 
 
@@ -144,14 +125,16 @@ def answers_shown(recipe: Recipe, plan: Plan, collected: Collected, metrics: Met
 
     The page of a study is meant to be shared, and texts of a real log are not.
     """
-    none: dict[str, Any] = {"samples": [], "token_samples": []}
     if "synthetic" not in stage_inputs("prepare", recipe):
-        return none
-    seed = next(seed for seed in recipe.study.seeds if plan.cell_of[BASE, SFT, seed].name in collected.rows)
+        return {"samples": [], "token_samples": []}
+    seed = next(seed for seed in recipe.study.seeds if plan.cell_of[BASE, SFT, seed].name in collected.metrics)
     cells = {model: plan.cell_of.get((BASE, model, seed)) for model in metrics.policies}
-    runs = {model: job.run for model, job in cells.items() if job and job.name in collected.rows}
-    rows = [row for row in collected.of_setting(plan, BASE) if row["seed"] == seed]
-    return {"samples": samples(recipe, runs[SFT], rows, metrics), "token_samples": token_samples(runs)}
+    runs = {model: job.run for model, job in cells.items() if job and job.name in collected.metrics}
+    answers, readings = (frame[frame["seed"] == seed] for frame in collected.of_setting(plan, BASE))
+    labels = word_labels(readings, metrics)
+    rows = answers.to_dict("records")
+    shown = samples(runs[SFT].require("prepare"), rows, labels, metrics.policies, recipe.seed)
+    return {"samples": shown, "token_samples": token_samples(runs)}
 
 
 def setting_context(
@@ -172,26 +155,19 @@ def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
     if metrics is None:
         return {**view, "relevance": None, "chart": None, "wins": None}
     scope = metrics.scopes[0]
-    tables = scope_tables(metrics, scope)
-    voted = [row for row in tables["wins"] if row["votes"] is not None]
+    voted = any(row["by"] == "vote" for row in metrics.data["wins"] if row["scope"] == scope)
     return {
         **view,
-        "relevance": tables["relevance"],
+        "relevance": words.scope_tables(metrics, scope)["relevance"],
         "chart": difference_chart(metrics, scope),
-        "wins": tables["wins"] if voted else None,
+        "wins": words.wins_table(metrics, scope, bars=True) if voted else None,
     }
 
 
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
     """What a reader has to know of jobs that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    groups = {
-        "cells": plan.cells,
-        "votes": plan.votes,
-        "second judge's readings": plan.readings,
-        "KL measurements": plan.distances,
-    }
-    for what, jobs in groups.items():
+    for what, jobs in {"cells": plan.cells, "readings": plan.readings}.items():
         missing = [job.name for job in jobs if job.name in collected.missing]
         lost = [name for name in missing if name in failed]
         still_open = [name for name in missing if name not in failed]
@@ -215,12 +191,11 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         ("cells finished", f"{context['cells']['finished']} of {context['cells']['all']}"),
         ("examples", str(context["scopes"][0]["examples"])),
         ("users", str(context["scopes"][0]["users"])),
-        ("judge", context["judge"]),
-        *([("second judge", context["second_judge"])] if context["second_judge"] else []),
+        *judge_facts(metrics),
         ("intervals", f"95%, bootstrap over users and seeds, {context['bootstrap_samples']} draws"),
     ]
     ablations = [table for table, _ in context["ablations"]]
-    tables: list[PlainTable] = [*context["corrected"], *context["tables"], *ablations]
+    tables: list[Table] = [*context["corrected"], *context["tables"], *ablations]
     said = claims(metrics, metrics.scopes[0])
     head = "\n".join(f"{sentence}\n" for sentence in said)
     return "\n".join([head, words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])

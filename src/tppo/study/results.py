@@ -1,62 +1,43 @@
-"""Everything the finished cells measured, in documented tables: results.parquet, curves.parquet, votes.parquet.
+"""Everything the finished cells measured: results.parquet and curves.parquet, and the numbers of the study's report.
 
 None of them holds text of the log; example and user ids are those of the prepare stage (keyed hashes).
 
-What training curves say when algorithms are compared: at equal KL, and by how soon they get somewhere.
-
-Pure functions on the curve of one training: one number per update, in order (T).
-
-A rollout is a small sample, so curves are smoothed over `WINDOW` updates before anything is read off them. KL need not
+Training curves are compared by pure functions on the curve of one training: one number per update, in order (T). A
+rollout is a small sample, so curves are smoothed over `WINDOW` updates before anything is read off them. KL need not
 rise steadily: "at KL k" means when the smoothed KL reaches k for the first time.
-
-Numbers of the study's report: intervals over seeds and users, corrected p-values, comparisons at equal KL.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from dataclasses import field as field_of
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from tppo.core.common import UserError, stream_seed
-from tppo.core.config import Recipe
+from tppo.core.config import Rubric
 from tppo.core.files import read_jsonl
 from tppo.core.stages import BASELINES, MODEL_ORDER, REFERENCES, rl_stage
 from tppo.core.stats import SeedMean, SeedUserBootstrap, UserBootstrap, holm, mean_over_seeds
 from tppo.core.tables import field, read_table, write_table
-from tppo.evaluate.compare import Metrics, Rows, build_metrics
-from tppo.evaluate.metrics import DISTANCES, KL, PER_RESPONSE, RUBRICS, VERDICTS, read_generations
-from tppo.evaluate.votes import VOTES
-from tppo.judge.verdict import RELEVANT
+from tppo.evaluate.answers import ANSWERS
+from tppo.evaluate.compare import Metrics, build_metrics
+from tppo.evaluate.metrics import NO_JUDGE
+from tppo.evaluate.readings import READINGS
+from tppo.report.page import load_metrics
 from tppo.study.grid import SFT, Job, Plan
 
 RESULTS = pa.schema(
     [
         field("setting", pa.string(), "setting of the study; base is the recipe as it stands"),
-        field("model", pa.string(), "as in generations.parquet"),
-        field("seed", pa.int64(), "seed of the tuning and of the sampling of the answer"),
-        field("split", pa.string(), "eval1 or eval2"),
-        field("example_id", pa.string(), "example answered; the same examples under every seed and setting"),
-        field("user_id", pa.string(), "keyed hash of the user"),
-        field("judge", pa.string(), "judge and version"),
-        field("second_judge", pa.string(), "judge of the columns second_..., else null", True),
-        *[
-            field(f"{prefix}status_{r}", pa.string(), f"ok; abstained or not_asked, rubric {r}")
-            for prefix in ("", "second_")
-            for r in RUBRICS
-        ],
-        field("word_count", pa.int32(), "words of the answer"),
-        *[field(f"relevant_words_{r}", pa.int32(), f"words judged relevant, rubric {r}", True) for r in RUBRICS],
-        *[field(metric.name, pa.float64(), metric.doc, True) for metric in PER_RESPONSE],
+        *(column for column in READINGS if column.name != "labels"),
     ]
 )
-"""One row for each answer that was judged: a model, setting, seed and example. Both rubrics stand side by side."""
+"""One row for each number that a reader gave an answer (a vote: a pair of answers), under each setting and seed."""
 CURVES = pa.schema(
     [
         field("setting", pa.string(), "setting of the study"),
@@ -67,96 +48,72 @@ CURVES = pa.schema(
         field("value", pa.float64(), "its value"),
     ]
 )
-STUDY_VOTES = pa.schema(
-    [
-        field("setting", pa.string(), "setting of the study the vote was made for"),
-        field("seed", pa.int64(), "seed of both answers"),
-        *VOTES,
-    ]
-)
-"""One row for each pair of answers that was voted on."""
 _COUNTERS = ("update", "step")
+MEASURES = {
+    "token_relevance": "relevance by the token reward model",
+    "sentence_reward_mean": "relevance by the sentence reward model",
+}
+"""Measures of a rollout that are the same for every RL algorithm, unlike the reward it is paid."""
+WINDOW = 3
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What the finished cells hold."""
+    """What the finished cells hold, and the jobs that read them."""
 
-    rows: dict[str, list[dict[str, Any]]]
-    """Rows of generations.parquet with `setting`, `seed` and `judge`, by the name of the cell."""
+    answers: pd.DataFrame
+    """Rows of answers.parquet with `setting` and `job`, the name of the cell."""
+    readings: pd.DataFrame
+    """Rows of readings.parquet with `setting` and `job`."""
     curves: list[dict[str, Any]]
     """Rows of curves.parquet."""
-    judge_labelled_training: dict[str, bool]
-    """Whether the cell's judge is the one whose labels trained the reward models, by the name of the cell."""
+    metrics: dict[str, dict[str, Any]]
+    """metrics.json of each cell, by name."""
     missing: list[str]
     """Cells, and jobs that read them, that are not finished."""
-    votes: dict[str, list[dict[str, Any]]]
-    """Rows of votes.parquet with `setting` and `seed`, by the name of the vote."""
-    readings: dict[str, list[dict[str, Any]]] = field_of(default_factory=dict)
-    """Rows of verdicts.parquet with `seed`, by the name of the second judge's reading."""
-    distances: dict[str, list[dict[str, Any]]] = field_of(default_factory=dict)
-    """Rows of distance.parquet with `seed`, by the name of the measurement."""
 
-    def of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
-        """Rows of every cell that stands for this setting, also when it was made for another one, with what the
-        setting's second judge said of them and the KL measured at their prompts."""
-        names = [job.name for (name, _, _), job in plan.cell_of.items() if name == setting and job.name in self.rows]
-        second = _by_answer(self.readings, plan.reading_of, setting)
-        distances = _by_answer(self.distances, plan.distance_of, setting)
-        judge = next((row["judge"] for row in second.values()), None)
-        found = []
-        for row in (row for name in names for row in self.rows[name]):
-            answer = (row["seed"], row["model"], row["example_id"])
-            columns = {name: value for name, value in second.get(answer, {}).items() if name.startswith("second_")}
-            kl = distances.get(answer, {}).get(KL.name)
-            found.append({**row, "second_judge": judge, **columns, KL.name: kl})
-        return found
+    def of_setting(self, plan: Plan, setting: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Answers and readings of every job that stands for this setting, also when it was made for another one."""
+        jobs = [job.name for (name, *_), job in [*plan.cell_of.items(), *plan.reading_of.items()] if name == setting]
+        return self.answers[self.answers["job"].isin(jobs)], self.readings[self.readings["job"].isin(jobs)]
 
-    def votes_of_setting(self, plan: Plan, setting: str) -> list[dict[str, Any]]:
-        """Rows of every vote that stands for this setting."""
-        names = [job.name for (name, _), job in plan.vote_of.items() if name == setting and job.name in self.votes]
-        return [row for name in names for row in self.votes[name]]
-
-
-def _by_answer(
-    found: Mapping[str, list[dict[str, Any]]], job_of: Mapping[tuple[str, int], Job], setting: str
-) -> dict[tuple[int, str, str], dict[str, Any]]:
-    """The rows that the jobs of a setting wrote, by seed, model and example."""
-    names = [job.name for (name, _), job in job_of.items() if name == setting]
-    return {(row["seed"], row["model"], row["example_id"]): row for name in names for row in found.get(name, [])}
+    def means(self, measures: Sequence[str]) -> pd.DataFrame:
+        """Mean over the answers of each measure (columns), by job and model; of the first judge where it is one's."""
+        judges = pd.Series({name: found["judge"] for name, found in self.metrics.items()}, dtype=object)
+        rows = self.readings[self.readings["measure"].isin(measures)]
+        rows = rows[rows["reader"].isin(NO_JUDGE) | (rows["reader"] == rows["job"].map(judges))]
+        found = rows.pivot_table(index=["job", "model"], columns="measure", values="value", aggfunc="mean")
+        return found.reindex(columns=list(measures))
 
 
 def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
-    """Read the finished cells.
+    """Read the finished jobs.
 
     Args:
-        left_out: names of cells not to read: what they hold is not of this study's settings.
+        left_out: names of jobs not to read: what they hold is not of this study's settings.
     """
-    cells, votes, readings, distances = (
-        [job for job in jobs if job.name not in left_out and job.finished()]
-        for jobs in (plan.cells, plan.votes, plan.readings, plan.distances)
-    )
-    finished = {job.name for job in (*cells, *votes, *readings, *distances)}
-    wanted = (*plan.cells, *plan.readers)
-    found = Collected({}, [], {}, [job.name for job in wanted if job.name not in finished], {})
-    for job in cells:
-        folder = job.run.require("evaluate")
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        own = {"setting": job.setting, "seed": job.seed, "judge": metrics["judge"]}
-        found.rows[job.name] = [{**row, **own} for row in read_generations(folder)]
-        found.judge_labelled_training[job.name] = metrics["judge_labelled_training"]
-        found.curves.extend(curve_rows(job))
-    for job in votes:
-        own = {"setting": job.setting, "seed": job.seed}
-        rows = read_table(job.run.require("vote") / "votes.parquet", VOTES).to_pylist()
-        found.votes[job.name] = [{**row, **own} for row in rows]
-    for job in readings:
-        rows = read_table(job.run.require("rejudge") / "verdicts.parquet", VERDICTS).to_pylist()
-        found.readings[job.name] = [{**row, "seed": job.seed} for row in rows]
-    for job in distances:
-        rows = read_table(job.run.require("distance") / "distance.parquet", DISTANCES).to_pylist()
-        found.distances[job.name] = [{**row, "seed": job.seed} for row in rows]
-    return found
+    wanted = [*plan.cells, *plan.readings]
+    finished = [job for job in wanted if job.name not in left_out and job.finished()]
+    frames: dict[str, list[pd.DataFrame]] = {"answers": [], "readings": []}
+    metrics, curves = {}, []
+    for job in finished:
+        folder = job.run.require(job.stages[-1])
+        for name, schema in (("answers", ANSWERS), ("readings", READINGS)):
+            if name == "readings" or job.model:
+                found = read_table(folder / f"{name}.parquet", schema).to_pandas()
+                frames[name].append(found.assign(setting=job.setting, job=job.name))
+        if job.model:
+            metrics[job.name] = load_metrics(folder).data
+            curves += curve_rows(job)
+    columns = {
+        name: [*schema.names, "setting", "job"] for name, schema in (("answers", ANSWERS), ("readings", READINGS))
+    }
+    whole = {
+        name: pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns[name])
+        for name, found in frames.items()
+    }
+    names = {job.name for job in finished}
+    return Collected(**whole, curves=curves, metrics=metrics, missing=[j.name for j in wanted if j.name not in names])
 
 
 def curve_rows(job: Job) -> list[dict[str, Any]]:
@@ -178,27 +135,55 @@ def curve_rows(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def write_tables(plan: Plan, collected: Collected, folder: Path) -> None:
-    """Write results.parquet, curves.parquet and, where there are votes, votes.parquet."""
-    settings = dict.fromkeys(setting for setting, *_ in plan.cell_of)
-    rows = [row for setting in settings for row in collected.of_setting(plan, setting) if row["setting"] == setting]
-    results = [result_row(row) for row in rows]
+def write_tables(collected: Collected, folder: Path) -> None:
+    """Write results.parquet and curves.parquet."""
+    results = pa.Table.from_pandas(collected.readings[RESULTS.names], preserve_index=False)
     write_table(folder / "results.parquet", results, RESULTS)
     write_table(folder / "curves.parquet", collected.curves, CURVES)
-    if collected.votes:
-        votes = [row for rows in collected.votes.values() for row in rows]
-        write_table(folder / "votes.parquet", votes, STUDY_VOTES)
 
 
-def result_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of generations.parquet without its texts."""
-    labels = {rubric: row[f"word_labels_{rubric}"] for rubric in RUBRICS}
-    counts = {f"relevant_words_{r}": None if found is None else found.count(RELEVANT) for r, found in labels.items()}
-    kept = {name: row[name] for name in RESULTS.names if name in row}
-    return {**kept, "word_count": len(row["words"]), **counts}
+def study_metrics(
+    answers: pd.DataFrame, readings: pd.DataFrame, cell: dict[str, Any], *, rubric: Rubric, draws: int, seed: int
+) -> Metrics:
+    """metrics.json of all seeds together; differences, and `net` of wins, also hold `p_value` and `p_holm`.
 
+    `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
+    a policy and a simple baseline, each for itself.
 
-WINDOW = 3
+    Args:
+        answers, readings: of one setting, every seed; one first judge in all.
+        cell: metrics.json of one of the cells.
+        draws: of seeds and users.
+    """
+
+    def bootstrap_of(questions: pd.DataFrame, scope: str) -> UserBootstrap:
+        own_seed = stream_seed(seed, "study bootstrap", scope)
+        return SeedUserBootstrap(list(questions["user_id"]), list(questions["seed"]), draws, own_seed)
+
+    data = build_metrics(answers, readings, judge=cell["judge"], rubric=rubric, bootstrap_of=bootstrap_of)
+    families: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for row in data["differences"]:
+        measure = f"{row['metric']} {row['reader']}"
+        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(row)
+    for row in data["wins"]:
+        if row["model"] not in REFERENCES:
+            what = f"wins by {row['by']}, {row['rubric']}"
+            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
+    for family in families.values():
+        for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
+            row["p_holm"] = corrected
+    distinct = answers.drop_duplicates("example_id")["split"]
+    return Metrics(
+        {
+            **data,
+            "seeds": int(answers["seed"].nunique()),
+            "distinct_examples": {
+                scope: int((distinct == scope).sum()) if scope in set(distinct) else len(distinct)
+                for scope in data["scopes"]
+            },
+            "judge_labelled_training": cell["judge_labelled_training"],
+        }
+    )
 
 
 def smooth(values_T: Sequence[float], window: int = WINDOW) -> np.ndarray:
@@ -276,50 +261,6 @@ MEASURES = {
 """Measures of a rollout that are the same for every RL algorithm, unlike the reward it is paid."""
 
 
-def study_metrics(recipe: Recipe, rows: Rows, judge_labelled_training: bool, votes: Rows | None = None) -> Metrics:
-    """metrics.json of all seeds together; differences, and `net` of wins, also hold `p_value` and `p_holm`.
-
-    `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
-    a policy and a simple baseline, each for itself.
-
-    Args:
-        rows: of generations.parquet, with `seed`, `judge` and `second_judge`; the same judges in all.
-        votes: of votes.parquet, with `seed`; one judge and one rubric in all.
-    """
-    judges = {(row["judge"], row["second_judge"]) for row in rows}
-    assert len(judges) == 1, f"one table, one judge: {judges}"
-    judge, second_judge = next(iter(judges))
-
-    def bootstrap_of(questions: Rows, scope: str) -> UserBootstrap:
-        users, seeds = ([row[name] for row in questions] for name in ("user_id", "seed"))
-        return SeedUserBootstrap(
-            users, seeds, recipe.study.bootstrap_samples, stream_seed(recipe.seed, "study bootstrap", scope)
-        )
-
-    data = build_metrics(rows, recipe, votes, bootstrap_of)
-    families: dict[tuple[str, str, bool], Rows] = {}
-    for row in data["differences"]:
-        families.setdefault((row["scope"], row["metric"], row["than"] in BASELINES), []).append(row)
-    for row in data["wins"]:
-        if row["model"] not in REFERENCES:
-            what = f"wins by {row['by']}, {row['rubric']}"
-            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
-    for family in families.values():
-        for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_holm"] = corrected
-    data |= {
-        "seeds": len({row["seed"] for row in rows}),
-        "distinct_examples": {
-            scope: len({row["example_id"] for row in rows if scope in ("all", row["split"])})
-            for scope in data["scopes"]
-        },
-        "judge": judge,
-        "second_judge": second_judge,
-        "judge_labelled_training": judge_labelled_training,
-    }
-    return Metrics(data)
-
-
 class Curve(NamedTuple):
     """One measure of one algorithm over its training, all seeds."""
 
@@ -343,7 +284,7 @@ class Curve(NamedTuple):
 class Curves:
     """Look-ups in the rows of curves.parquet of one setting."""
 
-    def __init__(self, rows: Rows, setting: str) -> None:
+    def __init__(self, rows: Sequence[dict[str, Any]], setting: str) -> None:
         self._found: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
         for row in rows:
             if row["setting"] == setting:

@@ -41,7 +41,7 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         print("\n".join(describe(plan)))
         return
     if recipe.study.action == "run":
-        check_voters(plan)
+        check_readers(plan)
         workers = worker_environments(recipe.study.workers)
         with locked(Path(recipe.run_dir)) as lock:
             write_recipe(RunFolder(recipe))
@@ -60,20 +60,20 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         raise UserError(f"{len(failed)} of {len(plan.jobs)} run folders failed; what is finished stays valid:{listed}")
 
 
-def check_voters(plan: Plan) -> None:
-    """Refuse, before anything runs, votes and second readings that no judge could give.
+def check_readers(plan: Plan) -> None:
+    """Refuse, before anything runs, readings that no judge could give.
 
     Raises:
         UserError: names the setting of section `judge`.
     """
-    by_llm = [job for job in plan.readings if job.recipe.evaluate.second_judge == "llm"]
-    for name, jobs in (("vote", plan.votes), ("second_judge", by_llm)):
-        for job in jobs:
-            try:
+    for job in plan.readings:
+        reader = job.recipe.evaluate.readings[0].reader
+        try:
+            if reader in ("llm", "vote"):
                 LLMJudge(job.recipe.judge)
-            except UserError as error:
-                setting = "" if job.setting == BASE else f"study.settings '{job.setting}': "
-                raise UserError(f"{setting}evaluate.{name} asks the LLM judge: {error}") from None
+        except UserError as error:
+            setting = "" if job.setting == BASE else f"study.settings '{job.setting}': "
+            raise UserError(f"{setting}evaluate.readings: {reader} asks the LLM judge: {error}") from None
 
 
 def discard(plan: Plan, redo: Sequence[str]) -> None:
@@ -81,8 +81,8 @@ def discard(plan: Plan, redo: Sequence[str]) -> None:
     for job in plan.jobs:
         for stage in redo:
             job.run.discard_from(stage)
-    for job in plan.readers if redo else ():
-        if any(job.run.manifest(name) is None for name in job.recipe.stage_dirs):
+    for job in plan.readings if redo else ():
+        if job.run.missing_inputs(*job.stages):
             job.run.discard_from(*job.stages)
 
 

@@ -1,9 +1,8 @@
 """The study in words and tables. No text of the log comes in.
 
-What one number of the recipe does: settings that differ from `base` in nothing else (the paper's Figures 10 and 12).
-
-Such settings lie on an axis, with the recipe's own value among them. A model is on the chart when the setting makes
-it, or its answers, anew; what a setting does not concern (DPO and a setting of `rl`) would be a copy of `base`.
+An ablation is what one number of the recipe does: settings that differ from `base` in nothing else (the paper's Figures
+10 and 12) lie on an axis, with the recipe's own value among them. A model is on the chart when the setting makes it, or
+its answers, anew; what a setting does not concern (DPO and a setting of `rl`) would be a copy of `base`.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from tppo.core import show
 from tppo.core.config import Recipe
 from tppo.core.files import sha256_file
 from tppo.core.run import RunFolder
+from tppo.core.show import NOT_MEASURED, Table, digits, number, p_text, with_interval
 from tppo.core.stages import DISPLAY, MODEL_ORDER
-from tppo.core.stats import IntervalEstimate, SeedMean
-from tppo.evaluate.compare import Metrics, cost_rows, model_costs
+from tppo.core.stats import IntervalEstimate, SeedMean, estimate
+from tppo.evaluate.compare import Metrics, cost_table, model_costs
 from tppo.evaluate.metrics import BY_NAME, KL
 from tppo.judge.agreement import RESULT
 from tppo.report import words
@@ -35,81 +34,47 @@ FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
 """Order in which the first sentences name those the leading model is compared with."""
 
 
-@dataclass(frozen=True)
-class PlainTable:
-    """A table of texts, for the page and for Markdown; the first cell of a row is its head."""
-
-    id: str
-    title: str
-    note: str
-    heads: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [f"## {self.title}", "", self.note, ""]
-        if not self.rows:
-            return "\n".join([*lines, show.NOT_MEASURED, ""])
-        lines += [f"| {' | '.join(self.heads)} |", "|---" * len(self.heads) + "|"]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows), ""])
-
-
-def with_interval(found: IntervalEstimate, unit: str) -> str:
-    """ "62.1 [55.0, 68.2]"."""
-    return f"{show.number(found.value, unit)} {show.interval(found, unit)}".strip()
-
-
-def display(pair: tuple[str, str]) -> str:
-    return f"{DISPLAY[pair[0]]} minus {DISPLAY[pair[1]]}"
-
-
-def difference_row(metrics: Metrics, scope: str, model: str, than: str, metric: str) -> dict[str, Any]:
-    wanted = {"scope": scope, "model": model, "than": than, "metric": metric}
-    return next(row for row in metrics.data["differences"] if wanted.items() <= row.items())
-
-
 def claims(metrics: Metrics, scope: str) -> list[str]:
     """What the leading algorithm gains over each rival: "TPPO minus PPO: +2.4 points [+0.3, +4.5], ..."."""
     pairs = metrics.pairs(scope)
     if not pairs:
         return []
-    headline, leading = metrics.data["headline"], pairs[0][0]
+    headline, leading = metrics.headline, pairs[0][0]
     rivals = [than for model, than in pairs if model == leading]
     rivals.sort(key=lambda than: FIRST_RIVALS.index(than) if than in FIRST_RIVALS else len(FIRST_RIVALS))
     sentences = []
     for than in rivals:
-        row = difference_row(metrics, scope, leading, than, headline)
+        row = metrics.difference_row(scope, leading, than, headline)
         shift = words.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
         count = metrics.data["distinct_examples"][scope]
-        p = show.p_text(row["p_holm"])
+        p = p_text(row["p_holm"])
         p = p if p.startswith("<") else f"= {p}"
-        sentences.append(f"{display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
+        sentences.append(f"{words.display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
     return sentences
 
 
-def corrected_table(metrics: Metrics, scope: str) -> PlainTable:
-    names = [metrics.data["headline"], metrics.data["check"], "hit", "token_f1", "unparseable"]
-    if metrics.data["second_judge"]:
-        names += words.second_measures(metrics.data["headline"])
+def corrected_table(metrics: Metrics, scope: str) -> Table:
+    """The pairs of policies with p-values, as they are and corrected."""
+    names = [(name, "") for name in (metrics.headline, metrics.data["check"], "hit", "token_f1", "unparseable")]
+    names += words.second_measures(metrics)
     heads = ["Pair"]
-    for name in names:
-        heads += [BY_NAME[name].label + (", points" if BY_NAME[name].unit == "rate" else ""), "p", "corrected p"]
+    for name, reader in names:
+        heads += [words.head(BY_NAME[name], "points", reader), "p", "corrected p"]
     rows = []
-    for model, than in metrics.pairs(scope):
-        cells = [display((model, than))]
-        for name in names:
-            row = difference_row(metrics, scope, model, than, name)
-            found = metrics.difference(scope, model, than, name)
-            shift = show.signed_number(found.value, BY_NAME[name].unit)
-            interval = show.interval(found, BY_NAME[name].unit, signed=True)
-            cells += [f"{shift} {interval}".strip(), show.p_text(row["p_value"]), show.p_text(row["p_holm"])]
+    for pair in metrics.pairs(scope):
+        cells = [words.display(pair)]
+        for name, reader in names:
+            row = metrics.difference_row(scope, *pair, name, reader)
+            shown = with_interval(estimate(row), BY_NAME[name].unit, signed=True)
+            cells += [shown, p_text(row["p_value"]), p_text(row["p_holm"])]
         rows.append(cells)
     title = f"Corrected for {len(rows)} comparisons, {words.SCOPES[scope]}"
     note = (
         "Two-sided p-values of the bootstrap over users and seeds, as they are and corrected by Holm for the number of "
         "pairs in the column."
     )
-    return PlainTable(f"corrected-{scope}", title, note, heads, rows)
+    return Table(heads, rows, title, note, f"corrected-{scope}")
 
 
 def _mean_text(found: SeedMean, signed: bool = False) -> str:
@@ -119,9 +84,9 @@ def _mean_text(found: SeedMean, signed: bool = False) -> str:
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
-def distance_tables(metrics: Metrics) -> list[PlainTable]:
+def distance_tables(metrics: Metrics) -> list[Table]:
     """How far each policy went from SFT, and for what; none where no KL was measured on the evaluation users."""
-    scope, headline = metrics.scopes[0], BY_NAME[metrics.data["headline"]]
+    scope, headline = metrics.scopes[0], BY_NAME[metrics.headline]
     rows = []
     for model in metrics.policies:
         kl = metrics.cell(scope, model, KL.name)
@@ -131,7 +96,7 @@ def distance_tables(metrics: Metrics) -> list[PlainTable]:
         rates: list[float | None] = [None, None]
         if gain.value is not None and kl.value > 0:
             rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
-        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(show.number, rates)]
+        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(number, rates)]
         rows.append([DISPLAY[model], *shown, str(kl.examples)])
     note = (
         "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
@@ -141,10 +106,10 @@ def distance_tables(metrics: Metrics) -> list[PlainTable]:
     )
     gained = f"{headline.label}, over SFT"
     heads = ["Model", KL.label, gained, "Points for a nat", "Points for √nats", "Responses"]
-    return [PlainTable("distance", "Distance from SFT on the evaluation users", note, heads, rows)] if rows else []
+    return [Table(heads, rows, "Distance from SFT on the evaluation users", note, "distance")] if rows else []
 
 
-def equal_kl_table(curves: Curves) -> PlainTable:
+def equal_kl_table(curves: Curves) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         found = at_equal_kl(curves, measure)
@@ -152,22 +117,24 @@ def equal_kl_table(curves: Curves) -> PlainTable:
             continue
         head = f"{label}, at {found.kl:.2f} nats"
         rows += [[head, DISPLAY[model], _mean_text(value)] for model, value in found.values.items()]
-        rows += [[head, display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()]
+        rows += [
+            [head, words.display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()
+        ]
     note = (
         "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
         "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
         "over the seeds."
     )
-    return PlainTable("equal-kl", "At equal KL", note, ["Measure", "Model", "Mean over seeds"], rows)
+    return Table(["Measure", "Model", "Mean over seeds"], rows, "At equal KL", note, "equal-kl")
 
 
-def reach_table(curves: Curves) -> PlainTable:
+def reach_table(curves: Curves) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         for other in ("ppo", "ppo_sum"):
             for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
                 reached = "never" if found.update is None else str(found.update)
-                share = show.NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
+                share = NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
                 head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
                 rows.append([head, f"{found.best:.3f}", str(found.best_update), reached, share])
     note = (
@@ -175,24 +142,23 @@ def reach_table(curves: Curves) -> PlainTable:
         "in the rival's."
     )
     heads = ["What", "Value", "Rival's update", "TPPO's update", "Share, %"]
-    return PlainTable("reach", "Updates to the rivals' best", note, heads, rows)
+    return Table(heads, rows, "Updates to the rivals' best", note, "reach")
 
 
-def steadiness_table(curves: Curves) -> PlainTable:
+def steadiness_table(curves: Curves) -> Table:
     rows = []
     for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
         for model, found in steadiness_of(curves, measure).items():
-            numbers = [show.NOT_MEASURED if value is None else f"{value:.3f}" for value in found]
-            rows.append([label, DISPLAY[model], *numbers])
+            rows.append([label, DISPLAY[model], *map(digits, found)])
     note = (
         "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
         "change from one update to the next, divided by the root of 2, so that a trend does not count, mean over the "
         "seeds."
     )
-    return PlainTable("steady", "Steadiness", note, ["Measure", "Model", "Std, seeds", "Std, updates"], rows)
+    return Table(["Measure", "Model", "Std, seeds", "Std, updates"], rows, "Steadiness", note, "steady")
 
 
-def agreement_table(run: RunFolder) -> PlainTable:
+def agreement_table(run: RunFolder) -> Table:
     """What `tppo agreement` measured of the labels (the paper's Table 9); without rows when it did not.
 
     Args:
@@ -202,7 +168,7 @@ def agreement_table(run: RunFolder) -> PlainTable:
     report = labels.parent / "agreement" / RESULT
     shares = ["Relevant by the first, %", "By the second, %"]
     heads = ["Raters", "Questions", "Both answered", "Agree, %", "Kappa", *shares]
-    table = PlainTable("agreement", "Label agreement", "", heads, [])
+    table = Table(heads, [], "Label agreement", id="agreement")
     if not report.exists():
         return replace(table, note="Whether people, or another judge, agree with the labels (tppo agreement).")
     found = json.loads(report.read_text(encoding="utf-8"))
@@ -223,13 +189,13 @@ def agreement_table(run: RunFolder) -> PlainTable:
     return replace(table, note=note, rows=rows)
 
 
-def budget_table(plan: Plan) -> PlainTable:
+def budget_table(plan: Plan) -> Table:
     rows = [[DISPLAY[model], str(len(names)), ", ".join(names)] for model, names in settings_tried(plan).items()]
     note = "Settings with which each algorithm was tuned in this study. A fair comparison gives each the same number."
-    return PlainTable("budget", "Search budget", note, ["Model", "Settings", "Which"], rows)
+    return Table(["Model", "Settings", "Which"], rows, "Search budget", note, "budget")
 
 
-def cost_table(plan: Plan) -> PlainTable:
+def time_table(plan: Plan) -> Table:
     """Machine time of the finished stages, cells of one model and setting in one row."""
     groups: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for job in plan.jobs:
@@ -244,10 +210,10 @@ def cost_table(plan: Plan) -> PlainTable:
         rows.append(["All", *_cost_cells(total)])
     note = "Of the try that finished each stage: what an interrupted one had spent before is not in it."
     heads = ["Stage", "Times", "Minutes, all", "Peak memory, MiB"]
-    return PlainTable("cost", "Machine time", note, heads, rows)
+    return Table(heads, rows, "Machine time", note, "cost")
 
 
-def point_cost_table(plan: Plan, metrics: Metrics) -> PlainTable:
+def point_cost_table(plan: Plan, metrics: Metrics) -> Table:
     """What a point of the headline over SFT costs, by model: of the mean cell, and of the gain over all seeds."""
     scope = metrics.scopes[0]
     costs = []
@@ -263,16 +229,12 @@ def point_cost_table(plan: Plan, metrics: Metrics) -> PlainTable:
                 for values in zip(*((cost.seconds, cost.seconds_per_answer) for cost in found), strict=True)
             )
             costs.append(replace(found[0], seconds=seconds, seconds_per_answer=per_answer))
-    heads = ["Model", "Training minutes", "Labels", "Seconds a point", "Labels a point", "Seconds an answer"]
-    keys = ("label", "minutes", "labels", "seconds_per_point", "labels_per_point", "seconds_per_answer")
     note = (
         "All that was made for a model and not for SFT (its training, and the responses, labels and reward models that "
         "it reads, in full for each), mean of the seeds, for a percentage point of the headline over SFT. Intervals: "
         "those of the gain. Minutes are of the threads that the stages ran with."
     )
-    return PlainTable(
-        "point-cost", "Cost of a point", note, heads, [[row[key] for key in keys] for row in cost_rows(costs)]
-    )
+    return replace(cost_table(costs, note), title="Cost of a point", id="point-cost")
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:
@@ -285,13 +247,7 @@ def _cost_cells(found: Sequence[tuple[float, int]]) -> list[str]:
     return [str(len(found)), f"{sum(seconds) / 60:.1f}", str(max(memory))]
 
 
-CHANGE_NO_ANSWER = (
-    "evaluate.vote",
-    "evaluate.vote_examples",
-    "evaluate.distance_examples",
-    "evaluate.second_judge",
-    "evaluate.second_judge_examples",
-)
+CHANGE_NO_ANSWER = ("evaluate.readings",)
 FORM_MEASURES = ("queries_written", "response_tokens")
 """Shown beside the relevance: what a setting may trade it for."""
 
@@ -337,27 +293,23 @@ def _number(recipe: Recipe, name: str) -> float | None:
 
 def _rows(plan: Plan, collected: Collected, values: Mapping[str, float], measures: list[str]) -> list[dict[str, Any]]:
     rows = []
+    means = collected.means(measures)
     for (setting, model, seed), job in plan.cell_of.items():
-        if setting not in values or model not in MODEL_ORDER or job.name not in collected.rows:
+        if setting not in values or model not in MODEL_ORDER or job.name not in means.index:
             continue
         base = plan.cell_of.get((BASE, model, seed))
         anew = {name for name in values if plan.cell_of.get((name, model, seed)) not in (None, base)}
         if not anew or setting not in {BASE, *anew}:
             continue
-        answers = [row for row in collected.rows[job.name] if row["model"] == model]
-        means = {name: _mean([row[name] for row in answers]) for name in measures}
-        rows.append({"setting": setting, "value": values[setting], "model": model, "seed": seed, **means})
+        own = {"setting": setting, "value": values[setting], "model": model, "seed": seed}
+        found = means.loc[job.name].loc[model]
+        rows.append({**own, **{name: None if np.isnan(found[name]) else float(found[name]) for name in measures}})
     return rows
-
-
-def _mean(values: list[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return float(np.mean(measured)) if measured else None
 
 
 def ablation_measures(metrics: Metrics) -> list[str]:
     """Headline, check, and what the setting may trade them for."""
-    return [metrics.data["headline"], metrics.data["check"], *FORM_MEASURES]
+    return [metrics.headline, metrics.data["check"], *FORM_MEASURES]
 
 
 def ablation_charts(ablation: Ablation, measures: list[str]) -> list[Markup]:
@@ -375,19 +327,18 @@ def ablation_charts(ablation: Ablation, measures: list[str]) -> list[Markup]:
             seed_line(model, DISPLAY[model], [row for row in shown if row["model"] == model], "value", name)
             for model in models
         ]
-        title = BY_NAME[name].label + (", %" if unit == "rate" else "")
+        title = words.head(BY_NAME[name], "%")
         charts.append(line_chart([replace(line, marked=True) for line in lines], title, ablation.name))
     return [chart for chart in charts if chart]
 
 
-def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None], measures: list[str]) -> PlainTable:
+def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None], measures: list[str]) -> Table:
     """The same with intervals.
 
     Args:
         by_setting: metrics of each setting, `BASE` included; None for one without finished cells.
     """
-    heads = [ablation.name, "Model", "Seeds"]
-    heads += [BY_NAME[name].label + (", %" if BY_NAME[name].unit == "rate" else "") for name in measures]
+    heads = [ablation.name, "Model", "Seeds", *(words.head(BY_NAME[name], "%") for name in measures)]
     rows = []
     for setting, value in sorted(ablation.values.items(), key=lambda pair: pair[1]):
         metrics = by_setting[setting]
@@ -403,4 +354,4 @@ def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None],
         f"Settings that change nothing but {ablation.name}; only models that it concerns. Line: mean over the seeds. "
         "Band: one standard deviation between them. Choosing a value here is a choice made on the evaluation sets."
     )
-    return PlainTable(f"ablation-{ablation.name}", f"Ablation of {ablation.name}", note, heads, rows)
+    return Table(heads, rows, f"Ablation of {ablation.name}", note, f"ablation-{ablation.name}")

@@ -1,6 +1,6 @@
 """Prompt-injection payloads: texts that users, logs or a trained policy could put before an LLM judge.
 
-`tppo.judge.injection` places one in the history, the true next queries or the returned queries of an item.
+`injection.py` places one in the history, the true next queries or the returned queries of an item.
 The families: breaking out of the JSON of the user message, fake turns with the special tokens of chat
 templates, Markdown and XML structure, Unicode tricks, orders to score everything 1 in many languages, fake
 replies and tool calls, very long runs, escaped escapes. Special tokens are the public ones of the model families.

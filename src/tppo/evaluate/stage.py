@@ -1,0 +1,182 @@
+"""The evaluate stage: every policy answers the same prompts with the same seed; one judge reads all answers.
+
+Simple baselines (`tppo.generate.simple`) answer the same examples and go the same way. Two reference rows show the
+scale of the judge: `targets` judges the user's true next queries as if a model had written them, `other_user` judges
+those of another user of the same evaluation set. Writes answers.parquet, readings.parquet and metrics.json.
+
+Each (split, model) part is written to parts/ as soon as it is read; a restarted stage keeps the parts it finds (the run
+folder guarantees the same settings and inputs).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tppo.core.common import UserError
+from tppo.core.config import Recipe
+from tppo.core.files import write_json
+from tppo.core.models import SCRATCH
+from tppo.core.run import RunFolder
+from tppo.core.stages import evaluated_models
+from tppo.core.tables import Example, load_examples, read_table, write_table
+from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer
+from tppo.evaluate.compare import build_metrics, user_bootstrap
+from tppo.evaluate.readings import READINGS, judge_readings, text_readings, truth_readings
+from tppo.judge.embedding import Encoder
+from tppo.judge.label import make_judge, saved_judge
+from tppo.judge.verdict import Judge
+from tppo.logs.truth import known_truth
+
+
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Answer, read, compare.
+
+    Raises:
+        UserError: an evaluation set is empty, or a stage to the left is not finished.
+    """
+    check_settings(recipe)
+    judge, truth = choose_judge(recipe, run), known_truth(run)
+    encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
+    prepare, splits = run.require("prepare"), recipe.evaluate.splits
+    examples: dict[str, list[Example]]
+    examples = {split: choose_examples(recipe.evaluate, prepare, split, recipe.data_seed) for split in splits}
+    num_queries = recipe.task.num_queries
+
+    def read(model: str, chosen: list[Example], answers: list[Row]) -> list[Row]:
+        known = {example.example_id: example for example in chosen}
+        rows = judge_readings(judge, known, answers, f"judging {model}") + text_readings(known, answers, encoder)
+        return rows + (truth_readings(truth, known, answers, num_queries) if truth else [])
+
+    parts = folder / "parts"
+    parts.mkdir(exist_ok=True)
+    facts = _write_parts(recipe, run, examples, encoder, read, parts)
+    order = [(split, model) for split in examples for model in evaluated_models(recipe)]
+    tables = {}
+    for name, schema in (("answers", ANSWERS), ("readings", READINGS)):
+        paths = [path for split, model in order if (path := _part(parts, split, model, name)).exists()]
+        tables[name] = pa.concat_tables([read_table(path, schema) for path in paths])
+        write_table(folder / f"{name}.parquet", tables[name], schema)
+    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
+    frames = tables["answers"].to_pandas(), tables["readings"].to_pandas()
+    metrics = build_metrics(*frames, judge=judge.name, rubric=recipe.reward.rubric, bootstrap_of=bootstrap)
+    metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
+    write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(parts)
+    return {
+        "examples": {split: len(chosen) for split, chosen in examples.items()},
+        "users": {split: len({e.user_id for e in chosen}) for split, chosen in examples.items()},
+        "judge": judge.name,
+        **facts,
+        "headline": [row for row in metrics["rows"] if row["metric"] == metrics["headline"]],
+    }
+
+
+def _write_parts(
+    recipe: Recipe,
+    run: RunFolder,
+    examples: dict[str, list[Example]],
+    encoder: Encoder,
+    read: Callable[[str, list[Example], list[Row]], list[Row]],
+    parts: Path,
+) -> dict[str, Any]:
+    """Write every (split, model) part that is missing; returns facts about that.
+
+    Seconds are given for models that were answered and read as a whole in this attempt.
+    """
+    dropped: dict[str, int] = {}
+    seconds: dict[str, dict[str, float]] = {"seconds_answering": {}, "seconds_judging": {}}
+    for model in evaluated_models(recipe):
+        missing = {split: e for split, e in examples.items() if not _part(parts, split, model, "readings").exists()}
+        if not missing:
+            continue
+        took: dict[str, float] = defaultdict(float)
+        start = time.monotonic()
+        answerer = make_answerer(model, recipe, run, encoder)
+        for split, chosen in missing.items():
+            answers = answerer(split, chosen)
+            answered = time.monotonic()
+            took["seconds_answering"] += answered - start
+            if answers is not None:
+                rows = answer_rows(answers, chosen, model=model, seed=recipe.seed, num_queries=recipe.task.num_queries)
+                write_table(_part(parts, split, model, "answers"), rows, ANSWERS)
+                # Last: a part is whole when its readings are there.
+                write_table(_part(parts, split, model, "readings"), read(model, chosen, rows), READINGS)
+                if answers.dropped_events is not None:
+                    dropped[f"{split}.{model}"] = answers.dropped_events
+            start = time.monotonic()
+            took["seconds_judging"] += start - answered
+        if len(missing) == len(examples):
+            for name, value in took.items():
+                seconds[name][model] = round(value, 1)
+    return {"history_events_dropped_to_fit_the_prompt": dropped, **seconds}
+
+
+def _part(parts: Path, split: str, model: str, name: str) -> Path:
+    return parts / f"{split}.{model}.{name}.parquet"
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Settings that cannot work.
+
+    Raises:
+        UserError: names the setting and what it has to be.
+    """
+    settings = recipe.evaluate
+    readers = [reading.reader for reading in settings.readings]
+    everybody = evaluated_models(replace(recipe, evaluate=replace(settings, models=[])))
+    wrong = [
+        (not settings.splits, "splits is empty: name eval1, eval2 or both"),
+        (settings.bootstrap_samples < 100, f"bootstrap_samples={settings.bootstrap_samples}: give at least 100"),
+        (settings.batch_size < 1, f"batch_size={settings.batch_size}: give at least 1"),
+        (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
+        (
+            "best_of_n" in settings.baselines and settings.best_of < 2,
+            f"best_of={settings.best_of}: best_of_n chooses among at least 2",
+        ),
+        (
+            "best_of_n" in settings.baselines and settings.temperature == 0,
+            "temperature=0 draws one and the same response, so best_of_n has no choice: raise it or take best_of_n out",
+        ),
+        (
+            len(set(settings.baselines)) < len(settings.baselines),
+            f"baselines={settings.baselines} names one twice",
+        ),
+        (len(set(readers)) < len(readers), f"readings name a reader twice: {readers}"),
+        (
+            not set(settings.models) <= set(everybody),
+            f"models={settings.models}: this recipe has {everybody}",
+        ),
+    ]
+    for is_wrong, words in wrong:
+        if is_wrong:
+            raise UserError(f"evaluate.{words}")
+    if settings.untuned and recipe.sft.model == SCRATCH:
+        raise UserError(f"evaluate.untuned asks for answers of random weights (sft.model={SCRATCH}): leave it out")
+
+
+def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
+    """The judge named by `evaluate.judge`.
+
+    Raises:
+        UserError: it does not judge what the reward models learnt, the headline of the report.
+    """
+    kind = recipe.evaluate.judge
+    if kind == "label":
+        judge = saved_judge(run.require("label"), recipe.judge)
+    else:
+        train = load_examples(run.require("prepare"), "train")
+        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
+    if recipe.reward.rubric not in judge.rubrics:
+        raise UserError(
+            f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "
+            "it out: add it, since it is the headline of the report"
+        )
+    return judge
