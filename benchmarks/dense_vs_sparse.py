@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.helpers.tabular import TokenMDP, at_last, measure
+from tppo.core.show import Table
 
 MEASURES = ("norm", "variance", "noise", "signal", "cosine")
 
@@ -140,10 +139,7 @@ def main() -> None:
         f"sparse / dense: median [5%, 95%] over {arguments.seeds} seeds; all {len(mdp.tokens_BT)} responses of at most "
         f"{arguments.horizon} tokens, vocabulary {arguments.vocabulary}"
     )
-    table = Table(title=title, title_justify="left")
-    for head in ("rewards", "critic", "gamma", "lambda", *MEASURES):
-        table.add_column(head, justify="left" if head in ("rewards", "critic") else "right")
-    rows = []
+    rows, shown = [], []
     for setting in SETTINGS:
         samples = [ratios(mdp, setting, seed) for seed in range(arguments.seeds)]
         quantiles = {
@@ -153,11 +149,9 @@ def main() -> None:
             for name in MEASURES
         }
         rows.append({**setting._asdict(), **quantiles})
-        cells = [
-            f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("[", "\\[") for middle, low, high in quantiles.values()
-        ]
-        table.add_row(setting.rewards, setting.critic, str(setting.gamma), str(setting.lam), *cells)
-    Console(width=160).print(table)
+        cells = [f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in quantiles.values()]
+        shown.append([setting.rewards, setting.critic, str(setting.gamma), str(setting.lam), *cells])
+    print(Table(("rewards", "critic", "gamma", "lambda", *MEASURES), shown, title=title).markdown())
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

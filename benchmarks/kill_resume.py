@@ -33,6 +33,7 @@ from tppo import cli
 from tppo.core.config import Scratch
 from tppo.core.files import read_jsonl
 from tppo.core.models import load_encoder_path
+from tppo.core.stages import MODULES
 from tppo.rl.loop import TIME_COLUMNS
 from tppo.tune.scratch import llama_config, make_policy, train_tokenizer
 
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TPPO_HASH_KEY": "kill-resume"}
-    for module in cli.MODULES.values():
+    for module in MODULES.values():
         importlib.import_module(module)
     moments = np.random.default_rng(arguments.seed).uniform(size=arguments.kills)
     stage = arguments.stage

@@ -10,51 +10,44 @@ With --reward_values paper every word pays, relevant or not, so that length itse
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-from true_reward import (
-    Base,
-    Runs,
-    add_arguments,
-    curves,
-    final,
-    make_base,
-    mean_std,
-    plot,
-    rl_config,
-    run_variants,
-)
+from true_reward import Base, Runs, add_arguments, curves, final, mean_std, measure, rl_config
+
+from tppo.core.config import RL
+from tppo.core.show import Table
 
 PANELS = {"response_length": "response length, tokens", "queries": "queries", "words_relevant": "true relevance: words"}
+HEADS = (
+    *("alpha", "first length", "final length", "longest mean", "queries"),
+    *("words relevant, %", "unparseable, %", "KL"),
+)
 
 
 def table(runs: Runs, base: Base) -> Table:
-    suggested = base.scale.suggested_length
-    limit = base.recipe.task.max_response_tokens
-    found = Table(
-        title=f"mean ± std over the seeds; suggested length {suggested:g} tokens, limit {limit}", title_justify="left"
-    )
-    found.add_column("alpha")
-    heads = ("first length", "final length", "longest mean", "queries", "words relevant, %", "unparseable, %", "KL")
-    for head in heads:
-        found.add_column(head, justify="right")
+    rows = []
     for name, seeds in runs.items():
         lengths_SU = curves(seeds, "response_length")
-        found.add_row(
-            name,
-            mean_std(lengths_SU[:, 0]),
-            mean_std(final(seeds, "response_length")),
-            f"{np.max(lengths_SU.mean(0)):.2f}",
-            mean_std(final(seeds, "queries")),
-            mean_std(final(seeds, "words_relevant"), percent=True),
-            mean_std(final(seeds, "unparseable"), percent=True),
-            mean_std(final(seeds, "kl")),
+        rows.append(
+            [
+                name,
+                mean_std(lengths_SU[:, 0]),
+                mean_std(final(seeds, "response_length")),
+                f"{np.max(lengths_SU.mean(0)):.2f}",
+                mean_std(final(seeds, "queries")),
+                mean_std(final(seeds, "words_relevant"), percent=True),
+                mean_std(final(seeds, "unparseable"), percent=True),
+                mean_std(final(seeds, "kl")),
+            ]
         )
-    return found
+    suggested, limit = base.scale.suggested_length, base.recipe.task.max_response_tokens
+    title = f"mean ± std over the seeds; suggested length {suggested:g} tokens, limit {limit}"
+    return Table(HEADS, rows, title=title)
+
+
+def variants(arguments: argparse.Namespace) -> dict[str, RL]:
+    fixed = {"algorithm": "tppo", "reward_values": arguments.reward_values}
+    return {f"alpha {alpha:g}": rl_config(arguments, length_penalty_alpha=alpha, **fixed) for alpha in arguments.alphas}
 
 
 def main() -> None:
@@ -62,26 +55,8 @@ def main() -> None:
     add_arguments(parser, seeds=3, updates=60)
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0])
     parser.add_argument("--reward_values", choices=["base_rate", "centered", "paper"], default="base_rate")
-    arguments = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    with ExitStack() as stack:
-        base = make_base(arguments, stack)
-        print(f"SFT: {base.sft}; {base.scale}", flush=True)
-        limit = base.recipe.task.max_response_tokens
-        if base.scale.suggested_length >= limit:
-            print(
-                f"the suggested length is not below the limit of {limit} tokens, so no alpha is felt: train SFT longer"
-            )
-        variants = {
-            f"alpha {alpha:g}": rl_config(
-                arguments, algorithm="tppo", length_penalty_alpha=alpha, reward_values=arguments.reward_values
-            )
-            for alpha in arguments.alphas
-        }
-        runs = run_variants(arguments, base, variants)
-        Console(width=160).print(table(runs, base))
-    if arguments.output:
-        plot(runs, PANELS, arguments.output.with_suffix(".png"))
+    base, runs = measure(parser, variants, PANELS)
+    print(table(runs, base).markdown())
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from tppo.core.show import Table
 
 KL_COEF, LEARNING_RATE = 0.05, 5e-6
 TRL = ("torch==2.13.0", "trl==1.9.0", "transformers==5.23.0")
@@ -253,20 +252,13 @@ def merged(turns: list[dict[str, Any]], work: Work) -> dict[str, Any]:
 def show(title: str, results: dict[str, dict[str, Any]]) -> None:
     """Median and range over all measured updates."""
     parts = next(iter(result["parts"] for result in results.values() if "parts" in result), {})
-    table = Table(title=title, title_justify="left")
-    for head in (
-        "",
-        "updates",
-        "s / update",
-        *(name.removeprefix("seconds_") for name in parts),
-        "% of bf16 GEMM peak",
-    ):
-        table.add_column(head, justify="right" if head else "left")
+    rows = []
     for name, result in results.items():
         cells = [spread(result["parts"][part]) if "parts" in result else "" for part in parts]
         share = spread([100 * value for value in result["share_of_peak"]], 1) if "parts" in result else ""
-        table.add_row(name, str(len(result["seconds"])), spread(result["seconds"]), *cells, share)
-    Console(width=170).print(table)
+        rows.append([name, str(len(result["seconds"])), spread(result["seconds"]), *cells, share])
+    names = [name.removeprefix("seconds_") for name in parts]
+    print(Table(("", "updates", "s / update", *names, "% of bf16 GEMM peak"), rows, title=title).markdown())
 
 
 def race(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:

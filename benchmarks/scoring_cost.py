@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from tppo.core.config import RL, Recipe, Task
 from tppo.core.files import read_jsonl
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
+from tppo.core.show import Table
 from tppo.core.stages import rl_stage
 from tppo.core.tables import RESPONSES, load_examples, read_table
 from tppo.generate.engine import Generation, encode_examples
@@ -101,21 +100,21 @@ def spread(values: Sequence[float], digits: int) -> str:
 def show(measured: dict[str, Any]) -> None:
     """Medians and ranges."""
     updates = measured["updates"]
-    table = Table(title=f"{measured['stage']}: shares of an update, {updates['updates']} updates", title_justify="left")
-    table.add_column("")
-    table.add_column("%", justify="right")
-    for name, shares in updates["shares"].items():
-        table.add_row(name.removeprefix("seconds_"), spread([100 * share for share in shares], 1))
-    Console().print(table)
+    rows: list[tuple[str, ...]] = [
+        (name.removeprefix("seconds_"), spread([100 * share for share in shares], 1))
+        for name, shares in updates["shares"].items()
+    ]
+    title = f"{measured['stage']}: shares of an update, {updates['updates']} updates"
+    print(Table(("", "%"), rows, title=title).markdown())
     print(f"seconds of an update: {spread(updates['seconds'], 2)}")
     if measured["race"]:
-        table = Table(title=f"a batch of {measured['batch_size']}, {measured['threads']} threads", title_justify="left")
-        for head in ("", "seconds", "of policy forward"):
-            table.add_column(head, justify="right" if head else "left")
         forward = statistics.median(measured["race"]["policy forward"])
-        for name, seconds in measured["race"].items():
-            table.add_row(name, spread(seconds, 3), f"{statistics.median(seconds) / forward:.2f}")
-        Console().print(table)
+        rows = [
+            (name, spread(seconds, 3), f"{statistics.median(seconds) / forward:.2f}")
+            for name, seconds in measured["race"].items()
+        ]
+        title = f"a batch of {measured['batch_size']}, {measured['threads']} threads"
+        print(Table(("", "seconds", "of policy forward"), rows, title=title).markdown())
 
 
 def parse_arguments() -> argparse.Namespace:

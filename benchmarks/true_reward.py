@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,25 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int, updates: int) -> 
     parser.add_argument("--output", type=Path, help="write every seed and update as JSON, and curves as .png beside it")
 
 
-def make_base(arguments: argparse.Namespace, stack: ExitStack) -> Base:
-    """Log, SFT policy and its samples, in `arguments.base` or in a folder that goes with `stack`."""
-    root = arguments.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+def measure(
+    parser: argparse.ArgumentParser, variants_of: Callable[[argparse.Namespace], dict[str, RL]], panels: dict[str, str]
+) -> tuple[Base, Runs]:
+    """The base, and every variant that the arguments ask for; with --output, JSON and curves as well."""
+    arguments = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    with tempfile.TemporaryDirectory() as temporary:
+        base = make_base(arguments, arguments.base or Path(temporary))
+        print(f"SFT: {base.sft}; {base.scale}", flush=True)
+        if base.scale.suggested_length >= (limit := base.recipe.task.max_response_tokens):
+            print(f"the suggested length is not below the limit of {limit} tokens, so no length penalty is felt")
+        runs = run_variants(arguments, base, variants_of(arguments))
+    if arguments.output:
+        plot(runs, panels, arguments.output.with_suffix(".png"))
+    return base, runs
+
+
+def make_base(arguments: argparse.Namespace, root: Path) -> Base:
+    """Log, SFT policy and its samples, made in `root` or found there."""
     recipe = Recipe(
         run_dir=str(root / "run"),
         task=Task(num_queries=3, history_events=6, max_prompt_tokens=160, max_response_tokens=40),
@@ -158,27 +173,19 @@ def _sample_shares(run: RunFolder, known: Truth, examples: Sequence[Example]) ->
 def rl_config(arguments: argparse.Namespace, **settings: Any) -> RL:
     """The settings every variant of a benchmark has, and its own."""
     size = arguments.batch_size
-    return replace(
-        RL(updates=arguments.updates, batch_size=size, minibatch_size=size, micro_batch_size=size, precision="fp32"),
-        learning_rate=arguments.learning_rate,
-        kl_coef=arguments.kl_coef,
-        **settings,
-    )
+    sizes = {"batch_size": size, "minibatch_size": size, "micro_batch_size": size}
+    rates = {"learning_rate": arguments.learning_rate, "kl_coef": arguments.kl_coef}
+    return RL(**{"updates": arguments.updates, "precision": "fp32", **sizes, **rates, **settings})
 
 
 def train(base: Base, config: RL, seed: int) -> list[Row]:
     """One RL run from the SFT policy; metrics of every update, true shares among them."""
-    model, tokenizer = load_policy(base.sft_model, dtype=torch.float32)
-    prompts, _ = encode_examples(tokenizer, base.examples, base.recipe.task)
-    trainer = TokenPPOTrainer(
-        model,
-        QueryReward(base.truth, base.examples, config, base.recipe.task, base.scale),
-        prompts,
-        config,
-        tokenizer=tokenizer,
-        max_response_tokens=base.recipe.task.max_response_tokens,
-        seed=seed,
-    )
+    task = base.recipe.task
+    model, tokenizer = load_policy(base.sft_model)
+    prompts, _ = encode_examples(tokenizer, base.examples, task)
+    reward = QueryReward(base.truth, base.examples, config, task, base.scale)
+    limit = task.max_response_tokens
+    trainer = TokenPPOTrainer(model, reward, prompts, config, tokenizer=tokenizer, max_response_tokens=limit, seed=seed)
     return [trainer.step().metrics for _ in range(config.updates)]
 
 
@@ -191,17 +198,10 @@ def run_variants(arguments: argparse.Namespace, base: Base, variants: dict[str, 
             runs[name].append(train(base, config, seed))
             print(f"{name}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
             if arguments.output:
-                write_json(
-                    arguments.output,
-                    {
-                        "task": asdict(base.recipe.task),
-                        "sft": base.sft,
-                        "response_share": arguments.response_share,
-                        "scale": base.scale._asdict(),
-                        "configs": {name: asdict(config) for name, config in variants.items()},
-                        "runs": runs,
-                    },
-                )
+                made = {"task": asdict(base.recipe.task), "sft": base.sft, "scale": base.scale._asdict()}
+                made |= {"response_share": arguments.response_share}
+                made |= {"configs": {name: asdict(config) for name, config in variants.items()}, "runs": runs}
+                write_json(arguments.output, made)
     return runs
 
 

@@ -9,40 +9,45 @@ is known: one letter pays when the letter before it was another, and repeating t
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
 
-from tppo.core.config import RL
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.helpers.letters import PROMPTS, WORDS, letter_tokenizer
+from tppo.core.config import RL, Scratch
+from tppo.core.show import Table
 from tppo.rl import policy
 from tppo.rl.reward_function import Sample
 from tppo.rl.trainer import TokenPPOTrainer
+from tppo.tune.scratch import llama_config, make_policy
 
-GOOD, LETTERS = 5, 20
+GOOD = 5
 
 
 class AdamFit:
     """A linear head with some Adam steps a rollout."""
 
     def __init__(self, hidden: int, learning_rate: float, steps: int) -> None:
-        self.head, self.steps = policy.ValueHead(hidden), steps
+        self.head, self.steps = nn.Linear(hidden, 1), steps
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def predict(self, hidden_ND: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.head(hidden_ND)
+            return self.head(hidden_ND).squeeze(-1)
 
     @torch.enable_grad()
     def fit(self, hidden_ND: Tensor, returns_N: Tensor) -> None:
         for _ in range(self.steps):
             self.optimizer.zero_grad()
-            (0.5 * (self.head(hidden_ND) - returns_N).square().mean()).backward()
+            (0.5 * (self.head(hidden_ND).squeeze(-1) - returns_N).square().mean()).backward()
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
             self.optimizer.step()
 
@@ -59,7 +64,7 @@ class ProbeFit:
         return self.probe(hidden_ND)
 
     def fit(self, hidden_ND: Tensor, returns_N: Tensor) -> None:
-        self.probe.accept(self.probe.fitted(hidden_ND, returns_N))
+        self.probe.load_state_dict(self.probe.fitted(hidden_ND, returns_N))
 
 
 def known_reward(samples: list[Sample]) -> list[list[float]]:
@@ -77,22 +82,8 @@ def known_reward(samples: list[Sample]) -> list[list[float]]:
 
 
 def make_trainer(hidden: int, batch: int, learning_rate: float) -> TokenPPOTrainer:
-    words = {token: i for i, token in enumerate(["<eos>", *(chr(ord("a") + i) for i in range(LETTERS))])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    torch.manual_seed(0)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    sizes = Scratch(hidden_size=hidden, intermediate_size=2 * hidden, layers=2, heads=4)
+    lm = make_policy(llama_config(sizes, len(WORDS), positions=32), seed=0)
     config = RL(
         batch_size=batch,
         minibatch_size=batch,
@@ -101,9 +92,9 @@ def make_trainer(hidden: int, batch: int, learning_rate: float) -> TokenPPOTrain
         kl_coef=0.01,
         precision="fp32",
     )
-    prompts: list[Any] = [[1 + (i * j) % LETTERS for j in range(1, 3 + i % 4)] for i in range(24)]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
-    return TokenPPOTrainer(lm, known_reward, prompts, config, tokenizer=tokenizer, max_response_tokens=12, seed=1)
+    return TokenPPOTrainer(
+        lm, known_reward, PROMPTS, config, tokenizer=letter_tokenizer(), max_response_tokens=12, seed=1
+    )
 
 
 def explained_variances(trainer: TokenPPOTrainer, fits: dict[str, Any], updates: int) -> dict[str, list[float]]:
@@ -112,8 +103,8 @@ def explained_variances(trainer: TokenPPOTrainer, fits: dict[str, Any], updates:
     score_tokens: Callable[..., Any] = trainer._score_tokens
     cached: list[Any] = []
 
-    def remember(batch: Any) -> Any:
-        cached[:] = [score_tokens(batch)]
+    def remember(*arguments: Any) -> Any:
+        cached[:] = [score_tokens(*arguments)]
         return cached[0]
 
     trainer._score_tokens = remember  # type: ignore[method-assign]
@@ -145,11 +136,12 @@ def main() -> None:
     trainer = make_trainer(arguments.hidden, arguments.batch, arguments.learning_rate)
     found = explained_variances(trainer, fits, arguments.updates)
     third = max(2, arguments.updates // 3)
-    table = Table("fit", "first third", "middle", "last third", "worst", title="explained variance of the next rollout")
+    rows = []
     for name, values in found.items():
         parts = (values[1:third], values[third:-third], values[-third:])
-        table.add_row(name, *(f"{sum(part) / max(1, len(part)):+.2f}" for part in parts), f"{min(values[1:]):+.2f}")
-    Console().print(table)
+        rows.append([name, *(f"{sum(part) / max(1, len(part)):+.2f}" for part in parts), f"{min(values[1:]):+.2f}"])
+    heads = ("fit", "first third", "middle", "last third", "worst")
+    print(Table(heads, rows, title="explained variance of the next rollout").markdown())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from tppo.logs import prepare
 from tppo.reward import gate, train
 from tppo.reward.longformer import to_longformer
 from tppo.reward.models import first_layers
-from tppo.rl.trainer import check_config
+from tppo.rl.guards import check_config
 from tppo.tune import scratch
 from tppo.tune.trl import check_batch_sizes
 

@@ -73,7 +73,7 @@ def test_the_sample_that_rl_pays_most_is_kept(recipe_and_run: tuple[Any, RunFold
     for number, example in enumerate(EXAMPLES):
         samples = drawn[4 * number : 4 * number + 4]
         assert len({sample.response for sample in samples}) > 1
-        reward_fn = query_reward(recipe, run, recipe.rl, [example], tokenizer)
+        reward_fn = query_reward(run, recipe.rl, recipe.task, [example], tokenizer)
         rewards = [sum(row) for row in reward_fn([make_sample(tokenizer, sample, 0) for sample in samples]).rewards]
         best = samples[rewards.index(max(rewards))]
         assert max(rewards) > min(rewards)

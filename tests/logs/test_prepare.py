@@ -16,7 +16,7 @@ from tppo.core.config import Prepare, Recipe, Synthetic, Task
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import EXAMPLES, REJECTS, Example, load_examples, read_table
 from tppo.logs import prepare, synthetic
-from tppo.logs.clean import UserHasher
+from tppo.logs.clean import hash_user
 from tppo.logs.readers import REASONS, RawRow
 
 KEY = "a key for the tests only"
@@ -73,14 +73,15 @@ def run_rows(folder: Path, content: str | bytes, **options: Any) -> tuple[dict[s
 
 def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ...]]:
     """Examples by the definitions in tppo.logs.examples, written as plain loops."""
-    hasher = UserHasher(KEY.encode())
     rows: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for number, line in enumerate(path.read_text().splitlines()[1:], start=2):
         fields = line.split("\t")
-        cleaned = prepare.clean_row(RawRow(number, *fields), settings.max_text_chars) if len(fields) == 4 else "bad"
-        if not isinstance(cleaned, str):
-            when, kind, text, _ = cleaned
-            rows[hasher.hash(fields[0])].append((when, number, kind, text))
+        if len(fields) != 4:
+            continue
+        cleaned = prepare.clean_row(RawRow(number, *fields), KEY.encode(), settings.max_text_chars)
+        reason, _, when, kind, text, _ = cleaned
+        if reason is None:
+            rows[hash_user(KEY.encode(), fields[0])].append((when, number, kind, text))
     events: dict[int, list[tuple[Any, ...]]] = {}
     for user, found in rows.items():
         sequence, seen, since, query = [], set(), set(), None

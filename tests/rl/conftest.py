@@ -6,23 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.letters import PROMPTS, letter_tokenizer
 from tppo.core.config import RL
+from tppo.rl.policy import training_state
 from tppo.rl.reward_function import Scores
 from tppo.rl.trainer import TokenPPOTrainer
 
-LETTERS = [chr(ord("a") + i) for i in range(20)]
 GOOD = 5  # the id of the token the rewards below like
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *LETTERS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
+    return letter_tokenizer()
 
 
 def make_lm(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
@@ -79,16 +76,8 @@ def make_trainer(tokenizer: Any) -> Any:
             }
             | settings
         )
-        prompts = [[1 + (i * j) % 20 for j in range(1, 3 + i % 4)] for i in range(24)]
-        return TokenPPOTrainer(
-            make_lm() if lm is None else lm,
-            reward_fn,
-            prompts,
-            config,
-            tokenizer=tokenizer,
-            max_response_tokens=8,
-            seed=seed,
-        )
+        lm = make_lm() if lm is None else lm
+        return TokenPPOTrainer(lm, reward_fn, PROMPTS, config, tokenizer=tokenizer, max_response_tokens=8, seed=seed)
 
     return make
 
@@ -110,12 +99,7 @@ def weights() -> Any:
     """`weights(trainer)`: a copy of every tensor an update may change, the optimizer's included."""
 
     def copy(trainer: TokenPPOTrainer) -> dict[str, torch.Tensor]:
-        names = {parameter: name for name, parameter in trainer.policy.named_parameters()}
-        moments = {
-            f"{names[parameter]}|{key}": value
-            for parameter, state in trainer.optimizer.state.items()
-            for key, value in state.items()
-        }
+        moments = training_state(trainer.policy, trainer.optimizer)["optimizer"]
         return {name: value.clone() for name, value in {**trainer.policy.state_dict(), **moments}.items()}
 
     return copy

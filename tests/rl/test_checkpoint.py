@@ -62,7 +62,7 @@ def test_resume_is_exact_for_every_kind_of_state(make_trainer, tmp_path, weights
     assert_same(weights(resumed), weights(straight))
     assert resumed.kl_coef == straight.kl_coef
     for name in ("best", "last_good"):
-        a, b = getattr(straight.kept, name), getattr(resumed.kept, name)
+        a, b = straight.kept[name], resumed.kept[name]
         assert (a.update, a.value) == (b.update, b.value)
         assert_same(a.weights, b.weights)
 

@@ -121,10 +121,10 @@ def test_the_probe_is_the_ridge_solution_and_forgets(monkeypatch):
     monkeypatch.setattr(policy, "RIDGES", (1e-9,))
     probe, true = policy.ValueProbe(6), torch.randn(6)
     hidden = torch.randn(400, 6)
-    probe.accept(probe.fitted(hidden, hidden @ true + 2.0))
+    probe.load_state_dict(probe.fitted(hidden, hidden @ true + 2.0))
     torch.testing.assert_close(probe(hidden), hidden @ true + 2.0, atol=1e-4, rtol=0)
     for _ in range(40):
-        probe.accept(probe.fitted(hidden, hidden @ -true))
+        probe.load_state_dict(probe.fitted(hidden, hidden @ -true))
     torch.testing.assert_close(probe(hidden), hidden @ -true, atol=1e-2, rtol=0)
 
 
@@ -133,7 +133,7 @@ def test_the_probe_stays_at_the_mean_when_there_is_nothing_to_learn():
     torch.manual_seed(0)
     probe = policy.ValueProbe(64)
     for _ in range(10):
-        probe.accept(probe.fitted(torch.randn(10, 64), torch.randn(10) + 3))
+        probe.load_state_dict(probe.fitted(torch.randn(10, 64), torch.randn(10) + 3))
     predicted = probe(torch.randn(500, 64))
     assert predicted.std() < 0.3
     assert predicted.mean().item() == pytest.approx(3, abs=0.5)
@@ -185,7 +185,7 @@ def test_lora(make_trainer, precision):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_reference_is_smaller_and_the_same_to_the_last_bit(tiny_lm, make_trainer, tied):
     lm = tiny_lm(tie_word_embeddings=tied)
-    reference = reference_copy(lm, RL(precision="bf16"))
+    reference = reference_copy(lm, "bf16")
     dtypes = {name: p.dtype for name, p in reference.named_parameters()}
     assert dtypes["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert dtypes["model.embed_tokens.weight"] == torch.float32

@@ -136,16 +136,16 @@ def test_noise_inside_the_model_is_named(make_trainer):
     [(0.3, r"Sampling used a temperature below rl\.temperature=1, top-k, top-p"), (3.0, "a temperature above")],
 )
 def test_a_rollout_at_another_temperature_is_named(make_trainer, tiny_lm, monkeypatch, temperature, cause):
-    roll_out = trainer_module.roll_out
+    generate = trainer_module.generate
 
     def other_temperature(*args, **kwargs):
-        return roll_out(*args, **kwargs | {"temperature": temperature})
+        return generate(*args, **kwargs | {"temperature": temperature})
 
     # Random weights this large give a distribution that is far from uniform.
     lm = tiny_lm(initializer_range=0.3)
     settings = {"batch_size": 128, "minibatch_size": 128, "micro_batch_size": 128}
     make_trainer(lm=lm, **settings).step()
-    monkeypatch.setattr(trainer_module, "roll_out", other_temperature)
+    monkeypatch.setattr(trainer_module, "generate", other_temperature)
     with pytest.raises(GuardError, match=cause):
         make_trainer(lm=lm, **settings).step()
 
@@ -153,14 +153,14 @@ def test_a_rollout_at_another_temperature_is_named(make_trainer, tiny_lm, monkey
 def test_negative_kl_beyond_noise_is_named():
     """Samples of the reference, scored as if they were the policy's."""
     torch.manual_seed(0)
-    config, mask = RL(), torch.ones(64, 4, dtype=torch.bool)
+    mask = torch.ones(64, 4, dtype=torch.bool)
     policy, reference = torch.randn(50).log_softmax(-1), torch.randn(50).log_softmax(-1)
     entropy = torch.full((64, 4), -(policy.exp() * policy).sum().item())
     own = torch.multinomial(policy.exp(), 256, replacement=True).view(64, 4)
-    guards.check_sampling(policy[own], entropy, (policy - reference)[own].sum(-1), mask, config, 1)
+    guards.check_sampling(policy[own], entropy, (policy - reference)[own].sum(-1), mask, 1.0, 1)
     foreign = torch.multinomial(reference.exp(), 256, replacement=True).view(64, 4)
     with pytest.raises(GuardError, match=r"KL -\d.*a sampling copy with other weights"):
-        guards.check_sampling(policy[foreign], entropy, (policy - reference)[foreign].sum(-1), mask, config, 1)
+        guards.check_sampling(policy[foreign], entropy, (policy - reference)[foreign].sum(-1), mask, 1.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_negative_kl_beyond_noise_is_named():
 )
 def test_out_of_memory_names_the_setting_to_lower(error, place, setting):
     def work():
-        with guards.out_of_memory_named(RL(batch_size=16), place):
+        with guards.phase(place, RL(batch_size=16), {}):
             if error == "real":
                 torch.empty(1 << 60)
             raise error
@@ -188,7 +188,7 @@ def test_out_of_memory_names_the_setting_to_lower(error, place, setting):
 
 
 def test_other_runtime_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shapes"), guards.out_of_memory_named(RL(), "update"):
+    with pytest.raises(RuntimeError, match="shapes"), guards.phase("update", RL(), {}):
         raise RuntimeError("shapes do not match")
 
 

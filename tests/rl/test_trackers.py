@@ -58,7 +58,7 @@ def file_tracker(monkeypatch, tmp_path):
     """Stands where trackio's class does; a function that reads back what it wrote under one key."""
     monkeypatch.setattr(FileTracker, "path", tmp_path / "tracker.jsonl")
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", FileTracker)
-    monkeypatch.setitem(loop.INSTALLED, "trackio", lambda: True)
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["trackio"])
 
     def read(key):
         rows = [json.loads(line) for line in FileTracker.path.read_text().splitlines()]
@@ -150,7 +150,7 @@ def test_nothing_can_ask_for_a_login(make_trainer, tmp_path, file_tracker, monke
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
 def test_a_missing_package_is_named_before_any_update(make_trainer, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(loop.INSTALLED, name, lambda: False)
+    monkeypatch.setattr(loop, "get_available_trackers", list)
     trainer = make_trainer(**SETTINGS, trackers=[name])
     with pytest.raises(UserError, match=rf"{name}, which is not installed: `pip install {name}`"):
         train(trainer, tmp_path / "rl")

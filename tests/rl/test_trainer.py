@@ -183,9 +183,9 @@ class TestMinibatches:
             output.logits.mul_(1 + 0.1 * float(kwargs["input_ids"].sum() % 7))
 
         trainer.policy.lm.register_forward_hook(rounding, with_kwargs=True)
-        batch = trainer._roll_out().batch
+        rollout = trainer._roll_out()
         ours, other = (
-            trainer._score_tokens(batch, g)[0] for g in (trainer._minibatches(), [torch.arange(16).split(4)])
+            trainer._score_tokens(rollout, g)[0] for g in (trainer._minibatches(), [torch.arange(16).split(4)])
         )
         assert (ours.logprobs - other.logprobs).abs().max() > guards.RATIO_TOLERANCE["bf16"][1]
         trainer.step()
@@ -203,8 +203,8 @@ class TestMinibatches:
     def test_scores_stand_in_the_order_of_the_rollout(self, make_trainer):
         trainer = make_trainer(**SEVERAL_STEPS)
         rollout = trainer._roll_out()
-        grouped, grouped_ref = trainer._score_tokens(rollout.batch, trainer._minibatches())
-        whole, whole_ref = trainer._score_tokens(rollout.batch, [torch.arange(16).split(16)])
+        grouped, grouped_ref = trainer._score_tokens(rollout, trainer._minibatches())
+        whole, whole_ref = trainer._score_tokens(rollout, [torch.arange(16).split(16)])
         for a, b in [*zip(grouped, whole, strict=True), (grouped_ref, whole_ref)]:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -685,3 +685,12 @@ class Recipe:
 
 RETIRED: dict[str, Any] = {"label.injection_probes": 0}
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
+REPLACED = {
+    **dict.fromkeys(
+        ("evaluate.second_judge", "evaluate.second_judge_examples", "evaluate.vote", "evaluate.vote_examples"),
+        "evaluate.readings",
+    ),
+    "evaluate.distance_examples": "evaluate.readings",
+    "evaluate.tuned_only": "evaluate.models",
+}
+"""Settings that are asked for in another way now."""

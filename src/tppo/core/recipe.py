@@ -17,7 +17,7 @@ import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo.core.common import UserError
-from tppo.core.config import Recipe
+from tppo.core.config import REPLACED, RETIRED, Recipe
 from tppo.core.stages import STAGES
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -139,7 +139,7 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
     try:
         namespace = parser.parse_args(arguments)
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+        raise UserError(f"{error}{_way_out(parser, str(error))}") from None
     redo = namespace.get("redo") or []
     redo = [redo] if isinstance(redo, str) else redo
     return _instantiate(parser, namespace), redo
@@ -155,7 +155,7 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return _instantiate(parser, parser.parse_object(values))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{error}{_did_you_mean(parser, str(error))}") from None
+        raise UserError(f"{error}{_way_out(parser, str(error))}") from None
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Recipe:
@@ -170,7 +170,13 @@ def _without(namespace: Namespace, *keys: str) -> Namespace:
     return namespace
 
 
-def _did_you_mean(parser: ArgumentParser, message: str) -> str:
+def _way_out(parser: ArgumentParser, message: str) -> str:
+    """What to write in place of a setting that there is not: what became of it, or the nearest name."""
+    for name in (*RETIRED, *REPLACED):
+        section, _, key = name.partition(".")
+        if name in message or f"'{section}' does not accept option '{key}'" in message:
+            new = f"use {REPLACED[name]}" if name in REPLACED else f"it is {RETIRED[name]!r} for good, so take it out"
+            return f"\n{name} is no setting any more: {new}"
     known = [action.dest for action in parser._actions]
     for word in message.replace("'", " ").replace('"', " ").replace("--", " ").replace("=", " ").split():
         if "_" in word or "." in word or word.isalpha():

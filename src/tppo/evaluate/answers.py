@@ -190,7 +190,7 @@ def _token_reward_sums(
     from tppo.rl.reward_function import make_sample  # here: only best_of_n needs the RL stage
     from tppo.rl.stage import query_reward
 
-    reward_fn = query_reward(recipe, run, replace(recipe.rl, algorithm="tppo"), examples, tokenizer)
+    reward_fn = query_reward(run, replace(recipe.rl, algorithm="tppo"), recipe.task, examples, tokenizer)
     samples = [make_sample(tokenizer, generation, index) for index, generation in enumerate(generations)]
     size = recipe.evaluate.batch_size
     chunks = [samples[start : start + size] for start in range(0, len(samples), size)]

@@ -1,21 +1,20 @@
 """The only generation loop: sampling, rollouts, evaluation and serving all draw responses here.
 
-Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty and no
-minimum length, whatever the model's `generation_config.json` says. PPO's importance ratio needs the
-probability a token was really drawn with, and `model.generate` would merge such settings in silently.
+Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty and no minimum
+length, whatever the model's `generation_config.json` says. PPO's importance ratio needs the probability a token was
+really drawn with, and `model.generate` would merge such settings in silently.
 
-An own loop because it is easier to get exactly right, and does less work than `model.generate` where responses
-differ in length. Rows that have ended leave the batch, and a token costs one uniform number and a cumulative
-sum instead of a random number for every word of the vocabulary. Each prompt has its own uniform numbers, so
-its sample does not depend on the batch it is generated in (up to the rounding of the matrix products).
+An own loop because it is easier to get exactly right, and does less work than `model.generate` where responses differ
+in length. Rows that have ended leave the batch, and a token costs one uniform number and a cumulative sum instead of a
+random number for every word of the vocabulary. Each prompt has its own uniform numbers, so its sample does not depend
+on the batch it is generated in (up to the rounding of the matrix products).
 
 Shapes: B prompts in a batch, T prompt tokens (left-padded), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +69,24 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     responses: list[list[int]] = [[] for _ in prompts]
-    with _eval_mode(model), torch.inference_mode():
+    training = model.training
+    model.eval()
+    try:
         for batch in track(batches, description) if description and batches else batches:
             chunk = _generate_batch(
                 model, [prompts[i] for i in batch], uniforms_NT[batch], tokenizer.eos_token_id, temperature
             )
             for i, ids in zip(batch, chunk, strict=True):
                 responses[i] = ids
+    finally:
+        model.train(training)
     return [
         Generation(list(prompt), ids, decode_response(tokenizer, ids), ids[-1] == tokenizer.eos_token_id)
         for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
 
+@torch.inference_mode()
 def _generate_batch(
     model: Any, prompts: list[list[int]], uniforms_BT: torch.Tensor, eos_id: int, temperature: float
 ) -> list[list[int]]:
@@ -143,20 +147,8 @@ def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:
 def encode_examples(tokenizer: Any, examples: Sequence[Example], task: Task) -> tuple[list[list[int]], int]:
     """Prompt ids of each example (its newest `task.history_events` events), and how many events in all were
     dropped to fit `task.max_prompt_tokens`."""
-    prompts, dropped_total = [], 0
-    for example in examples:
-        history = example.history[-task.history_events :]
-        ids, dropped = encode_prompt(tokenizer, history, task.num_queries, task.max_prompt_tokens)
-        prompts.append(ids)
-        dropped_total += dropped
-    return prompts, dropped_total
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    encoded = [
+        encode_prompt(tokenizer, example.history[-task.history_events :], task.num_queries, task.max_prompt_tokens)
+        for example in examples
+    ]
+    return [ids for ids, _ in encoded], sum(dropped for _, dropped in encoded)

@@ -22,33 +22,29 @@ from tppo.generate.engine import Generation, encode_examples, generate
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
-    settings = recipe.sample
-    dtype = generation_dtype(recipe.sft.precision)
-    model, tokenizer = load_policy(run.require("sft") / "model", dtype=dtype)
-    prepared = run.require("prepare")
+    settings, task = recipe.sample, recipe.task
+    model, tokenizer = load_policy(run.require("sft") / "model", dtype=generation_dtype(recipe.sft.precision))
+    counts = {"train": settings.train_examples, "reward_eval": settings.reward_eval_examples}
     examples = [
         example
-        for split, count in (
-            ("train", settings.train_examples),
-            ("reward_eval", settings.reward_eval_examples),
-        )
-        for example in draw(load_examples(prepared, split), count, recipe.seed, "sample", split)
+        for split, count in counts.items()
+        for example in draw(load_examples(run.require("prepare"), split), count, recipe.seed, "sample", split)
+        for _ in range(settings.samples_per_example)
     ]
-    repeated = [example for example in examples for _ in range(settings.samples_per_example)]
-    prompts, dropped = encode_examples(tokenizer, repeated, recipe.task)
+    prompts, dropped = encode_examples(tokenizer, examples, task)
     generations = generate(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=recipe.task.max_response_tokens,
+        max_new_tokens=task.max_response_tokens,
         temperature=settings.temperature,
         seed=stream_seed(recipe.seed, "sample"),
         batch_size=settings.batch_size,
         description="sampling batches",
     )
-    rows = response_rows(repeated, generations, recipe.task)
+    rows = response_rows(examples, generations, task)
     write_table(folder / "responses.parquet", rows, RESPONSES)
-    facts = summarise(rows, recipe.task)
+    facts = summarise(rows, task)
     facts["history_events_dropped_to_fit_the_prompt"] = dropped // max(1, settings.samples_per_example)
     console.print(f"sampled {facts['responses']} responses, {facts['unparseable_share']:.1%} unparseable")
     return facts
@@ -59,7 +55,6 @@ def response_rows(examples: Sequence[Example], generations: Sequence[Generation]
     counts: Counter[str] = Counter()
     rows = []
     for example, generation in zip(examples, generations, strict=True):
-        parsed = parse_response(generation.response, generation.finished, task.num_queries)
         rows.append(
             {
                 "example_id": example.example_id,
@@ -68,7 +63,7 @@ def response_rows(examples: Sequence[Example], generations: Sequence[Generation]
                 "response_ids": generation.response_ids,
                 "response": generation.response,
                 "finished": generation.finished,
-                "problem": parsed.problem,
+                "problem": parse_response(generation.response, generation.finished, task.num_queries).problem,
             }
         )
         counts[example.example_id] += 1

@@ -1,17 +1,17 @@
 """Simple baselines that answer an evaluation example without a trained policy. A model that loses to one has lost.
 
-Pure functions over examples. They learn from the examples of training users only, and see of a history what the
-models see (examples hold `task.history_events` events). A baseline that knows fewer queries than asked gives fewer:
-nothing is padded, and the number of queries stands in the tables.
+Pure functions over examples. They learn from the examples of training users only, and see of a history what the models
+see (examples hold `task.history_events` events). A baseline that knows fewer queries than asked gives fewer: nothing is
+padded, and the number of queries stands in the tables.
 
-- `frequent_next`: the queries that most training users searched soon after the user's last query (co-occurrence, as
-  in Huang, Chien and Oyang, JASIST 54(7), 2003), then the queries most training users searched at all. Users are
-  counted, not occurrences: windows of one user overlap. Ties go by the alphabet.
-- `repeat_last`, `repeat_recent`: the user's last query; the last N distinct ones, newest first. True next queries
-  are new to the history by definition (`tppo.logs.examples`), so these hit nothing exactly: they show what copying
-  the history is worth to a judge and in words.
-- `nearest`: the true next queries after the training example whose last query is nearest by cosine (of equals the
-  first in file order).
+- `frequent_next`: the queries that most training users searched soon after the user's last query (co-occurrence, as in
+  Huang, Chien and Oyang, JASIST 54(7), 2003), then the queries most training users searched at all. Users are counted,
+  not occurrences: windows of one user overlap. Ties go by the alphabet.
+- `repeat_last`, `repeat_recent`: the user's last query; the last N distinct ones, newest first. True next queries are
+  new to the history by definition (`tppo.logs.examples`), so these hit nothing exactly: they show what copying the
+  history is worth to a judge and in words.
+- `nearest`: the true next queries after the training example whose last query is nearest by cosine (of equals the first
+  in file order).
 - `best_of_n` needs models: `tppo.evaluate.answers` draws the samples, `best_sample` chooses.
 
 Shapes: N training examples, D embedding size.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
@@ -68,14 +69,10 @@ class FrequentNext:
     def __call__(self, history: Sequence[Event]) -> Queries:
         """Up to `num_queries` distinct queries that are not in the history."""
         last, seen = last_query(history), set(searches(history))
-        ranked = [*(self.after.get(last, []) if last is not None else []), *self.overall]
-        found: dict[str, None] = {}
-        for query in ranked:
-            if len(found) == self.num_queries:
-                break
-            if query not in seen:
-                found[query] = None
-        return list(found)
+        followers = self.after.get(last, []) if last is not None else []
+        new = (query for query in chain(followers, self.overall) if query not in seen)
+        # One query can be in both rankings, and no more than twice.
+        return list(dict.fromkeys(islice(new, 2 * self.num_queries)))[: self.num_queries]
 
 
 def _most_users(users_of: dict[str, set[str]]) -> Queries:
@@ -91,8 +88,7 @@ class NearestNeighbour:
         self.embed = embed
         targets: dict[str, Queries] = {}
         for example in train:
-            last = last_query(example.history)
-            if last is not None:
+            if (last := last_query(example.history)) is not None:
                 targets.setdefault(last, example.targets)  # of equal last queries the first
         self.targets = list(targets.values())
         self.keys_ND = embed(list(targets)) if targets else np.zeros((0, 0))

@@ -1,28 +1,25 @@
-"""The text of one event: normalise, shorten URLs, and say why it cannot be used.
+"""The text of one event: normalise it, shorten URLs, and say why it cannot be used; user ids as keyed hashes.
 
 The navigational rule, in the order it is applied to a normalised search:
 1. it starts with `http`, `www.` or `www ` (the address bar of another window);
-2. without its spaces it is a known site name (`NAVIGATIONAL`), or such a name and com/net/org ("yahoo
-   com");
-3. it is one word that ends in a dot and a common top-level domain, path or not ("example.com/shop"), or at
-   most three words of which the last is `com`, `.com`, `. com` and the like.
+2. without its spaces it is a known site name (`NAVIGATIONAL`), or such a name and com/net/org ("yahoo com");
+3. it is one word that ends in a dot and a common top-level domain, path or not ("example.com/shop"), or at most
+   three words of which the last is `com`, `.com`, `. com` and the like.
 A site's name among other words ("ebay seller fees", "walmart.com jobs") is kept.
 
-Personal data: patterns that reject a row, and user ids as keyed hashes.
-
-The patterns are a floor, not a promise: names and addresses pass. `prepare.min_users_per_target` is the
-second measure (a query that several users typed is hardly about one of them).
+The patterns of personal data are a floor, not a promise: names and addresses pass. `prepare.min_users_per_target` is
+the second measure (a query that several users typed is hardly about one of them).
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
 import secrets
 import stat
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from urllib.parse import unquote
 
@@ -32,6 +29,8 @@ from tppo.core.text import normalise_query
 
 MAX_URL_CHARS = 2048
 MAX_CACHED_CHARS = 256
+_URL = "url"
+"""Beside the kinds of events: a text known to be a URL."""
 _SITES = """
 google googlesearch yahoo yahoomail yahoosearch aol aolmail aolsearch msn hotmail gmail bing ask askjeeves
 duckduckgo baidu yandex ebay amazon walmart target bestbuy homedepot lowes sears costco alibaba aliexpress
@@ -48,6 +47,20 @@ _PREFIX = re.compile(r"https?\b|www\b")
 _SUFFIX = re.compile(r"(?:com|net|org)$")
 _NO_NAME = re.compile(r"[\W_]+")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+KEY_VARIABLE = "TPPO_HASH_KEY"
+MIN_KEY_CHARS = 16
+_EMAIL = re.compile(r"[^\s@]@[^\s@]")
+_CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)")
+_NUMBERS = {
+    "ssn": re.compile(r"(?<!\d)\d{3}[- ]\d{2}[- ]\d{4}(?!\d)"),
+    "phone": re.compile(
+        r"(?<!\d)(?:\+?\d{1,3}[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?!\d)"  # (212) 555-0147
+        r"|\+\d(?:[-. ()]{0,2}\d){7,14}(?!\d)"  # +351 21 555 0147
+        r"|(?<![\d-])\d{3}-\d{4}(?![\d-])"  # 555-0147
+    ),
+    "long_number": re.compile(r"\d{7,}"),
+}
+_DIGIT = re.compile(r"\d")
 
 
 def is_navigational(query: str) -> bool:
@@ -75,7 +88,7 @@ def normalise(text: str) -> str:
 
 
 def clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
-    """(normalised text, None), or ("", reason): a key of schema.REASONS.
+    """(normalised text, None), or ("", reason): a key of readers.REASONS.
 
     A URL in an event other than a search becomes its host, so personal data in its path or parameters cannot
     stay; it rejects the row all the same, but for bare long numbers, which are item ids more often than not.
@@ -85,11 +98,19 @@ def clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
     return clean(kind, raw, max_chars)
 
 
+def clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
+    """As clean_text, for a text known to be a URL (with or without scheme): its host."""
+    return clean_text(_URL, raw, max_chars)
+
+
 @lru_cache(maxsize=1 << 16)
 def _clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
+    """What clean_text says of a text of this kind of event, or of a URL."""
+    if kind == _URL:
+        return _host_of(raw, max_chars)
     text = normalise(raw)
     if kind != "search" and (_SCHEME.match(text) or text.startswith("www.")):
-        return clean_url(text, max_chars)
+        return _host_of(text, max_chars)
     if not any(map(str.isalnum, text)):
         return "", "no_text"
     if len(text) > max_chars:
@@ -100,16 +121,9 @@ def _clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
     return ("", reason) if reason else (text, None)
 
 
-def clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
-    """As clean_text, for a text known to be a URL (with or without scheme): its host."""
+def _host_of(raw: str, max_chars: int) -> tuple[str, str | None]:
     if len(raw) > MAX_URL_CHARS:
         return "", "too_long_text"
-    clean = _clean_url if len(raw) <= MAX_CACHED_CHARS else _clean_url.__wrapped__
-    return clean(raw, max_chars)
-
-
-@lru_cache(maxsize=1 << 16)
-def _clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
     url = normalise(raw)
     reason = find_personal(unquote(url))
     host = url_host(url)
@@ -122,22 +136,8 @@ def _clean_url(raw: str, max_chars: int) -> tuple[str, str | None]:
     return ("", reason) if reason else (host, None)
 
 
-KEY_VARIABLE = "TPPO_HASH_KEY"
-MIN_KEY_CHARS = 16
-_EMAIL = re.compile(r"[^\s@]@[^\s@]")
-_SSN = re.compile(r"(?<!\d)\d{3}[- ]\d{2}[- ]\d{4}(?!\d)")
-_CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)")
-_PHONE = re.compile(
-    r"(?<!\d)(?:\+?\d{1,3}[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?!\d)"  # (212) 555-0147
-    r"|\+\d(?:[-. ()]{0,2}\d){7,14}(?!\d)"  # +351 21 555 0147
-    r"|(?<![\d-])\d{3}-\d{4}(?![\d-])"  # 555-0147
-)
-_LONG_NUMBER = re.compile(r"\d{7,}")
-_DIGIT = re.compile(r"\d")
-
-
 def find_personal(text: str) -> str | None:
-    """The first kind of personal data in a normalised text (a key of schema.REASONS), or None.
+    """The first kind of personal data in a normalised text (a key of readers.REASONS), or None.
 
     Any telephone, account or tracking number without separators counts as long_number.
     """
@@ -147,10 +147,7 @@ def find_personal(text: str) -> str | None:
         return None
     if any(_luhn(match.group()) for match in _CARD.finditer(text)):
         return "card"
-    for reason, pattern in (("ssn", _SSN), ("phone", _PHONE), ("long_number", _LONG_NUMBER)):
-        if pattern.search(text):
-            return reason
-    return None
+    return next((reason for reason, pattern in _NUMBERS.items() if pattern.search(text)), None)
 
 
 def _luhn(number: str) -> bool:
@@ -175,15 +172,11 @@ def hash_key() -> bytes:
     path = cache_dir() / "hash_key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)  # mkstemp makes files of mode 600
-        with os.fdopen(handle, "w") as file:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # made with mode 600
             file.write(secrets.token_hex(32))
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass  # Another process was first; its key counts.
-        finally:
-            os.unlink(temporary)
+            file.flush()
+            with suppress(FileExistsError):  # Another process was first; its key counts.
+                os.link(file.name, path)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise UserError(f"{path} can be read by others: run `chmod 600 {path}`")
     key = path.read_bytes().strip()
@@ -192,16 +185,7 @@ def hash_key() -> bytes:
     return key
 
 
-class UserHasher:
-    """User id -> 64-bit HMAC-SHA256, shown as 16 hexadecimal digits."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-        self._cached = lru_cache(maxsize=1 << 16)(self._hash)
-
-    def hash(self, user: str) -> int:
-        return self._cached(user) if len(user) <= 256 else self._hash(user)
-
-    def _hash(self, user: str) -> int:
-        digest = hmac.new(self._key, user.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
-        return int.from_bytes(digest[:8], "big")
+@lru_cache(maxsize=1 << 10)  # a user's rows mostly follow each other; an id can be 64 KiB long
+def hash_user(key: bytes, user: str) -> int:
+    """User id -> 64-bit HMAC-SHA256; tables show it as 16 hexadecimal digits."""
+    return int.from_bytes(hmac.digest(key, user.encode("utf-8", "surrogatepass"), "sha256")[:8], "big")

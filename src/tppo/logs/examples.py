@@ -16,7 +16,6 @@ Definitions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ SELECT * EXCLUDE (occurrence) FROM (
     SELECT *, row_number() OVER (
         PARTITION BY user_id, time, kind, text ORDER BY file, line, part) AS occurrence
     FROM (
-        SELECT file, line, 0::TINYINT AS part, user_id, time, kind, text FROM rows
+        SELECT file, line, 0::TINYINT AS part, user_id, time, kind, text FROM rows WHERE reason IS NULL
         UNION ALL
         SELECT file, line, 1::TINYINT, user_id, time, 'click', click FROM rows WHERE click IS NOT NULL
     )
@@ -57,9 +56,9 @@ SELECT user_id, kind, text, time, file, line,
        row_number() OVER (PARTITION BY user_id ORDER BY time, file, line, part) AS position
 FROM fresh WHERE occurrence = 1;
 """
-_COMPARED_REJECTS = """
-INSERT INTO rejects
-SELECT file, line, CASE WHEN first_events.file IS NULL THEN 'duplicate' ELSE 'repeat' END
+_REJECTS = """
+CREATE TABLE rejects AS
+SELECT file, line, coalesce(reason, CASE WHEN first_events.file IS NULL THEN 'duplicate' ELSE 'repeat' END) AS reason
 FROM rows ANTI JOIN events USING (file, line)
 LEFT JOIN (SELECT DISTINCT file, line FROM first_events) AS first_events USING (file, line);
 """
@@ -69,7 +68,7 @@ WITH hours AS (SELECT date_trunc('hour', time) AS hour, count(*) AS events FROM 
 SELECT coalesce(min(hour) FILTER (events <= $share * (SELECT count(*) FROM events)),
                 (SELECT max(time) + INTERVAL 1 HOUR FROM events)) FROM newer
 """
-_TARGETS = """
+_NEW_QUERIES = """
 CREATE TABLE new_queries AS
 WITH points AS (
     SELECT user_id, user_id / 18446744073709551616.0 AS point FROM (SELECT DISTINCT user_id FROM events)
@@ -87,15 +86,16 @@ SELECT user_id, split, text, time, position,
        row_number() OVER (PARTITION BY user_id ORDER BY position) AS number,
        count(*) OVER (PARTITION BY user_id) AS available
 FROM first_searches JOIN users USING (user_id) SEMI JOIN common USING (text)
-WHERE (split = 'eval2') = (time >= $cut);
-
+WHERE (split = 'eval2') = (time >= $cut)
+"""
+_WINDOWS = """
 CREATE TABLE windows AS
 WITH candidates AS (
     SELECT *, available - (number + $num_queries - 1) AS newer FROM new_queries
 )
 SELECT user_id, split, number, position, time, newer // $stride AS back,
        position > $min_history AS long_enough
-FROM candidates WHERE newer >= 0 AND newer % $stride = 0 AND newer // $stride < $windows_per_user;
+FROM candidates WHERE newer >= 0 AND newer % $stride = 0 AND newer // $stride < $windows_per_user
 """
 _EXAMPLES = """
 WITH kept AS (SELECT * FROM windows WHERE long_enough),
@@ -117,60 +117,48 @@ ORDER BY user_id, back
 
 
 def build_events(con: duckdb.DuckDBPyConnection) -> None:
-    """Table `rows` -> tables `first_events` and `events`; rows without an event left join table `rejects`."""
+    """Table `rows` -> tables `first_events` and `events`, and `rejects`: the rows that no event is left of."""
     con.execute(_EVENTS)
-    con.execute(_COMPARED_REJECTS)
+    con.execute(_REJECTS)
 
 
 def build_windows(con: duckdb.DuckDBPyConnection, prepare: Prepare, task: Task) -> Any:
     """Table `events` -> tables `new_queries` and `windows`; returns the time cut."""
     cut = con.execute(_CUT, {"share": prepare.eval2_time_share}).fetchall()[0][0]
-    first, second = _TARGETS.split(";\n", 1)
-    con.execute(
-        first,
-        {
-            "reward_eval": prepare.reward_eval_share,
-            "eval1": prepare.eval1_share,
-            "eval2": prepare.eval2_share,
-            "min_users": prepare.min_users_per_target,
-            "cut": cut,
-        },
-    )
-    con.execute(
-        second,
-        {
-            "num_queries": task.num_queries,
-            "stride": prepare.window_stride,
-            "windows_per_user": prepare.windows_per_user,
-            "min_history": prepare.min_history,
-        },
-    )
+    new_queries = {
+        "reward_eval": prepare.reward_eval_share,
+        "eval1": prepare.eval1_share,
+        "eval2": prepare.eval2_share,
+        "min_users": prepare.min_users_per_target,
+        "cut": cut,
+    }
+    windows = {
+        "num_queries": task.num_queries,
+        "stride": prepare.window_stride,
+        "windows_per_user": prepare.windows_per_user,
+        "min_history": prepare.min_history,
+    }
+    con.execute(_NEW_QUERIES, new_queries)
+    con.execute(_WINDOWS, windows)
     return cut
 
 
 def write_examples(con: duckdb.DuckDBPyConnection, path: Path, task: Task) -> None:
-    """Write examples.parquet (tables.EXAMPLES), ordered by user and window, streaming."""
+    """Write examples.parquet (tables.EXAMPLES), ordered by user and window."""
     query = con.sql(_EXAMPLES, params={"history_events": task.history_events, "num_queries": task.num_queries})
     _write(query, path, EXAMPLES)
 
 
 def write_rejects(con: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Write rejects.parquet (tables.REJECTS), ordered by file and line, streaming."""
-    query = con.sql(
-        "SELECT files.name AS file, line, reason FROM rejects JOIN files ON rejects.file = files.number "
-        "ORDER BY files.number, line"
-    )
-    _write(query, path, REJECTS)
+    """Write rejects.parquet (tables.REJECTS), ordered by file and line."""
+    query = "SELECT name AS file, line, reason FROM rejects JOIN files ON file = number ORDER BY number, line"
+    _write(con.sql(query), path, REJECTS)
 
 
 def _write(query: duckdb.DuckDBPyRelation, path: Path, schema: pa.Schema) -> None:
+    """Write a query's rows as they come; the file appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with pq.ParquetWriter(temporary, schema) as writer:
-        for table in _tables(query, schema):
-            writer.write_table(table)
+        for batch in query.to_arrow_reader(20_000):
+            writer.write_table(pa.Table.from_batches([batch]).cast(schema))
     temporary.replace(path)
-
-
-def _tables(query: duckdb.DuckDBPyRelation, schema: pa.Schema) -> Iterator[pa.Table]:
-    for batch in query.to_arrow_reader(20_000):
-        yield pa.Table.from_batches([batch]).cast(schema)

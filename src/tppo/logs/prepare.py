@@ -1,17 +1,17 @@
 """Stage `prepare`: interaction log -> examples.parquet and rejects.parquet.
 
-Each row is read, cleaned and hashed on its own in Python, streaming; whatever compares rows (duplicates,
-repeats, windows, splits) is SQL in DuckDB over a scratch database in the stage's folder, within
-`prepare.memory_limit` (DuckDB's; Python and its libraries come on top, about 200 MB). The scratch holds no
-user id of the log, only keyed hashes, and is deleted at the end.
+Each row is read, cleaned and hashed on its own in Python, streaming; whatever compares rows (duplicates, repeats,
+windows, splits) is SQL in DuckDB over a scratch database in the stage's folder, within `prepare.memory_limit`
+(DuckDB's; Python and its libraries come on top, about 200 MB). The scratch holds no user id of the log, only keyed
+hashes, and is deleted at the end.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,27 @@ from rich.table import Table
 from tppo.core.common import UserError, console, progress_bar
 from tppo.core.config import Columns, Prepare, Recipe, Task
 from tppo.core.run import RunFolder
-from tppo.core.tables import SPLITS
+from tppo.core.tables import SPLITS, field
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import examples, readers
-from tppo.logs.clean import UserHasher, clean_text, clean_url, hash_key
-from tppo.logs.readers import BAD_ROWS, INTERACTIONS, BadRow, RawRow
+from tppo.logs.clean import clean_text, clean_url, hash_key, hash_user
+from tppo.logs.readers import BadRow, RawRow
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
 BATCH_ROWS = 20_000
+STAGED = pa.schema(
+    [
+        field("file", pa.int32(), "number of the log file"),
+        field("line", pa.int64(), "1-based line of the row"),
+        field("reason", pa.string(), "why the row is rejected, else null; of a rejected row nothing else is kept"),
+        field("user_id", pa.uint64(), "keyed hash of the user id"),
+        field("time", pa.timestamp("us"), "time in UTC (as given, when without a zone)"),
+        field("kind", pa.string(), "search, click, purchase or visit"),
+        field("text", pa.string(), "normalised text"),
+        field("click", pa.string(), "host clicked in the same row (AOL), else null"),
+    ]
+)
+"""Table `rows`: cleaned one by one, not yet compared with each other."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -46,7 +59,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     scratch.mkdir()
     try:
         with _connect(recipe.prepare, scratch) as con:
-            rows_read = _stage_files(con, files, format, columns, UserHasher(key), recipe.prepare.max_text_chars)
+            rows_read = _stage_files(con, files, format, columns, key, recipe.prepare.max_text_chars)
             facts: dict[str, Any] = {"files": len(files), "rows_read": rows_read}
             console.print("prepare: event sequences, windows and splits")
             examples.build_events(con)
@@ -70,14 +83,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 def check_settings(prepare: Prepare) -> None:
     """UserError for a number out of range."""
-    for name in (
-        "min_history",
-        "windows_per_user",
-        "window_stride",
-        "min_users_per_target",
-        "max_text_chars",
-        "threads",
-    ):
+    counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")
+    for name in counts:
         if getattr(prepare, name) < 1:
             raise UserError(f"prepare.{name} is {getattr(prepare, name)}: it must be at least 1")
     shares = ("reward_eval_share", "eval1_share", "eval2_share", "eval2_time_share")
@@ -116,21 +123,14 @@ def _connect(prepare: Prepare, scratch: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _stage_files(
-    con: duckdb.DuckDBPyConnection,
-    files: list[Path],
-    format: str,
-    columns: Columns,
-    hasher: UserHasher,
-    max_text_chars: int,
+    con: duckdb.DuckDBPyConnection, files: list[Path], format: str, columns: Columns, key: bytes, max_text_chars: int
 ) -> int:
-    """Fill the tables `files`, `rows` and `rejects`; returns the number of rows read."""
+    """Fill the tables `files` and `rows` (STAGED); returns the number of rows read."""
     con.execute("CREATE TABLE files (number INTEGER, name VARCHAR)")
-    for name, schema in (("rows", INTERACTIONS), ("rejects", BAD_ROWS)):
-        con.register("empty", schema.empty_table())
-        con.execute(f"CREATE TABLE {name} AS FROM empty")
-    rows_read = 0
+    con.register("batch", STAGED.empty_table())
+    con.execute("CREATE TABLE rows AS FROM batch")
+    rows_read = done = 0
     total = sum(path.stat().st_size for path in files)
-    done = 0
     console.print(f"prepare: reading {len(files)} file(s), {total / 1e6:.1f} MB")
     with progress_bar() as bar:
         task = bar.add_task("kB read", total=total // 1000)
@@ -138,59 +138,37 @@ def _stage_files(
             con.execute("INSERT INTO files VALUES (?, ?)", [number, str(path)])
             with path.open("rb") as raw:
                 rows = readers.read_rows(path, raw, format, columns)
-                for kept, bad in _batches(rows, number, hasher, max_text_chars):
-                    rows_read += len(kept) + len(bad)
-                    _insert(con, "rows", kept, INTERACTIONS)
-                    _insert(con, "rejects", bad, BAD_ROWS)
+                while batch := list(islice(rows, BATCH_ROWS)):
+                    staged = [(number, row.line, *clean_row(row, key, max_text_chars)) for row in batch]
+                    con.register("batch", pa.table(list(zip(*staged, strict=True)), schema=STAGED))
+                    con.execute("INSERT INTO rows FROM batch")
+                    rows_read += len(batch)
                     bar.update(task, completed=(done + raw.tell()) // 1000)
             done += path.stat().st_size
     return rows_read
 
 
-def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]], schema: pa.Schema) -> None:
-    if rows:
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
-        con.register("batch", pa.Table.from_arrays(columns, schema=schema))
-        con.execute(f"INSERT INTO {table} FROM batch")
-        con.unregister("batch")
-
-
-Batch = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]
-
-
-def _batches(rows: readers.Rows, file: int, hasher: UserHasher, max_text_chars: int) -> Iterator[Batch]:
-    """(rows as INTERACTIONS, rows as BAD_ROWS), some ten thousand at a time."""
-    kept: list[tuple[Any, ...]] = []
-    bad: list[tuple[Any, ...]] = []
-    for row in rows:
-        cleaned = row.reason if isinstance(row, BadRow) else clean_row(row, max_text_chars)
-        if isinstance(cleaned, str):
-            bad.append((file, row.line, cleaned))
-        else:
-            assert isinstance(row, RawRow)
-            when, kind, text, click = cleaned
-            kept.append((file, row.line, hasher.hash(row.user), when, kind, text, click))
-        if len(kept) + len(bad) == BATCH_ROWS:
-            yield kept, bad
-            kept, bad = [], []
-    yield kept, bad
-
-
-def clean_row(row: RawRow, max_text_chars: int) -> tuple[datetime, str, str, str | None] | str:
-    """(time in UTC, kind, normalised text, clicked host or None), or the reason to reject the row."""
+def clean_row(row: RawRow | BadRow, key: bytes, max_text_chars: int) -> tuple[Any, ...]:
+    """The columns of STAGED from `reason` on: why the row is rejected, or what is kept of it."""
+    if isinstance(row, BadRow):
+        return _rejected(row.reason)
     if not row.user.strip():
-        return "missing_value"
+        return _rejected("missing_value")
     when = parse_time(row.time)
     if when is None:
-        return "bad_time"
+        return _rejected("bad_time")
     kind = row.kind if row.kind in EVENT_KINDS else row.kind.strip().lower()
     if kind not in EVENT_KINDS:
-        return "unknown_kind"
+        return _rejected("unknown_kind")
     text, reason = clean_text(kind, row.text, max_text_chars)
     click = None
     if reason is None and row.url is not None:
         click, reason = clean_url(row.url, max_text_chars)
-    return reason or (when, kind, text, click)
+    return _rejected(reason) if reason else (None, hash_user(key, row.user), when, kind, text, click)
+
+
+def _rejected(reason: str) -> tuple[Any, ...]:
+    return reason, None, None, None, None, None
 
 
 def parse_time(value: str | datetime) -> datetime | None:
@@ -229,22 +207,18 @@ def _row_facts(con: duckdb.DuckDBPyConnection, rows_read: int) -> dict[str, Any]
 
 
 def _example_facts(con: duckdb.DuckDBPyConnection, task: Task) -> dict[str, Any]:
-    by_split = {
-        split: (count, users)
-        for split, count, users in _all(
-            con,
-            "SELECT split, count(*), count(DISTINCT user_id) FROM windows WHERE long_enough GROUP BY split",
-        )
-    }
-    history = "SELECT median(least(position - 1, ?)) FROM windows WHERE long_enough"
-    median = con.execute(history, [task.history_events]).fetchall()[0][0] or 0
-    users_without = "SELECT count(*) FROM (SELECT DISTINCT user_id FROM events) ANTI JOIN {} USING (user_id)"
+    """Facts about windows and splits."""
+    by_split = "SELECT split, count(*), count(DISTINCT user_id) FROM windows WHERE long_enough GROUP BY split"
+    counts = {split: numbers for split, *numbers in _all(con, by_split)}
+    examples, users = ({split: counts.get(split, (0, 0))[i] for split in SPLITS} for i in range(2))
+    history = f"SELECT median(least(position - 1, {task.history_events})) FROM windows WHERE long_enough"
+    without = "SELECT count(DISTINCT user_id) FROM events ANTI JOIN (FROM windows WHERE long_enough) USING (user_id)"
     return {
-        "examples": {split: by_split.get(split, (0, 0))[0] for split in SPLITS},
-        "example_users": {split: by_split.get(split, (0, 0))[1] for split in SPLITS},
+        "examples": examples,
+        "example_users": users,
         "windows_too_short": _all(con, "SELECT count(*) FROM windows WHERE NOT long_enough")[0][0],
-        "users_too_few_events": _all(con, users_without.format("(FROM windows WHERE long_enough)"))[0][0],
-        "median_history": median,
+        "users_too_few_events": _all(con, without)[0][0],
+        "median_history": _all(con, history)[0][0] or 0,
     }
 
 
@@ -253,22 +227,21 @@ def _all(con: duckdb.DuckDBPyConnection, query: str) -> list[Any]:
 
 
 def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:
-    for split, count in facts["examples"].items():
-        if count:
-            continue
-        setting = {
-            "train": "lower the other shares",
-            "reward_eval": f"raise prepare.reward_eval_share ({prepare.reward_eval_share:g})",
-            "eval1": f"raise prepare.eval1_share ({prepare.eval1_share:g})",
-            "eval2": f"raise prepare.eval2_share ({prepare.eval2_share:g}) or prepare.eval2_time_share "
-            f"({prepare.eval2_time_share:g})",
-        }[split]
-        raise UserError(
-            f"split {split} has no examples ({facts['users']} users in the log, "
-            f"{facts['users_too_few_events']} of them with too few events): {setting}, "
-            f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
-            f"({prepare.min_users_per_target}), or give a log with more users"
-        )
+    ways_out = {
+        "train": "lower the other shares",
+        "reward_eval": f"raise prepare.reward_eval_share ({prepare.reward_eval_share:g})",
+        "eval1": f"raise prepare.eval1_share ({prepare.eval1_share:g})",
+        "eval2": f"raise prepare.eval2_share ({prepare.eval2_share:g}) or prepare.eval2_time_share "
+        f"({prepare.eval2_time_share:g})",
+    }
+    for split, way_out in ways_out.items():
+        if not facts["examples"][split]:
+            raise UserError(
+                f"split {split} has no examples ({facts['users']} users in the log, "
+                f"{facts['users_too_few_events']} of them with too few events): {way_out}, "
+                f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
+                f"({prepare.min_users_per_target}), or give a log with more users"
+            )
 
 
 def print_summary(facts: dict[str, Any]) -> None:
@@ -276,23 +249,8 @@ def print_summary(facts: dict[str, Any]) -> None:
     table = Table(title="prepare", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name in ("files", "rows_read", "rows_kept", "rows_rejected"):
-        table.add_row(name.replace("_", " "), f"{facts[name]:,}")
-    for reason, count in facts["rejected"].items():
-        table.add_row(f"  rejected: {reason}", f"{count:,}")
-    table.add_section()
-    for kind, count in facts["events"].items():
-        table.add_row(f"events: {kind}", f"{count:,}")
-    table.add_row("time span", f"{facts['first_time']:%Y-%m-%d} to {facts['last_time']:%Y-%m-%d}")
-    table.add_row("users", f"{facts['users']:,}")
-    table.add_row("users with too few events", f"{facts['users_too_few_events']:,}")
-    table.add_section()
-    for split, count in facts["examples"].items():
-        table.add_row(f"examples: {split}", f"{count:,} of {facts['example_users'][split]:,} users")
-    table.add_row("eval2 targets from", f"{facts['time_cut']:%Y-%m-%d %H:%M}")
-    table.add_row("windows with too short a history", f"{facts['windows_too_short']:,}")
-    table.add_row("median events in a history", f"{facts['median_history']:g}")
-    table.add_section()
-    table.add_row("seconds", f"{facts['seconds']:.1f}")
-    table.add_row("rows per second", f"{facts['rows_per_second']:,}")
+    for name, value in facts.items():
+        for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+            label = f"{name} {key}".replace("_", " ")
+            table.add_row(label, f"{number:,}" if isinstance(number, int | float) else str(number))
     console.print(table)

@@ -1,24 +1,21 @@
-"""One interaction schema for every log format, and every reason for which a row is not kept.
+"""Log files (AOL, CSV, TSV, JSONL, Parquet; plain or gzip) -> rows of one schema, one row at a time.
 
-A *row* is a line of the log after the header (a record in CSV, which may span lines; a row in Parquet).
-Every row read ends in exactly one of two places: it is kept, because at least one event in the examples'
-event sequence comes from it, or it is in rejects.parquet with its file, line and one reason. A row may
-yield two events (an AOL row: a search and a click), so rows and events are counted apart.
-
-Log files -> rows: AOL, CSV, TSV, JSONL and Parquet, plain or gzip, one row at a time.
+A *row* is a line of the log after the header (a record in CSV, which may span lines; a row in Parquet). Every row
+read ends in exactly one of two places: it is kept, because at least one event in the examples' event sequence comes
+from it, or it is in rejects.parquet with its file, line and one of REASONS. A row may yield two events (an AOL row:
+a search and a click), so rows and events are counted apart.
 
 Formats
-- aol: tab-separated `AnonID Query QueryTime ItemRank ClickURL` with that header. A row is a search; one
-  with a ClickURL is a click as well (ItemRank may be empty all the same). Rows cut off after QueryTime are
-  taken.
+- aol: tab-separated `AnonID Query QueryTime ItemRank ClickURL` with that header. A row is a search; one with a
+  ClickURL is a click as well (ItemRank may be empty all the same). Rows cut off after QueryTime are taken.
 - tsv: a header, then one line per row, no quoting (quotes are ordinary characters, common in searches).
 - csv: a header, then RFC 4180 records; a quoted record may span lines and `line` is where it starts.
 - jsonl: one object per line.
 - parquet: `line` is the 1-based row.
 
-Text files are read as bytes with a bounded line length: a line of any size or content costs one rejected
-row and at most 64 KiB. Mistakes about a whole file (missing, empty, header, damaged gzip) are UserErrors,
-never rejects; their messages do not quote the file, whose first line may well be a user's.
+Text files are read as bytes with a bounded line length: a line of any size or content costs one rejected row and at
+most 64 KiB. Mistakes about a whole file (missing, empty, header, damaged gzip) are UserErrors, never rejects; their
+messages do not quote the file, whose first line may well be a user's.
 """
 
 from __future__ import annotations
@@ -27,10 +24,11 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -86,24 +84,13 @@ class BadRow(NamedTuple):
     reason: str
 
 
-INTERACTIONS = pa.schema(
-    [
-        pa.field("file", pa.int32(), metadata={"doc": "number of the log file"}),
-        pa.field("line", pa.int64(), metadata={"doc": "1-based line of the row"}),
-        pa.field("user_id", pa.uint64(), metadata={"doc": "keyed hash of the user id"}),
-        pa.field("time", pa.timestamp("us"), metadata={"doc": "time in UTC (as given, when without a zone)"}),
-        pa.field("kind", pa.string(), metadata={"doc": "search, click, purchase or visit"}),
-        pa.field("text", pa.string(), metadata={"doc": "normalised text"}),
-        pa.field("click", pa.string(), metadata={"doc": "host clicked in the same row (AOL), else null"}),
-    ]
-)
-"""Staged rows: cleaned one by one, not yet compared with each other."""
-BAD_ROWS = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string())])
 MAX_LINE_BYTES = 1 << 16
 AOL_HEADER = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 _EPOCH = datetime(1970, 1, 1)
 Rows = Iterator[RawRow | BadRow]
-Lines = Iterator[tuple[int, str, str | None]]
+Line = tuple[int, str, str | None]
+"""1-based number, text without line end, reason why the text is unusable."""
+Lines = Iterator[Line]
 
 
 def list_files(sources: list[str]) -> list[Path]:
@@ -140,14 +127,16 @@ def read_rows(path: Path, raw: BinaryIO, format: str, columns: Columns) -> Rows:
     line = 0
     try:
         lines = _lines(_decompressed(path, raw))
-        if format == "aol":
-            rows = _read_aol(path, lines)
-        elif format == "tsv":
-            rows = _read_tsv(path, lines, columns)
-        elif format == "csv":
-            rows = _read_csv(path, lines, columns)
+        first = next(lines, None)
+        if first is None:
+            raise UserError(f"{path} is empty: remove it from prepare.source")
+        if format == "jsonl":
+            rows = _each_line(itertools.chain([first], lines), lambda number, text: _json_row(number, text, columns))
         else:
-            rows = _read_jsonl(path, lines, columns)
+            _, header, reason = first
+            if reason:
+                raise UserError(f"{path}: line 1 is no header ({reason}): check prepare.format and the file's encoding")
+            rows = _HEADED[format](path, header, lines, columns)
         for row in rows:
             line = row.line
             yield row
@@ -168,7 +157,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _lines(stream: BinaryIO) -> Lines:
-    """(1-based number, text without line end, reason why the text is unusable) of every line."""
+    """Every line of a text file."""
     number = 0
     while block := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -176,49 +165,47 @@ def _lines(stream: BinaryIO) -> Lines:
             while block and not block.endswith(b"\n"):
                 block = stream.readline(MAX_LINE_BYTES)
             yield number, "", "too_long_line"
-            continue
-        if b"\0" in block:
+        elif b"\0" in block:
             yield number, "", "nul_byte"
-            continue
-        try:
-            text = block.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            yield number, "", "bad_utf8"
-            continue
-        yield number, text.rstrip("\r\n"), None
+        else:
+            try:
+                text = block.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                yield number, "", "bad_utf8"
+            else:
+                yield number, text.rstrip("\r\n"), None
 
 
-def _header(path: Path, lines: Lines) -> str:
-    number, text, reason = next(lines, (0, "", None))
-    if number == 0:
-        raise UserError(f"{path} is empty: remove it from prepare.source")
-    if reason:
-        raise UserError(f"{path}: line 1 is no header ({reason}): check prepare.format and the file's encoding")
-    return text
+def _each_line(lines: Lines, parse: Callable[[int, str], RawRow | BadRow]) -> Rows:
+    """Rows of a format with one row per line."""
+    for number, text, reason in lines:
+        yield parse(number, text) if text else BadRow(number, reason or "blank_line")
 
 
-def _read_aol(path: Path, lines: Lines) -> Rows:
-    header = _header(path, lines).split("\t")
-    if tuple(header) != AOL_HEADER:
+def _read_aol(path: Path, header: str, lines: Lines, columns: Columns) -> Rows:
+    names = tuple(header.split("\t"))
+    if names != AOL_HEADER:
         raise UserError(
             f"{path}: line 1 is not the AOL header '{' '.join(AOL_HEADER)}' (tab-separated): "
-            f"it has {len(header)} columns. Is prepare.format right?"
+            f"it has {len(names)} columns. Is prepare.format right?"
         )
-    for number, text, reason in lines:
-        if reason or not text:
-            yield BadRow(number, reason or "blank_line")
-            continue
-        fields = text.split("\t")
-        if len(fields) == 5:
-            yield RawRow(number, fields[0], fields[2], "search", fields[1], fields[4].strip() or None)
-        elif len(fields) == 3:
-            yield RawRow(number, fields[0], fields[2], "search", fields[1])
-        else:
-            yield BadRow(number, "wrong_columns")
+    return _each_line(lines, _aol_row)
 
 
-def _positions(path: Path, names: list[str], columns: Columns) -> tuple[int, int, int | None, int]:
-    """Where user, time, kind (None: every row is a search) and text are among the columns of a file."""
+def _aol_row(number: int, text: str) -> RawRow | BadRow:
+    fields = text.split("\t")
+    if len(fields) not in (3, 5):
+        return BadRow(number, "wrong_columns")
+    url = fields[4].strip() if len(fields) == 5 else ""
+    return RawRow(number, fields[0], fields[2], "search", fields[1], url or None)
+
+
+def _row_maker(path: Path, names: list[str], columns: Columns) -> Callable[[int, list[str]], RawRow | BadRow]:
+    """(line, fields) -> row, of a file whose columns have these names.
+
+    Raises:
+        UserError: a wanted column is not there exactly once.
+    """
     wanted = {"user_id": columns.user_id, "time": columns.time, "kind": columns.kind, "text": columns.text}
     if not columns.kind:
         del wanted["kind"]
@@ -230,116 +217,84 @@ def _positions(path: Path, names: list[str], columns: Columns) -> tuple[int, int
             f"{path}: the columns {missing} are not there exactly once; its first line {found}. "
             f"Set prepare.columns.user_id, .time, .kind and .text, and check prepare.format"
         )
-    index = {key: names.index(name) for key, name in wanted.items()}
-    return index["user_id"], index["time"], index.get("kind"), index["text"]
+    user, time, text = (names.index(wanted[key]) for key in ("user_id", "time", "text"))
+    kind = names.index(columns.kind) if columns.kind else None
 
-
-def _read_tsv(path: Path, lines: Lines, columns: Columns) -> Rows:
-    names = _header(path, lines).split("\t")
-    user, time, kind, text = _positions(path, names, columns)
-    for number, line, reason in lines:
-        if reason or not line:
-            yield BadRow(number, reason or "blank_line")
-            continue
-        fields = line.split("\t")
+    def row(number: int, fields: list[str]) -> RawRow | BadRow:
         if len(fields) != len(names):
-            yield BadRow(number, "wrong_columns")
-            continue
-        yield RawRow(number, fields[user], fields[time], "search" if kind is None else fields[kind], fields[text])
+            return BadRow(number, "wrong_columns")
+        return RawRow(number, fields[user], fields[time], "search" if kind is None else fields[kind], fields[text])
+
+    return row
 
 
-class _Broken(Exception):
-    """A CSV record that cannot end well: it ran too long or into an unusable line."""
+def _read_tsv(path: Path, header: str, lines: Lines, columns: Columns) -> Rows:
+    row = _row_maker(path, header.split("\t"), columns)
+    return _each_line(lines, lambda number, text: row(number, text.split("\t")))
 
 
-class _RecordLines:
-    """Feeds lines to csv.reader and keeps those of the record at hand, to undo a broken one."""
-
-    def __init__(self, lines: Lines) -> None:
-        self.lines = lines
-        self.again: deque[tuple[int, str, str | None]] = deque()
-        self.taken: list[tuple[int, str, str | None]] = []
-        self.size = 0
-        self.bad: list[BadRow] = []
-
-    def __iter__(self) -> Iterator[str]:
-        while item := self.again.popleft() if self.again else next(self.lines, None):
-            number, text, reason = item
-            if not self.taken and (reason or not text):
-                self.bad.append(BadRow(number, reason or "blank_line"))
-                continue
-            self.taken.append(item)
-            self.size += len(text) + 1
-            if reason or self.size > MAX_LINE_BYTES:
-                raise _Broken
-            yield text + "\n"
-
-    def start_record(self) -> None:
-        self.taken, self.size = [], 0
-
-    def undo_all_but_first_line(self) -> BadRow:
-        """Reject the line a broken record starts at; its other lines are read again on their own."""
-        number = self.taken[0][0]
-        self.again.extendleft(reversed(self.taken[1:]))
-        self.start_record()
-        return BadRow(number, "malformed")
-
-
-def _read_csv(path: Path, lines: Lines, columns: Columns) -> Rows:
+def _read_csv(path: Path, header: str, lines: Lines, columns: Columns) -> Rows:
     try:
-        names = next(csv.reader([_header(path, lines)], strict=True), [])
+        names = next(csv.reader([header], strict=True), [])
     except csv.Error as error:
         raise UserError(f"{path}: line 1 is no CSV header ({error})") from None
-    user, time, kind, text = _positions(path, names, columns)
-    source = _RecordLines(lines)
-    reader = csv.reader(iter(source), strict=True)
-    while True:
-        try:
-            fields = next(reader, None)
-        except (csv.Error, _Broken):
-            fields, broken = [], source.undo_all_but_first_line()
-            source.bad.append(broken)
-            reader = csv.reader(iter(source), strict=True)
-        yield from source.bad
-        source.bad.clear()
-        if fields is None:
-            return
-        if source.taken:
-            number = source.taken[0][0]
-            source.start_record()
-            if len(fields) != len(names):
-                yield BadRow(number, "wrong_columns")
-            else:
-                yield RawRow(
-                    number,
-                    fields[user],
-                    fields[time],
-                    "search" if kind is None else fields[kind],
-                    fields[text],
-                )
+    row = _row_maker(path, names, columns)
+    again: deque[Line] = deque()
 
+    def next_line() -> Line | None:
+        return again.popleft() if again else next(lines, None)
 
-def _read_jsonl(path: Path, lines: Lines, columns: Columns) -> Rows:
-    number = 0
-    for number, text, reason in lines:
-        if reason or not text:
+    while first := next_line():
+        number, text, reason = first
+        if not text:
             yield BadRow(number, reason or "blank_line")
             continue
+        record = [first]
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
+            fields = next(csv.reader(_record_texts(record, next_line), strict=True))
+        except csv.Error:
+            # Only the line that the broken record starts at is lost; its other lines are read again on their own.
+            again.extendleft(reversed(record[1:]))
             yield BadRow(number, "malformed")
-            continue
-        kind = record.get(columns.kind) if columns.kind else "search"
-        yield _typed(number, record.get(columns.user_id), record.get(columns.time), kind, record.get(columns.text))
-    if number == 0:
-        raise UserError(f"{path} is empty: remove it from prepare.source")
+        else:
+            yield row(number, fields)
 
 
-def _typed(line: int, user: Any, time: Any, kind: Any, text: Any) -> RawRow | BadRow:
-    """Values of a typed format; whole numbers pass as user ids and texts, nothing else is converted."""
+def _record_texts(record: list[Line], next_line: Callable[[], Line | None]) -> Iterator[str]:
+    """Texts of `record` (its first line) and of the lines that csv.reader asks for to end it, which join `record`.
+
+    Raises:
+        csv.Error: the record runs too long or into an unusable line, so it cannot end well.
+    """
+    size = 0
+    line: Line | None = record[0]
+    while line:
+        _, text, reason = line
+        size += len(text) + 1
+        if reason or size > MAX_LINE_BYTES:
+            raise csv.Error
+        yield text + "\n"
+        if line := next_line():
+            record.append(line)
+
+
+_HEADED = {"aol": _read_aol, "tsv": _read_tsv, "csv": _read_csv}
+
+
+def _json_row(number: int, text: str, columns: Columns) -> RawRow | BadRow:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    return _typed_row(number, record, columns) if isinstance(record, dict) else BadRow(number, "malformed")
+
+
+def _typed_row(line: int, record: dict[str, Any], columns: Columns) -> RawRow | BadRow:
+    """A row of a typed format; whole numbers pass as user ids and texts, nothing else is converted."""
+    user, time, text = (record.get(name) for name in (columns.user_id, columns.time, columns.text))
+    kind = record.get(columns.kind) if columns.kind else "search"
+    if any(isinstance(value, bytes) for value in (user, time, kind, text)):
+        return BadRow(line, "bad_utf8")
     user, text = (str(value) if type(value) is int else value for value in (user, text))
     if not (isinstance(user, str) and isinstance(kind, str) and isinstance(text, str)) or time is None:
         return BadRow(line, "missing_value")
@@ -351,18 +306,14 @@ def _typed(line: int, user: Any, time: Any, kind: Any, text: Any) -> RawRow | Ba
 def _read_parquet(path: Path, raw: BinaryIO, columns: Columns) -> Rows:
     try:
         file = pq.ParquetFile(raw)
-        _positions(path, file.schema_arrow.names, columns)
+        _row_maker(path, file.schema_arrow.names, columns)  # raises where a column is missing
         names = [name for name in (columns.user_id, columns.time, columns.kind, columns.text) if name]
         line = 0
         for batch in file.iter_batches(batch_size=1 << 14, columns=names):
-            values = {name: _parquet_values(path, name, batch.column(name)) for name in names}
-            kinds = values[columns.kind] if columns.kind else ["search"] * len(batch)
-            for fields in zip(values[columns.user_id], values[columns.time], kinds, values[columns.text], strict=True):
+            values = [_parquet_values(path, name, batch.column(name)) for name in names]
+            for fields in zip(*values, strict=True):
                 line += 1
-                if any(isinstance(value, bytes) for value in fields):
-                    yield BadRow(line, "bad_utf8")
-                else:
-                    yield _typed(line, *fields)
+                yield _typed_row(line, dict(zip(names, fields, strict=True)), columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}): check prepare.format") from None
 

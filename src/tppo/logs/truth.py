@@ -7,29 +7,25 @@ search of the history or of the same response is not new.
 
 from __future__ import annotations
 
+from itertools import chain
+
 from tppo.core.config import Synthetic
 from tppo.core.files import sha256_file
 from tppo.core.run import MANIFEST, RunFolder
 from tppo.core.tables import Example
-from tppo.core.text import Word, parse_response, repeated_queries
-from tppo.logs.clean import UserHasher
+from tppo.core.text import ParsedResponse, Word, parse_response, repeated_queries
+from tppo.logs.clean import hash_user
 from tppo.logs.prepare import SYNTHETIC_KEY
 from tppo.logs.synthetic import relevant_words, user_name, user_queries
 
 
 class Truth:
-    """What is relevant to the users of one synthetic log.
-
-    Args:
-        config: the log's settings.
-        seed: the log's.
-    """
+    """What is relevant to the users of the synthetic log with these settings and this seed."""
 
     def __init__(self, config: Synthetic, seed: int) -> None:
+        self.users = {f"{hash_user(SYNTHETIC_KEY, user_name(user)):016x}": user for user in range(config.users)}
         self.config = config
         self.seed = seed
-        hasher = UserHasher(SYNTHETIC_KEY)
-        self.users = {f"{hasher.hash(user_name(user)):016x}": user for user in range(config.users)}
         self._possible: dict[str, list[tuple[str, ...]]] = {}
 
     def possible(self, user_id: str) -> list[tuple[str, ...]]:
@@ -41,9 +37,7 @@ class Truth:
     def words(self, example: Example, response: str) -> tuple[list[Word], list[bool]]:
         """The words of a response and whether each is relevant."""
         parsed = parse_response(response, finished=True, num_queries=1)
-        return parsed.words, [
-            mark for marks in self._marks(example, parsed.queries, parsed.query_words) for mark in marks
-        ]
+        return parsed.words, list(chain.from_iterable(self._marks(example, parsed)))
 
     def shares(self, example: Example, response: str, num_queries: int) -> tuple[float, float]:
         """Share of the `num_queries` asked for that are relevant, and share of the words written that are.
@@ -52,23 +46,23 @@ class Truth:
         for do not count.
         """
         parsed = parse_response(response, finished=True, num_queries=num_queries)
-        marks = self._marks(example, parsed.queries, parsed.query_words)
+        marks = self._marks(example, parsed)
         possible = set(self.possible(example.user_id))
         # A query with every word marked is new, but may still be half of one, or in another order.
         relevant = [
             all(found) and tuple(query.split()) in possible for query, found in zip(parsed.queries, marks, strict=True)
         ]
-        flat = [mark for query in marks for mark in query]
+        flat = list(chain.from_iterable(marks))
         return sum(relevant[:num_queries]) / num_queries, sum(flat) / len(flat) if flat else 0.0
 
-    def _marks(self, example: Example, queries: list[str], query_words: list[list[str]]) -> list[list[bool]]:
-        old = repeated_queries(example.history, queries)
+    def _marks(self, example: Example, parsed: ParsedResponse) -> list[list[bool]]:
+        """Whether each word of each query is relevant."""
+        old = repeated_queries(example.history, parsed.queries)
         possible = self.possible(example.user_id)
-        marks: list[list[bool]] = []
-        for number, words in enumerate(query_words):
-            known = relevant_words([word.lower() for word in words], possible)
-            marks.append([mark and number not in old for mark in known])
-        return marks
+        return [
+            [mark and number not in old for mark in relevant_words([word.lower() for word in words], possible)]
+            for number, words in enumerate(parsed.query_words)
+        ]
 
 
 def known_truth(run: RunFolder) -> Truth | None:

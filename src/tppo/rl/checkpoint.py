@@ -4,11 +4,8 @@ Everything random in an update depends on (seed, update) alone, so weights, opti
 coefficient, the probe's sums, the kept policies and the number of updates done are the whole state.
 
 A checkpoint is written under another name, every file is fsynced, their sha256 are written last, and then the folder
-is renamed. Whatever fails or is killed on the way leaves the older checkpoints as they were.
-
-Policies kept beside the one in training: that of the last rollout within `max_kl`, and the best so far.
-
-A policy is judged by its own rollout, so what is kept is the copy that sampled it, in its precision.
+is renamed. Whatever fails or is killed on the way leaves the older checkpoints as they were. (Accelerate's `save_state`
+pickles the optimizer, and neither fsyncs nor renames.)
 """
 
 from __future__ import annotations
@@ -22,15 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tppo.core.common import UserError, console
-from tppo.core.config import RL, RL_DISPLAY
+from tppo.core.config import RL_DISPLAY
 from tppo.core.files import sha256_file, write_json
 from tppo.rl.guards import KeptPolicy
+from tppo.rl.policy import load_training_state, training_state
 from tppo.rl.trainer import TokenPPOTrainer
 
 _PREFIX = "checkpoint-"
@@ -50,27 +47,25 @@ def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
     temporary = folder / f"{_TEMPORARY}{final.name}"
     remove_leftovers(folder)
     temporary.mkdir(parents=True)
-    _save_tensors(temporary / "policy.safetensors", _policy_tensors(trainer))
-    _save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(trainer))
-    kept = {name: policy for name, policy in _kept(trainer).items() if policy is not None}
-    for name, policy in kept.items():
-        _save_tensors(temporary / f"{name}.safetensors", policy.weights)
+    tensors = training_state(trainer.policy, trainer.optimizer)
+    tensors |= {name: kept.weights for name, kept in trainer.kept.items()}
+    for name, named_tensors in tensors.items():
+        _save_tensors(temporary / f"{name}.safetensors", named_tensors)
     state = {
         "update": trainer.update,
         "kl_coef": trainer.kl_coef,
         "seed": trainer.seed,
         "config": asdict(trainer.config),
-        "kept": {name: {"update": policy.update, "value": policy.value} for name, policy in kept.items()},
+        "kept": {name: {"update": kept.update, "value": kept.value} for name, kept in trainer.kept.items()},
     }
     write_json(temporary / "state.json", state)
     write_json(temporary / _CHECKSUMS, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
     fsync(temporary)
     if final.exists():  # a damaged one that was skipped
-        _remove(final)
+        _doom(final)
     temporary.rename(final)
     fsync(folder)
-    for old in _newest_first(folder)[trainer.config.keep_checkpoints :]:
-        _remove(old)
+    remove_checkpoints(folder, keep=trainer.config.keep_checkpoints)
     return final
 
 
@@ -96,9 +91,10 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    for path in _newest_first(folder):
-        _remove(path)
+def remove_checkpoints(folder: Path, keep: int = 0) -> None:
+    """Delete all but the newest ones, and leftovers."""
+    for path in _newest_first(folder)[keep:]:
+        _doom(path)
     remove_leftovers(folder)
 
 
@@ -129,15 +125,14 @@ def cut_rows_after(path: Path, update: int) -> None:
     """
     last, size = 0, 0
     if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    row_update = json.loads(line)["update"] if line.endswith(b"\n") else update + 1
-                except (json.JSONDecodeError, UnicodeDecodeError):
-                    break
-                if row_update > update:
-                    break
-                last, size = row_update, size + len(line)
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                row_update = json.loads(line)["update"] if line.endswith(b"\n") else update + 1
+            except ValueError:  # no JSON, or no UTF-8
+                break
+            if row_update > update:
+                break
+            last, size = row_update, size + len(line)
         os.truncate(path, size)
     if last != update:
         raise UserError(
@@ -151,11 +146,9 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; under another name first, so that half a one is never taken for a whole."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _doom(checkpoint: Path) -> None:
+    """Make a checkpoint a leftover: so half a deleted one is never taken for a whole."""
+    checkpoint.rename(checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}"))
 
 
 def _damage(path: Path) -> str | None:
@@ -170,25 +163,6 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _kept(trainer: TokenPPOTrainer) -> dict[str, KeptPolicy | None]:
-    return {"best": trainer.kept.best, "last_good": trainer.kept.last_good}
-
-
-def _policy_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
-    """What training changes. Tied weights appear once among the parameters; state_dict would hold them twice."""
-    tensors = {name: p.detach() for name, p in trainer.policy.named_parameters() if p.requires_grad}
-    return tensors | {f"value_head.{name}": b for name, b in trainer.policy.value_head.named_buffers()}
-
-
-def _optimizer_tensors(trainer: TokenPPOTrainer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.policy.named_parameters()}
-    return {
-        f"{names[parameter]}|{key}": value
-        for parameter, state in trainer.optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path)
@@ -201,30 +175,22 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _check_same_run(trainer, state, path)
-    saved, tensors = load_file(path / "policy.safetensors"), _policy_tensors(trainer)
-    if saved.keys() != tensors.keys() or any(saved[name].shape != tensor.shape for name, tensor in tensors.items()):
-        raise UserError(f"{path} belongs to another model than the policy: give another folder, or delete it")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
-    parameters = dict(trainer.policy.named_parameters())
-    trainer.optimizer.state.clear()
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, _, moment = key.rpartition("|")
-        trainer.optimizer.state[parameters[name]][moment] = value
-    for name, facts in state["kept"].items():
-        setattr(trainer.kept, name, KeptPolicy(**facts, weights=load_file(path / f"{name}.safetensors")))
-    trainer.kl_coef = state["kl_coef"]
-    trainer.update = state["update"]
-
-
-def _check_same_run(trainer: TokenPPOTrainer, state: dict[str, Any], path: Path) -> None:
-    now: dict[str, Any] = {"seed": trainer.seed, **asdict(trainer.config)}
-    then: dict[str, Any] = {"seed": state["seed"], **state["config"]}
-    known = [name for name in RL.__dataclass_fields__ if name not in _MAY_CHANGE]
+    now = {"seed": trainer.seed, **asdict(trainer.config)}
+    then = {"seed": state["seed"], **state["config"]}
     changed = [
-        f"{name}: {then.get(name)!r} -> {now[name]!r}" for name in ["seed", *known] if now[name] != then.get(name)
+        f"{name}: {then.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in _MAY_CHANGE and value != then.get(name)
     ]
     if changed:
         raise UserError(f"{path} was made with other settings ({'; '.join(changed)}): give them, or another folder")
+    saved = {name: load_file(path / f"{name}.safetensors") for name in ("policy", "optimizer")}
+    live = training_state(trainer.policy, trainer.optimizer)
+    shapes, expected = ({n: t.shape for n, t in state["policy"].items()} for state in (saved, live))
+    if shapes != expected:
+        raise UserError(f"{path} belongs to another model than the policy: give another folder, or delete it")
+    load_training_state(trainer.policy, trainer.optimizer, saved)
+    for name, facts in state["kept"].items():
+        trainer.kept[name] = KeptPolicy(**facts, weights=load_file(path / f"{name}.safetensors"))
+    trainer.kl_coef = state["kl_coef"]
+    trainer.update = state["update"]

@@ -1,7 +1,8 @@
-"""What stops an update: numbers that are none, samples from another distribution, memory, too much KL.
+"""What stops a run before its first update (settings, prompts) and what stops an update: numbers that are none,
+samples from another distribution, memory, too much KL.
 
-Every `GuardError` leaves weights and optimizer state as they were before the update (`Snapshot` takes back the
-steps of earlier minibatches) and names the tensor or setting, the update and the sample.
+Every check of an update raises `GuardError`, which leaves weights and optimizer state as they were before the update
+and names the tensor or setting, the update and the sample. What a halted run ends with is kept here, too.
 
 Shapes: B responses, T response tokens.
 """
@@ -9,10 +10,10 @@ Shapes: B responses, T response tokens.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tppo.core.common import UserError
 from tppo.core.config import RL
 from tppo.core.device import resolved
+from tppo.rl.policy import PolicyWithValue, load_training_state, training_state
 from tppo.rl.reward_function import Sample, name_sample
 
 RATIO_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (5e-3, 5e-2)}
@@ -31,10 +33,11 @@ _MIN_RESPONSES = 8
 """A standard error over fewer responses says too little to stop a run."""
 _ROUNDING = 0.02
 """Nats by which a bf16 rollout copy may differ from the policy, per token or per response."""
+_WAY_OUT = "A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; the last checkpoint is whole"
 
 
 class GuardError(UserError):
-    """The update was not made; weights and optimizer state are those before it."""
+    """The update was not made."""
 
 
 class MaxKLExceeded(Exception):
@@ -48,50 +51,79 @@ class MaxKLExceeded(Exception):
         self.facts = {"before_update": update, "kl": kl, "max_kl": limit}
 
 
-def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sample]) -> None:
-    """Every row of `tensor` (B, ...) is finite.
+def check_config(config: RL, max_response_tokens: int) -> None:
+    """Settings that fit each other.
 
     Raises:
-        GuardError: names the tensor, the update and the first bad sample.
+        UserError: names the setting and what it has to be.
     """
+    if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batch_size:
+        raise UserError(
+            f"rl.batch_size={config.batch_size} must be a multiple of rl.minibatch_size={config.minibatch_size}, "
+            f"and that of rl.micro_batch_size={config.micro_batch_size}"
+        )
+    buffer_fits = not config.overlong_penalty or 0 < config.overlong_buffer < max_response_tokens
+    for fits, setting, must_be in (
+        (config.batch_size >= 2, "batch_size", "at least 2: advantages are compared"),
+        (config.temperature > 0, "temperature", "above 0: greedy rollouts have no gradient"),
+        (config.kl_placement != "loss" or config.kl_estimator != "k1", "kl_estimator", "k2 or k3 in the loss"),
+        (not config.dual_clip or config.dual_clip > 1, "dual_clip", "above 1, or 0 (off)"),
+        (config.updates >= 1, "updates", "at least 1"),
+        (config.save_every >= 1, "save_every", "at least 1"),
+        (config.keep_checkpoints >= 1, "keep_checkpoints", "at least 1"),
+        (buffer_fits, "overlong_buffer", f"between 1 and {max_response_tokens - 1}, the response limit less 1"),
+        (config.max_kl >= 0, "max_kl", "0 (off) or more"),
+        (config.kl_target >= 0, "kl_target", "0 (off) or more"),
+    ):
+        if not fits:
+            raise UserError(f"rl.{setting}={getattr(config, setting)} must be {must_be}")
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Raises:
+        UserError: no tokenizer or none with an end-of-sequence token, no prompt, or an empty one.
+    """
+    if tokenizer is None:
+        raise UserError("TokenPPOTrainer needs the policy's tokenizer: TokenPPOTrainer(..., tokenizer=tokenizer)")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so a response could never end: set eos_token")
+    if not prompts:
+        raise UserError("there is no prompt to roll out from")
+    encoded = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise UserError(f"prompt {index} ({prompts[index]!r}) is empty: give it at least one token")
+    return encoded
+
+
+def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sample]) -> None:
+    """Every row of `tensor` (B, ...) is finite; else the first sample that is not is named."""
     bad_B = ~tensor.isfinite().flatten(1).all(-1)
     if bad_B.any():
-        row = int(bad_B.nonzero()[0])
+        way_out = "Mend the reward function for this sample" if name == "reward" else _WAY_OUT
         raise GuardError(
-            f"NaN or infinity in the {name} of update {update}, {name_sample(samples, row)}; the weights are "
-            f"unchanged.{_way_out(name)}"
+            f"NaN or infinity in the {name} of update {update}, {name_sample(samples, int(bad_B.nonzero()[0]))}; "
+            f"the weights are unchanged. {way_out}"
         )
 
 
-def _way_out(name: str) -> str:
-    if name == "reward":
-        return " Mend the reward function for this sample"
-    return " A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; the last checkpoint is whole"
-
-
 def raise_for_gradients(policy: nn.Module, update: int, samples: Sequence[Sample]) -> NoReturn:
-    """Their norm is no number: name the first gradient that is at fault, before anything scales or uses them.
-
-    Raises:
-        GuardError: names the first bad parameter and the update.
-    """
+    """Their norm is no number: name the first gradient that is at fault, before anything scales or uses them."""
     gradients = [(name, parameter.grad) for name, parameter in policy.named_parameters() if parameter.grad is not None]
     bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
     what = f"NaN or infinity in the gradient of {bad[0]}" if bad else "the norm of the gradients is infinite"
     raise GuardError(
         f"{what}, update {update}, minibatch of {len(samples)} samples from {name_sample(samples, 0)} on; "
-        f"the weights are unchanged.{_way_out('gradient')}"
+        f"the weights are unchanged. {_WAY_OUT}"
     )
 
 
 def check_first_ratio(
     log_ratio_BT: Tensor, response_mask_BT: Tensor, policy: nn.Module, config: RL, update: int
 ) -> None:
-    """Before any step of an update the policy is the one that was scored: |log ratio| within rounding.
-
-    Raises:
-        GuardError: names the cause.
-    """
+    """Before any step of an update the policy is the one that was scored: |log ratio| within rounding."""
     size_N = log_ratio_BT[response_mask_BT].abs()
     mean, largest = size_N.mean().item(), size_N.max().item()
     precision = resolved(config.precision)
@@ -113,40 +145,37 @@ def check_first_ratio(
 
 
 def check_sampling(
-    logprobs_BT: Tensor, entropy_BT: Tensor, kl_B: Tensor, response_mask_BT: Tensor, config: RL, update: int
+    logprobs_BT: Tensor, entropy_BT: Tensor, kl_B: Tensor, response_mask_BT: Tensor, temperature: float, update: int
 ) -> None:
     """The rollout was drawn from the distribution its log-probabilities are taken from.
 
     For such samples surprise - entropy is a martingale difference, so its mean is 0 within its standard error,
     and the mean KL (k1) is not negative.
-
-    Raises:
-        GuardError: names the sampling setting at fault.
     """
     if len(response_mask_BT) < _MIN_RESPONSES:
         return
     excess_N = (-logprobs_BT - entropy_BT)[response_mask_BT]
     count = len(excess_N)
-    excess = excess_N.mean().item()
+    excess, kl = excess_N.mean().item(), kl_B.mean().item()
     # A nearly certain policy shows no spread until a rare token comes: 10 log(n)/n covers those not seen yet.
     noise = _SIGMAS * excess_N.square().sum().sqrt().item() / count + 10 * math.log(count + 1) / count + _ROUNDING
     kl_noise = _SIGMAS * kl_B.std().item() / math.sqrt(len(kl_B)) + _ROUNDING
-    if abs(excess) <= noise and kl_B.mean().item() >= -kl_noise:
+    if abs(excess) <= noise and kl >= -kl_noise:
         return
     if excess < 0:
-        cause = f"a temperature below rl.temperature={config.temperature:g}, top-k, top-p or a minimum length"
+        cause = f"a temperature below rl.temperature={temperature:g}, top-k, top-p or a minimum length"
     else:
-        cause = f"a temperature above rl.temperature={config.temperature:g}, or a sampling copy with other weights"
+        cause = f"a temperature above rl.temperature={temperature:g}, or a sampling copy with other weights"
     raise GuardError(
         f"the responses of update {update} were not drawn from the policy they are scored with: surprise minus entropy "
-        f"is {excess:+.3g} nats per token (noise: {noise:.2g}), KL {kl_B.mean().item():+.3g} nats per response. "
-        f"Sampling used {cause}"
+        f"is {excess:+.3g} nats per token (noise: {noise:.2g}), KL {kl:+.3g} nats per response. Sampling used {cause}"
     )
 
 
 @contextmanager
-def out_of_memory_named(config: RL, phase: str) -> Iterator[None]:
-    """Turn running out of memory into an error that names the setting to lower."""
+def phase(name: str, config: RL, seconds: dict[str, float]) -> Iterator[None]:
+    """A phase of an update: its time goes into `seconds`, and running out of memory names the setting to lower."""
+    start = time.perf_counter()
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -155,81 +184,62 @@ def out_of_memory_named(config: RL, phase: str) -> Iterator[None]:
             sign in text for sign in ("not enough memory", "can't allocate memory")
         ):
             raise
-        setting = (
-            f"rl.batch_size (now {config.batch_size})"
-            if phase == "rollout"
-            else f"rl.micro_batch_size (now {config.micro_batch_size})"
-        )
+        setting = "batch_size" if name == "rollout" else "micro_batch_size"
         raise GuardError(
-            f"out of memory in the {phase}: lower {setting}; the weights are unchanged "
-            f"({text.splitlines()[0][:200] if text else 'MemoryError'})"
+            f"out of memory in the {name}: lower rl.{setting} (now {getattr(config, setting)}); the weights are "
+            f"unchanged ({text.splitlines()[0][:200] if text else 'MemoryError'})"
         ) from error
+    seconds[name] = time.perf_counter() - start
 
 
-class Snapshot:
-    """Weights and optimizer state before an update, to take back the steps of a stopped one."""
-
-    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.parameters = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
-        self.state: dict[Any, dict[str, Tensor]] = {
-            parameter: {name: value.clone() for name, value in state.items()}
-            for parameter, state in optimizer.state.items()
-        }
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for parameter, value in self.parameters:
-            parameter.copy_(value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+@contextmanager
+def all_or_nothing(policy: PolicyWithValue, optimizer: torch.optim.Optimizer, num_steps: int) -> Iterator[None]:
+    """Take back the optimiser steps of an update that is stopped on the way; no gradient stays behind either way."""
+    # A single step changes nothing before its last check; only a second one needs the way back.
+    state = training_state(policy, optimizer) if num_steps > 1 else {}
+    before = {part: {name: value.clone() for name, value in tensors.items()} for part, tensors in state.items()}
+    try:
+        yield
+    except BaseException:
+        if before:
+            load_training_state(policy, optimizer, before)
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
 
 
-@dataclass
-class KeptPolicy:
+class KeptPolicy(NamedTuple):
+    """A policy is judged by its own rollout, so what is kept is the copy that sampled it, in its precision."""
+
     update: int
     """Updates it had."""
     value: float
     """What it was kept for."""
     weights: dict[str, Tensor]
 
-    @classmethod
-    def of(cls, model: Any, update: int, value: float) -> KeptPolicy:
-        return cls(update, value, {name: p.detach().clone() for name, p in model.named_parameters()})
 
-    @torch.no_grad()
-    def copy_to(self, model: Any) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.weights[name])
+def keep_policy(
+    kept: dict[str, KeptPolicy], config: RL, update: int, metrics: dict[str, float], rollout_model: nn.Module
+) -> None:
+    """Keep what the settings ask for of a policy of `update` updates, whose rollout had these metrics: the newest as
+    `last_good` with `max_kl` (the caller shows only those within the limit), the best as `best` with `best_metric`.
 
-
-class KeptPolicies:
-    """Keeps what the settings ask for, and nothing when both are off.
-
-    Args:
-        best_metric: a metric, higher is better; with a leading `-` lower is. Empty: off.
-        max_kl: above 0, the last policy is kept (the caller shows only those within the limit).
+    Raises:
+        UserError: there is no such metric.
     """
 
-    def __init__(self, best_metric: str, max_kl: float) -> None:
-        self.metric = best_metric.removeprefix("-")
-        self.sign = -1.0 if best_metric.startswith("-") else 1.0
-        self.keep_last = max_kl > 0
-        self.best: KeptPolicy | None = None
-        self.last_good: KeptPolicy | None = None
+    def keep(name: str, value: float) -> None:
+        weights = {name: parameter.detach().clone() for name, parameter in rollout_model.named_parameters()}
+        kept[name] = KeptPolicy(update, value, weights)
 
-    def see(self, update: int, metrics: dict[str, float], rollout_model: Any) -> None:
-        """A policy of `update` updates whose rollout had these metrics; `rollout_model` is the copy that sampled.
-
-        Raises:
-            UserError: there is no such metric.
-        """
-        if self.keep_last:
-            self.last_good = KeptPolicy.of(rollout_model, update, metrics["kl"])
-        if not self.metric:
-            return
-        if self.metric not in metrics:
-            raise UserError(f"rl.best_metric={self.metric!r} is no metric of a rollout: choose of {sorted(metrics)}")
-        value = metrics[self.metric]
-        if not math.isnan(value) and (self.best is None or self.sign * value > self.sign * self.best.value):
-            self.best = KeptPolicy.of(rollout_model, update, value)
+    if config.max_kl:
+        keep("last_good", metrics["kl"])
+    if not config.best_metric:
+        return
+    metric = config.best_metric.removeprefix("-")
+    if metric not in metrics:
+        raise UserError(f"rl.best_metric={metric!r} is no metric of a rollout: choose of {sorted(metrics)}")
+    sign = -1.0 if config.best_metric.startswith("-") else 1.0
+    value = metrics[metric]
+    if not math.isnan(value) and ("best" not in kept or sign * value > sign * kept["best"].value):
+        keep("best", value)

@@ -3,17 +3,12 @@
 A run that was killed, or that an error stopped, goes on from its newest checkpoint when `train` is called again, and
 ends with the same weights and metrics as one that was never stopped.
 
-Experiment trackers beside metrics.jsonl, through accelerate's tracker classes: update u is a tracker's step u.
-
-metrics.jsonl is the record, a tracker shows a copy of it. `trackers.json` notes how far each tracker has got and which
-of its runs is ours, so that a resumed run goes on in that run: updates made again are not logged again (they have the
-same numbers), and rows a tracker has not had, because it failed or was added later, are logged first. A kill between
-a log and its note makes one update come twice: TensorBoard drops the first, W&B the second, the others show one more
-point of the same value.
-
-Only metrics and settings go to a tracker, never text of the log or of a response.
-
-Responses with every token coloured by its reward: in the terminal, and with the same shades in the report.
+metrics.jsonl is the record, a tracker shows a copy of it: update u is its step u. `trackers.json` notes how far each
+tracker has got and which of its runs is ours, so that a resumed run goes on in that run: updates made again are not
+logged again (they have the same numbers), and rows a tracker has not had, because it failed or was added later, are
+logged first. A kill between a log and its note makes one update come twice: TensorBoard drops the first, W&B the
+second, the others show one more point of the same value. Only metrics and settings go to a tracker, never text of the
+log or of a response.
 """
 
 from __future__ import annotations
@@ -29,8 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_trackio_available, is_wandb_available
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from rich.color import Color, blend_rgb
+from rich.color_triplet import ColorTriplet
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -71,7 +67,7 @@ def train(
         console.print(f"resuming {folder.name} after update {trainer.update}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_rows_after(folder / name, trainer.update)
-    with open_trackers(config, folder) as trackers, progress_bar(lines=False) as bar:
+    with open_trackers(config, folder) as track, progress_bar(lines=False) as bar:
         task = bar.add_task(folder.name, total=config.updates, completed=trainer.update)
         while trainer.update < config.updates:
             try:
@@ -82,7 +78,7 @@ def train(
             append_rows(folder / "metrics.jsonl", [result.metrics])
             samples = sample_rows(result, example_ids)
             append_rows(folder / "samples.jsonl", samples)
-            trackers.log(result.metrics)
+            track(result.metrics)
             description = progress_line(folder.name, result.metrics, config)
             bar.update(task, completed=trainer.update, description=description)
             if not console.is_terminal:
@@ -130,122 +126,86 @@ def progress_line(name: str, metrics: dict[str, float], config: RL) -> str:
 
 
 NOTES = "trackers.json"
-INSTALLED: dict[str, Callable[[], bool]] = {
-    "tensorboard": is_tensorboard_available,
-    "wandb": is_wandb_available,
-    "trackio": is_trackio_available,
-    "mlflow": is_mlflow_available,
-}
-"""By tracker, which is also its name as a pip package."""
+_WAY_OUT = {"wandb": ". Set WANDB_API_KEY, run `wandb login` once, or set WANDB_MODE=offline"}
 
 
 @contextlib.contextmanager
-def open_trackers(config: RL, folder: Path) -> Iterator[Trackers]:
-    """The trackers of `rl.trackers`, started and told what metrics.jsonl of `folder` holds; finished at the end.
+def open_trackers(config: RL, folder: Path) -> Iterator[Callable[..., None]]:
+    """Start the trackers of `rl.trackers` and log what metrics.jsonl of `folder` holds; gives the function that logs
+    further rows. None of them can stop training once it has started: a row that one did not take is tried again.
+
+    By accelerate's tracker classes: its `Accelerator.log` ends at the first tracker that fails.
 
     Raises:
         UserError: one is not installed, or does not start.
     """
-    for name in config.trackers:
-        if not INSTALLED[name]():
+    names: list[str] = list(dict.fromkeys(config.trackers))
+    for name in names:
+        if name not in map(str, get_available_trackers()):
             raise UserError(f"rl.trackers names {name}, which is not installed: `pip install {name}`, or leave it out")
-    trackers = Trackers(config, folder)
-    try:
-        trackers.start()
-        yield trackers
-    finally:
-        trackers.finish()
+    notes: dict[str, dict[str, Any]] = {}
+    if names and (folder / NOTES).exists():
+        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    rows = read_jsonl(folder / "metrics.jsonl") if names else []
+    started: dict[str, Any] = {}
+    failing: set[str] = set()
 
-
-class Trackers:
-    """Started trackers and how far each has got. None of them can stop training once it has started."""
-
-    def __init__(self, config: RL, folder: Path) -> None:
-        self.config = config
-        self.folder = folder
-        self.rows: list[dict[str, Any]] = []
-        self.notes: dict[str, dict[str, Any]] = {}
-        self.started: dict[str, Any] = {}
-        self.failing: set[str] = set()
-
-    def start(self) -> None:
-        """Start every tracker, and log the rows of metrics.jsonl that it has not had."""
-        if not self.config.trackers:
+    def log(*new_rows: dict[str, Any]) -> None:
+        if not started:
             return
-        PartialState()  # accelerate's trackers log through it
-        notes, metrics = self.folder / NOTES, self.folder / "metrics.jsonl"
-        if notes.exists():
-            self.notes = json.loads(notes.read_text(encoding="utf-8"))
-        self.rows = read_jsonl(metrics)
-        for name in dict.fromkeys(self.config.trackers):
-            self.started[name] = self._start(name)
-        self._catch_up()
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics.jsonl, after those a tracker has not had."""
-        if self.started:
-            self.rows.append(row)
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        for name, tracker in self.started.items():
+        rows.extend(new_rows)
+        for name, tracker in started.items():
             try:
-                for row in self.rows:
+                for row in rows:
                     update = int(row["update"])
-                    if update > self.notes[name]["logged"]:
+                    if update > notes[name]["logged"]:
                         tracker.log({key: value for key, value in row.items() if key != "update"}, step=update)
-                        self.notes[name]["logged"] = update
-                self.failing.discard(name)
+                        notes[name]["logged"] = update
+                failing.discard(name)
             except Exception as error:  # a tracker's errors have no common base
-                if name not in self.failing:
+                if name not in failing:
                     console.print(f"{name} failed, training goes on and tries again: {error}", soft_wrap=True)
-                self.failing.add(name)
-        write_json(self.folder / NOTES, self.notes)
+                failing.add(name)
+        write_json(folder / NOTES, notes)
 
-    def finish(self) -> None:
-        for name, tracker in self.started.items():
+    try:
+        for name in names:
+            started[name] = _start_tracker(name, config, folder, notes)
+        log()
+        yield log
+    finally:
+        for name, tracker in started.items():
             try:
                 tracker.finish()
             except Exception as error:  # as above; the model is worth more than the end of a curve
                 console.print(f"{name} did not finish: {error}", soft_wrap=True)
 
-    def _start(self, name: str) -> Any:
-        new = name not in self.notes
-        note = self.notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
-        tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, note, new))
-        try:
-            with _no_questions():
-                tracker.start()
-            if name == "mlflow":
-                note["run"] = tracker.tracker.info.run_id
-            write_json(self.folder / NOTES, self.notes)
-            if new:
-                settings = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
-                tracker.store_init_configuration(settings)
-        except Exception as error:  # as in _catch_up
-            raise UserError(f"{name} does not start: {error}{_WAY_OUT.get(name, '')}") from error
-        return tracker
 
-    def _arguments(self, name: str, note: dict[str, Any], new: bool) -> dict[str, Any]:
-        """What this tracker's class needs to start the run of the note, or to go on in it."""
-        project, shown = self.config.tracker_project, f"{self.folder.resolve().parent.name}-{self.folder.name}"
-        if name == "tensorboard":
-            return {"run_name": name, "logging_dir": str(self.folder), "purge_step": note["logged"] + 1}
-        if name == "wandb":
-            return {
-                "run_name": project,
-                "name": shown,
-                "id": note["run"],
-                "resume": "allow",
-                "dir": str(self.folder),
-            }
-        if name == "trackio":
-            return {"run_name": project, "name": f"{shown}-{note['run']}", "resume": "allow"}
-        assert name == "mlflow"
-        return {"experiment_name": project, "run_name": shown, "run_id": None if new else note["run"]}
-
-
-_WAY_OUT = {"wandb": ". Set WANDB_API_KEY, run `wandb login` once, or set WANDB_MODE=offline"}
+def _start_tracker(name: str, config: RL, folder: Path, notes: dict[str, dict[str, Any]]) -> Any:
+    """Start the run that the tracker's note tells of, or go on in it."""
+    new = name not in notes
+    note = notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
+    project, shown = config.tracker_project, f"{folder.resolve().parent.name}-{folder.name}"
+    arguments: dict[str, dict[str, Any]] = {
+        "tensorboard": {"run_name": name, "logging_dir": str(folder), "purge_step": note["logged"] + 1},
+        "wandb": {"run_name": project, "name": shown, "id": note["run"], "resume": "allow", "dir": str(folder)},
+        "trackio": {"run_name": project, "name": f"{shown}-{note['run']}", "resume": "allow"},
+        "mlflow": {"experiment_name": project, "run_name": shown, "run_id": None if new else note["run"]},
+    }
+    PartialState()  # accelerate's trackers log through it
+    tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])
+    try:
+        with _no_questions():
+            tracker.start()
+        if name == "mlflow":
+            note["run"] = tracker.tracker.info.run_id
+        write_json(folder / NOTES, notes)
+        if new:
+            settings = {key: value for key, value in asdict(config).items() if not isinstance(value, list)}
+            tracker.store_init_configuration(settings)
+    except Exception as error:  # a tracker's errors have no common base
+        raise UserError(f"{name} does not start: {error}{_WAY_OUT.get(name, '')}") from error
+    return tracker
 
 
 @contextlib.contextmanager
@@ -261,7 +221,7 @@ def _no_questions() -> Iterator[None]:
 
 SHOWN_PROMPT = 120
 """Characters of a prompt's end that are shown."""
-_WHITE, _GREEN, _RED = (255, 255, 255), (46, 160, 67), (218, 54, 51)
+_WHITE, _GREEN, _RED = ColorTriplet(255, 255, 255), ColorTriplet(46, 160, 67), ColorTriplet(218, 54, 51)
 
 
 class ShownToken(NamedTuple):
@@ -311,11 +271,8 @@ def token_style(reward: float, shade: float) -> Style:
     """Green for positive, red and underlined for negative, dim for zero; pale for a small shade."""
     if not reward:
         return Style(dim=True)
-    mixed = [
-        round(white + (full - white) * (0.25 + 0.75 * shade))
-        for white, full in zip(_WHITE, _GREEN if reward > 0 else _RED, strict=True)
-    ]
-    return Style(color="black", bgcolor="#{:02x}{:02x}{:02x}".format(*mixed), underline=reward < 0)
+    mixed = blend_rgb(_WHITE, _GREEN if reward > 0 else _RED, 0.25 + 0.75 * shade)
+    return Style(color="black", bgcolor=Color.from_triplet(mixed), underline=reward < 0)
 
 
 def _visible(text: str) -> str:

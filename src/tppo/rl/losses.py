@@ -1,11 +1,7 @@
-"""The PPO losses, as pure tensor functions of (B, T) tensors.
+"""The PPO losses, and KL to the reference: pure tensor functions. Shapes: B responses, T response tokens.
 
-Each returns sums over the tokens of a micro-batch divided by `num_tokens`, the number of response tokens of
-the whole minibatch. Losses of micro-batches therefore simply add up, and 1 x 32 equals 8 x 4.
-
-KL to the reference: estimates from the sampled tokens, and the adaptive coefficient.
-
-Shapes: B responses, T response tokens. Estimators k1, k2, k3 as in Schulman, "Approximating KL Divergence" (2020).
+Each loss is a sum over the tokens of a micro-batch divided by `num_tokens`, the number of response tokens of the whole
+minibatch. Losses of micro-batches therefore simply add up, and 1 x 32 equals 8 x 4.
 """
 
 from __future__ import annotations
@@ -73,7 +69,7 @@ def kl_estimate(kind: str, logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tens
     """Estimate of KL(policy || reference) at each token from the policy's own samples, in nats, (B, T).
 
     k1 is unbiased and may be negative; k2 is biased, and its gradient is that of the KL; k3 is unbiased and
-    never negative.
+    never negative (Schulman, "Approximating KL Divergence", 2020).
     """
     log_ratio_BT = ref_logprobs_BT - logprobs_BT
     if kind == "k1":
@@ -88,11 +84,8 @@ def kl_estimate(kind: str, logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tens
 def next_kl_coef(coef: float, kl: float, target: float, horizon: int, batch_size: int) -> float:
     """The coefficient after a rollout: fixed when `target` is 0, else the controller of Ziegler et al. 2019 (2.2).
 
-    Args:
-        coef: the coefficient now.
-        kl: mean KL of the rollout, in nats per response.
-        target: the KL to hold, in nats per response.
-        horizon: the relative error, clipped to +-0.2, counts by batch_size / horizon.
+    `kl` (the rollout's mean) and `target` are in nats per response; the relative error, clipped to +-0.2, counts by
+    batch_size / horizon.
     """
     if target == 0:
         return coef

@@ -1,20 +1,11 @@
-"""The policy with its value function, and log-probabilities of the response tokens only.
+"""The policy with its value function, and its two frozen copies: the one that samples and the reference.
 
-Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
+Log-probabilities are taken of the response tokens only. No model is loaded twice: both copies are made from the policy
+in memory at the start. With LoRA there is no reference model at all (the policy with its adapters off is one), and the
+sampling copy has the adapters merged.
 
-Value functions: a linear head, and a probe (ridge regression from hidden states to returns, in closed form).
-
-One Adam step an update leaves a linear head far behind a policy that moves. The probe is solved exactly after every
-rollout instead, on sums that forget old rollouts, and predicts the next rollout's values. How much it is shrunk is
-decided by how well each amount has predicted rollouts it was not fitted on; the most shrunk candidate is the mean
-return. The probe is never asked about tokens it was fitted on, so `explained_variance` is an honest figure.
-
-Shapes: N response tokens, D hidden size, K candidates.
-
-The two frozen companions of the policy: the reference that KL is measured against, and the copy that samples.
-
-Both are copied from the policy in memory at the start; no model is loaded twice. With LoRA there is no reference
-model at all (the policy with its adapters off is one), and the sampling copy has the adapters merged.
+Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary, D hidden size,
+N response tokens of a rollout, K candidates of the value probe.
 """
 
 from __future__ import annotations
@@ -29,6 +20,8 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError, stream_seed
 from tppo.core.config import RL, Precision
@@ -52,37 +45,40 @@ class TokenBatch(NamedTuple):
 
     def trimmed(self) -> TokenBatch:
         """Without the columns that are padding in every row, at either side."""
-        num_response = self.response_mask.shape[1]
         start = int(self.attention_mask.any(0).long().argmax())
-        kept_response = int(self.response_mask.sum(-1).max())
-        stop = self.input_ids.shape[1] - num_response + kept_response
+        num_response = int(self.response_mask.sum(-1).max())
+        stop = self.input_ids.shape[1] - self.response_mask.shape[1] + num_response
         return TokenBatch(
-            self.input_ids[:, start:stop], self.attention_mask[:, start:stop], self.response_mask[:, :kept_response]
+            self.input_ids[:, start:stop], self.attention_mask[:, start:stop], self.response_mask[:, :num_response]
         )
 
 
+def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
+    """Left-pad the prompts, right-pad the responses. Padding is known by its place, so its id does not matter."""
+    assert all(generation.response_ids for generation in generations), "a response without any token"
+    ids, masks = [], []
+    for name, side in (("prompt_ids", "left"), ("response_ids", "right")):
+        rows = [torch.tensor(getattr(generation, name)) for generation in generations]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        ids.append(pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side))
+        masks.append(pad_sequence(real, batch_first=True, padding_side=side))
+    return TokenBatch(torch.cat(ids, dim=1), torch.cat(masks, dim=1), masks[1])
+
+
 class PolicyOutput(NamedTuple):
+    """What the policy says of a batch; float32, 0 outside the response."""
+
     logprobs: Tensor
-    """(B, T) float32, log pi(y_t | x, y_<t) at the sampling temperature; 0 outside the response."""
-    values: Tensor | None
-    """(B, T) float32, V(s_t) before token t is chosen; 0 outside the response. None for a probe while training."""
-    entropy: Tensor | None
-    """(B, T) float32, in nats; 0 outside the response. Only when scoring."""
-    hidden: Tensor | None
-    """(B, T, D) float32, what a probe reads; 0 outside the response. Only when scoring with a probe."""
+    """(B, T), log pi(y_t | x, y_<t) at the sampling temperature."""
+    values: Tensor
+    """(B, T), V(s_t) before token t is chosen; 0 for a probe while training."""
+    entropy: Tensor
+    """(B, T), in nats; 0 unless scoring."""
+    hidden: Tensor
+    """(B, T, D), what a probe reads; (B, T, 0) unless scoring with a probe."""
 
     def rows(self, index: Tensor) -> PolicyOutput:
-        """Some responses, without gradients."""
-        logprobs, *others = (None if tensor is None else tensor[index].detach() for tensor in self)
-        assert logprobs is not None
-        return PolicyOutput(logprobs, *others)
-
-    @staticmethod
-    def cat(parts: Sequence[PolicyOutput]) -> PolicyOutput:
-        """Micro-batches one after another."""
-        logprobs, *others = (None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
-        assert logprobs is not None
-        return PolicyOutput(logprobs, *others)
+        return PolicyOutput(*(tensor[index] for tensor in self))
 
 
 class PolicyWithValue(nn.Module):
@@ -97,10 +93,11 @@ class PolicyWithValue(nn.Module):
     def __init__(self, lm: Any, value_function: str = "probe") -> None:
         super().__init__()
         self.lm = lm
-        self.value_function = value_function
         hidden_size = lm.config.get_text_config().hidden_size
         self.value_trunk = copy.deepcopy(self._trunk) if value_function == "separate" else None
-        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else ValueHead(hidden_size)
+        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else skip_init(nn.Linear, hidden_size, 1)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)  # V = 0 at the start, as the probe's
 
     @property
     def _trunk(self) -> Any:
@@ -111,6 +108,8 @@ class PolicyWithValue(nn.Module):
         self, batch: TokenBatch, temperature: float, precision: Precision, scoring: bool = False
     ) -> PolicyOutput:
         """Log-probabilities and values of a batch; `scoring` a rollout asks for entropy and hidden states too."""
+        width, batch = batch.response_mask.shape[1], batch.trimmed()
+        mask_BT, is_probe = batch.response_mask, isinstance(self.value_head, ValueProbe)
         # The model's own forward makes the logits (some families scale or cap them); the hook only keeps the
         # hidden state it makes on the way.
         kept: list[Tensor] = []
@@ -120,39 +119,32 @@ class PolicyWithValue(nn.Module):
                 logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy=scoring)
         finally:
             handle.remove()
-        if self.value_function == "probe" and not scoring:
-            return PolicyOutput(logprobs_BT, None, entropy_BT, None)
-        if self.value_trunk is not None:
-            with autocast(precision):
-                kept = [self.value_trunk(**model_inputs(batch.trimmed()), use_cache=False).last_hidden_state]
-        mask_BT = batch.trimmed().response_mask
-        hidden_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
-        values_BT = _padded(self.value_head(hidden_BTD) * mask_BT, batch)
-        if self.value_function != "probe":
-            return PolicyOutput(logprobs_BT, values_BT, entropy_BT, None)
-        hidden_BDT = (hidden_BTD * mask_BT[..., None]).transpose(1, 2)
-        return PolicyOutput(logprobs_BT, values_BT, entropy_BT, _padded(hidden_BDT, batch).transpose(1, 2))
+        values_BT, hidden_BTD = torch.zeros_like(logprobs_BT), logprobs_BT.new_zeros(*logprobs_BT.shape, 0)
+        if scoring or not is_probe:
+            if self.value_trunk is not None:
+                with autocast(precision):
+                    kept = [self.value_trunk(**model_inputs(batch), use_cache=False).last_hidden_state]
+            read_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
+            values_BT = self.value_head(read_BTD).view(mask_BT.shape) * mask_BT
+            hidden_BTD = read_BTD * mask_BT[..., None] if is_probe else hidden_BTD
+        return PolicyOutput(*(_padded(t, width) for t in (logprobs_BT, values_BT, entropy_BT, hidden_BTD)))
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
     """What a model of transformers reads; positions count from the first token that is no padding."""
-    position_ids = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask.long(),
-        "position_ids": position_ids,
-    }
+    mask = batch.attention_mask.long()
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def response_logprobs(
     lm: Any, batch: TokenBatch, temperature: float, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (and entropy) of the response tokens, in float32, (B, T).
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (and entropy, else 0) of the response tokens, in float32, (B, T).
 
     The logits of the prompt are never made: position P-1+t predicts response token t, so the last T+1
     positions suffice. Columns that are padding in every row are left out of the computation.
     """
-    whole, batch = batch, batch.trimmed()
+    width, batch = batch.response_mask.shape[1], batch.trimmed()
     num_response = batch.response_mask.shape[1]
     output = lm(**model_inputs(batch), logits_to_keep=num_response + 1, use_cache=False)
     logits_BTV = output.logits[:, :-1].float()
@@ -162,16 +154,16 @@ def response_logprobs(
     targets_BT = batch.input_ids[:, -num_response:]
     log_p_BTV = logits_BTV.log_softmax(-1)
     logprobs_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0] * batch.response_mask
-    entropy_BT = None
+    entropy_BT = torch.zeros_like(logprobs_BT)
     if with_entropy:
         log_p_BTV = log_p_BTV.detach()
-        entropy_BT = _padded(-(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask, whole)
-    return _padded(logprobs_BT, whole), entropy_BT
+        entropy_BT = -(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask
+    return _padded(logprobs_BT, width), _padded(entropy_BT, width)
 
 
-def _padded(values: Tensor, batch: TokenBatch) -> Tensor:
-    """(..., t) -> (..., T): zeros on the right, up to the batch's response width."""
-    return F.pad(values, (0, batch.response_mask.shape[1] - values.shape[-1]))
+def _padded(values: Tensor, width: int) -> Tensor:
+    """(B, t, ...) -> (B, width, ...): zeros on the right."""
+    return F.pad(values, (0, 0) * (values.dim() - 2) + (0, width - values.shape[1]))
 
 
 DECAY = 0.8
@@ -180,41 +172,25 @@ RIDGES = (1e6, 1.0, 0.1, 0.01, 0.001)
 """Candidates for the ridge penalty, as a share of the mean squared hidden unit; the first leaves the mean only."""
 
 
-class ValueHead(nn.Linear):
-    """A linear head trained by the value loss; it starts at V = 0."""
+class ValueProbe(nn.Module):
+    """V(s) = w . h(s) + b, with h the last hidden state before the token is chosen. 0 before the first fit.
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1)
+    One Adam step an update leaves a linear head far behind a policy that moves. The probe is solved exactly after every
+    rollout instead (ridge regression from hidden states to returns), on sums that forget old rollouts, and predicts the
+    next rollout's values. How much it is shrunk is decided by how well each amount has predicted rollouts it was not
+    fitted on. It is never asked about tokens it was fitted on, so `explained_variance` is an honest figure.
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (...)"""
-        return super().forward(hidden).squeeze(-1)
-
-
-class ProbeState(NamedTuple):
-    """Decayed sums over tokens and what follows from them; float64, the last of D+1 columns is the constant 1."""
+    Buffers are float64; the last of D+1 columns is the constant 1.
+    """
 
     gram: Tensor
-    """(D+1, D+1), sum of h h^T."""
+    """(D+1, D+1), decayed sum of h h^T over tokens."""
     moment: Tensor
-    """(D+1), sum of h times return."""
+    """(D+1), decayed sum of h times return."""
     errors: Tensor
-    """(K), squared errors of each candidate on rollouts it had not seen."""
+    """(K), decayed squared errors of each candidate on rollouts it had not seen."""
     weights: Tensor
     """(K, D+1)"""
-
-
-class ValueProbe(nn.Module):
-    """V(s) = w . h(s) + b, with h the last hidden state before the token is chosen. 0 before the first fit."""
-
-    gram: Tensor
-    moment: Tensor
-    errors: Tensor
-    weights: Tensor
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -228,60 +204,54 @@ class ValueProbe(nn.Module):
         weight = self.weights[self.errors.argmin()]
         return (hidden.double() @ weight[:-1] + weight[-1]).float()
 
-    def fitted(self, hidden_ND: Tensor, returns_N: Tensor) -> ProbeState:
-        """The state after one more rollout. Nothing changes until it is given to `accept`."""
-        features_ND = torch.cat([hidden_ND.double(), torch.ones(len(hidden_ND), 1, dtype=torch.float64)], dim=1)
+    def fitted(self, hidden_ND: Tensor, returns_N: Tensor) -> dict[str, Tensor]:
+        """The buffers after one more rollout. Nothing changes until they are given to `load_state_dict`."""
+        features_ND = F.pad(hidden_ND.double(), (0, 1), value=1.0)
         targets_N = returns_N.double()
         residual_KN = self.weights @ features_ND.T - targets_N
         gram = DECAY * self.gram + features_ND.T @ features_ND
         moment = DECAY * self.moment + features_ND.T @ targets_N
-        penalty = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=torch.float64)
+        penalty = torch.full_like(moment, gram.diagonal()[:-1].mean().item())
         penalty[-1] = 0.0  # the mean return is not shrunk
         weights = torch.stack([torch.linalg.solve(gram + (ridge * penalty).diag(), moment) for ridge in RIDGES])
-        return ProbeState(gram, moment, DECAY * self.errors + residual_KN.square().sum(1), weights)
-
-    def accept(self, state: ProbeState) -> None:
-        for name, value in state._asdict().items():
-            getattr(self, name).copy_(value)
+        errors = DECAY * self.errors + residual_KN.square().sum(1)
+        return {"gram": gram, "moment": moment, "errors": errors, "weights": weights}
 
 
+EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
 _ADAPTER = "default"
 
 
-def rollout_copy(lm: Any, config: RL) -> Any:
-    """A frozen copy of the language model to sample with, in the rollout's precision."""
-    dtype = generation_dtype(config.precision)
-    return copy.deepcopy(lm).to(dtype).eval().requires_grad_(False)
+def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyWithValue, Any, Any | None]:
+    """From a language model whose longest sequence (prompt and response) has `longest` tokens: the policy to be
+    trained, the copy that samples (in the rollout's precision, see `copy_weights`), the reference (None with LoRA).
 
-
-def reference_copy(lm: Any, config: RL) -> Any:
-    """A frozen copy whose results equal the policy's to the last bit, in less memory under bf16.
-
-    Autocast rounds the weights of a linear layer to bf16 at every use, so they are held rounded. Embeddings
-    (and output layers tied to them) and norms are used in float32, and stay so.
+    Raises:
+        UserError: weights that are not float32. Small steps vanish in bf16: 1e-5 added to 1 is 1.
     """
-    reference = copy.deepcopy(lm).eval().requires_grad_(False)
-    if resolved(config.precision) == "bf16":
-        tied = {id(module.weight) for module in reference.modules() if isinstance(module, nn.Embedding)}
-        for module in reference.modules():
-            if isinstance(module, nn.Linear) and id(module.weight) not in tied:
-                module.to(torch.bfloat16)
-    return reference
+    for name, parameter in lm.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
+                "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
+            )
+    attention: str = config.attention
+    if attention == "auto":
+        attention = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
+    lm.set_attn_implementation(attention)
+    rollout_model, reference = frozen_copy(lm).to(generation_dtype(config.precision)), None
+    if config.tuning == "lora":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "rl", "lora"))
+            lm = get_peft_model(lm, lora_config(config.lora_r))
+    else:
+        reference = reference_copy(lm, config.precision)
+    # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
+    return PolicyWithValue(lm, config.value_function).eval(), rollout_model, reference
 
 
-def with_adapters(lm: Any, config: RL, seed: int) -> Any:
-    """The language model with fresh LoRA adapters on every linear layer but the output; they start at zero change."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "rl", "lora"))
-        return get_peft_model(lm, lora_config(config.lora_r))
-
-
-@torch.no_grad()
-def reference_logprobs(lm: Any, reference: Any | None, batch: TokenBatch, config: RL) -> Tensor:
-    """Log-probabilities (B, T) under the frozen reference; None means the policy with its adapters off."""
-    model = lm if reference is None else reference
-    with model.disable_adapter() if reference is None else nullcontext(), autocast(config.precision):
-        return response_logprobs(model, batch, config.temperature)[0]
+def frozen_copy(lm: Any) -> Any:
+    return copy.deepcopy(lm).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -298,40 +268,58 @@ def copy_weights(source: Any, target: nn.Module) -> None:
             target.get_parameter(f"{name}.weight").copy_(merged)
 
 
-def pad_batch(generations: Sequence[Generation], pad_id: int) -> TokenBatch:
-    """Left-pad the prompts, right-pad the responses. Padding is known by its place, so its id does not matter."""
-    prompt_width = max(len(generation.prompt_ids) for generation in generations)
-    response_width = max(len(generation.response_ids) for generation in generations)
-    input_ids = torch.full((len(generations), prompt_width + response_width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, generation in enumerate(generations):
-        assert generation.response_ids, "a response without any token"
-        start, end = prompt_width - len(generation.prompt_ids), prompt_width + len(generation.response_ids)
-        input_ids[row, start:end] = torch.tensor(generation.prompt_ids + generation.response_ids)
-        attention_mask[row, start:end] = True
-    return TokenBatch(input_ids, attention_mask, attention_mask[:, prompt_width:].clone())
+def reference_copy(lm: Any, precision: Precision) -> Any:
+    """A frozen copy whose results equal the policy's to the last bit, in less memory under bf16.
 
-
-EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
-
-
-def require_float32(lm: Any) -> None:
-    """Small steps vanish in bf16 weights: 1e-5 added to 1 is 1.
-
-    Raises:
-        UserError: a parameter of another dtype.
+    Autocast rounds the weights of a linear layer to bf16 at every use, so they are held rounded. Embeddings
+    (and output layers tied to them) and norms are used in float32, and stay so.
     """
-    for name, parameter in lm.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UserError(
-                f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
-                "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
-            )
+    reference = frozen_copy(lm)
+    if resolved(precision) == "bf16":
+        tied = {id(module.weight) for module in reference.modules() if isinstance(module, nn.Embedding)}
+        for module in reference.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) not in tied:
+                module.to(torch.bfloat16)
+    return reference
 
 
-def set_attention(lm: Any, config: RL, longest: int) -> None:
-    """Set `config.attention` on a model whose longest sequence (prompt and response) has this many tokens."""
-    chosen = config.attention
-    if chosen == "auto":
-        chosen = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
-    lm.set_attn_implementation(chosen)
+@torch.no_grad()
+def reference_logprobs(
+    lm: Any, reference: Any | None, batch: TokenBatch, temperature: float, precision: Precision
+) -> Tensor:
+    """Log-probabilities (B, T) under the frozen reference; None means the policy with its adapters off."""
+    model = lm if reference is None else reference
+    with model.disable_adapter() if reference is None else nullcontext(), autocast(precision):
+        return response_logprobs(model, batch, temperature)[0]
+
+
+TrainingState = dict[str, dict[str, Tensor]]
+
+
+def training_state(policy: PolicyWithValue, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Every tensor an update may change, live and not copied: weights and the probe's sums under `policy`, the moments
+    of weight w under `optimizer` as `w|moment`.
+
+    Tied weights appear once among the parameters; state_dict would hold them twice.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters()}
+    weights = {name: parameter.detach() for parameter, name in names.items() if parameter.requires_grad}
+    sums = {f"value_head.{name}": buffer for name, buffer in policy.value_head.named_buffers()}
+    moments = {
+        f"{names[parameter]}|{moment}": value
+        for parameter, state in optimizer.state.items()
+        for moment, value in state.items()
+    }
+    return {"policy": weights | sums, "optimizer": moments}
+
+
+@torch.no_grad()
+def load_training_state(policy: PolicyWithValue, optimizer: torch.optim.Optimizer, saved: TrainingState) -> None:
+    """Bring back the state that `training_state` gave; the optimizer keeps its tensors of `saved`."""
+    for name, tensor in training_state(policy, optimizer)["policy"].items():
+        tensor.copy_(saved["policy"][name])
+    parameters = dict(policy.named_parameters())
+    optimizer.state.clear()
+    for key, value in saved["optimizer"].items():
+        name, _, moment = key.rpartition("|")
+        optimizer.state[parameters[name]][moment] = value

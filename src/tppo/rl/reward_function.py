@@ -86,7 +86,7 @@ def score(reward_fn: RewardFunction, samples: list[Sample], response_mask_BT: Te
     scores = answer if isinstance(answer, Scores) else Scores(answer)
     if len(scores.rewards) != len(samples):
         raise UserError(f"reward_fn returned {len(scores.rewards)} rewards for {len(samples)} samples")
-    rewards_BT = torch.zeros(response_mask_BT.shape)
+    rewards_BT = torch.zeros_like(response_mask_BT, dtype=torch.float32)
     for row, (sample, reward) in enumerate(zip(samples, scores.rewards, strict=True)):
         length = len(sample.response_ids)
         try:

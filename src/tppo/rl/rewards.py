@@ -4,20 +4,16 @@ Pure tensor functions. Shapes: B responses, T response tokens, 3 classes (0 mask
 `response_mask_BT` is True on the generated tokens, end-of-sequence included; outside it every reward,
 advantage and return is exactly 0.
 
-Departures from the paper, each forced by a gap or a trap in it (DESIGN section 4):
-1. An irrelevant token is not worth 1 (`reward_values="paper"` restores 1/2, "centered" is -1/+1): values are
-   centred on the share of relevant words in the labelled SFT responses, so that at the start a token is worth
-   0 on average. With 1/2 every token pays and more is better; with -1/+1 and one word in ten relevant almost
-   every token costs and the policy learns to say less.
-2. The length-weighted penalty shrinks positive rewards only; a shrunk negative one would be a gain.
-3. KL to the frozen SFT policy enters the reward of every token (k1 estimate), the field's usual place
-   (`kl_placement="loss"` puts it into the loss).
-4. Positive rewards are also weighted with the share of the asked queries a response holds, 0 when it is
-   unparseable, for every algorithm alike. Nobody is shown such a response, and without the weight one endless
-   query of relevant words paid best: separators and end-of-sequence are worth 0 and only take up room. (Seen on
-   AOL: after 28 updates 97% of the responses were one query that ran into the token limit.)
-5. With `repeats_irrelevant` (off by default) a query that is not new is paid as irrelevant, by the judge's own rule and
-   not by the reward model's guess (`tppo.rl.stage.without_repeats`).
+Why the rewards depart from the paper (numbers as in `tppo.rl.trainer`):
+1. With 1 and 2 every token pays and more is better; with -1/+1 and one word in ten relevant almost every token costs
+   and the policy learns to say less. Centred on the share of relevant words in the labelled SFT responses, a token is
+   worth 0 on average at the start.
+2. The expected value tells a doubtful token from a sure one.
+3. A shrunk negative reward would be a gain.
+4. Nobody is shown an unparseable response, and without the weight one endless query of relevant words paid best:
+   separators and end-of-sequence are worth 0 and only take up room. (Seen on AOL: after 28 updates 97% of the responses
+   were one query that ran into the token limit.) Weight and costs are the same for every algorithm.
+5. Then one `kl_coef` means the same for both.
 """
 
 from __future__ import annotations
@@ -59,21 +55,15 @@ def apply_length_penalty(rewards_BT: Tensor, suggested_length: float, alpha: flo
     """Eq. 5: R' = lwp(l) R, on positive rewards only (`on="positive"`) or on all (`on="paper"`)."""
     if alpha == 0:
         return rewards_BT
-    weighted_BT = rewards_BT * length_weight(rewards_BT.shape[1], suggested_length, alpha)
+    weighted_BT = rewards_BT * length_weight(rewards_BT.shape[1], suggested_length, alpha).to(rewards_BT.device)
     return torch.where(rewards_BT > 0, weighted_BT, rewards_BT) if on == "positive" else weighted_BT
 
 
-def last_token_index(response_mask_BT: Tensor) -> Tensor:
-    """Index of the last response token, (B,). Every response has at least one token."""
-    assert response_mask_BT.any(-1).all(), "a response without any token"
-    return response_mask_BT.sum(-1) - 1
-
-
 def at_last_token(value_B: Tensor, response_mask_BT: Tensor) -> Tensor:
-    """Place one value per response at its last token, (B,) -> (B, T)."""
-    return torch.zeros(response_mask_BT.shape, dtype=value_B.dtype).scatter_(
-        1, last_token_index(response_mask_BT)[:, None], value_B[:, None]
-    )
+    """Place one value per response at its last token, (B,) -> (B, T). Every response has at least one token."""
+    assert response_mask_BT.any(-1).all(), "a response without any token"
+    last_B1 = response_mask_BT.sum(-1, keepdim=True) - 1
+    return torch.zeros_like(response_mask_BT, dtype=value_B.dtype).scatter_(1, last_B1, value_B[:, None])
 
 
 def token_level_rewards(

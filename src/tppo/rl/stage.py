@@ -1,16 +1,15 @@
 """The RL stage: SFT model + reward models + training prompts -> a tuned policy, with curves and samples.
 
-The reward of a query-generation rollout: words and responses are scored for relevance, one of the two pays.
-
-Scoring both costs little and puts the curves of every algorithm on the same two scales. The scores come from the two
-reward models (`score_with_models`), or from any other callable of their kind, such as a known truth.
+Its reward scores words and responses for relevance; one of the two pays (`tppo.rl.rewards`). Scoring both costs little
+and puts the curves of every algorithm on the same two scales. The scores come from the two reward models
+(`score_with_models`), or from any other callable of their kind, such as a known truth.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import unpad_sequence
 
 from tppo.core.common import UserError
 from tppo.core.config import RL, Algorithm, Recipe, Task
@@ -45,7 +45,20 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     config = replace(recipe.rl, algorithm=cast(Algorithm, split_stage(folder.name)[1]))
     reward_check = require_passed(recipe, run, config)
     examples = load_examples(run.require("prepare"), "train")
-    trainer, scale, dropped_events = build_trainer(recipe, run, config, examples)
+    if not examples:
+        raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
+    policy, tokenizer = load_policy(run.require("sft") / "model")
+    prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
+    reward_fn = query_reward(run, config, recipe.task, examples, tokenizer)
+    trainer = TokenPPOTrainer(
+        policy,
+        reward_fn,
+        prompts,
+        config,
+        tokenizer=tokenizer,
+        max_response_tokens=recipe.task.max_response_tokens,
+        seed=recipe.seed,
+    )
     halted = train(trainer, folder, [example.example_id for example in examples])
     model, saved_update = trainer.policy_to_save(halted is not None)
     card = (
@@ -53,13 +66,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         f"{config.batch_size} prompts with tppo's `rl` stage. Writes a user's next searches, one per line, after "
         "the prompt of `tppo.core.text.render_prompt`.\n"
     )
-    save_model(model, trainer.tokenizer, folder / "model", card)
+    save_model(model, tokenizer, folder / "model", card)
     remove_checkpoints(folder)
     rows = read_jsonl(folder / "metrics.jsonl")
     return {
         "algorithm": config.algorithm,
         "reward_check": reward_check,
-        "reward_scale": scale._asdict(),
+        "reward_scale": reward_fn.scale._asdict(),
         "prompts": len(examples),
         "prompts_with_dropped_events": dropped_events,
         "updates": len(rows),
@@ -71,48 +84,16 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_trainer(
-    recipe: Recipe, run: RunFolder, config: RL, examples: list[Example]
-) -> tuple[TokenPPOTrainer, RewardScale, int]:
-    """The trainer, what its rewards are measured in, and the number of history events dropped to fit the prompts."""
-    if not examples:
-        raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
-    sft_folder = run.require("sft") / "model"
-    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
-    prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-    reward_fn = query_reward(recipe, run, config, examples, tokenizer)
-    trainer = TokenPPOTrainer(
-        model,
-        reward_fn,
-        prompts,
-        config,
-        tokenizer=tokenizer,
-        max_response_tokens=recipe.task.max_response_tokens,
-        seed=recipe.seed,
-    )
-    return trainer, reward_fn.scale, dropped_events
-
-
-def query_reward(recipe: Recipe, run: RunFolder, config: RL, examples: list[Example], tokenizer: Any) -> QueryReward:
+def query_reward(run: RunFolder, config: RL, task: Task, examples: list[Example], tokenizer: Any) -> QueryReward:
     """The reward of responses to `examples` by the run's reward models; `prompt_index` counts these examples."""
-    suggested_length = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, recipe.task)
-    reward_folder = run.require("reward")
-    labelled = run.facts("reward")["train"]
-    scale = RewardScale(
-        suggested_length,
-        labelled["words_relevant"] / labelled["words"],
-        labelled["responses_relevant"] / labelled["responses"],
+    sl = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, task)
+    reward_folder, labelled = run.require("reward"), run.facts("reward")["train"]
+    word_share = labelled["words_relevant"] / labelled["words"]
+    scale = RewardScale(sl, word_share, labelled["responses_relevant"] / labelled["responses"])
+    scorer = score_with_models(
+        TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
     )
-    return QueryReward(
-        score_with_models(
-            TokenRewardModel.load(reward_folder / "token"), SentenceRewardModel.load(reward_folder / "sentence")
-        ),
-        examples,
-        config,
-        recipe.task,
-        scale,
-        known_truth(run),
-    )
+    return QueryReward(scorer, examples, config, task, scale, known_truth(run))
 
 
 class Relevance(NamedTuple):
@@ -147,25 +128,18 @@ def score_with_models(token_model: TokenRewardModel, sentence_model: SentenceRew
     return score
 
 
+@dataclass
 class QueryReward:
     """Reward function of the RL stage (see `tppo.rl.reward_function`)."""
 
-    def __init__(
-        self,
-        scorer: RelevanceScorer,
-        examples: Sequence[Example],
-        config: RL,
-        task: Task,
-        scale: RewardScale,
-        truth: Truth | None = None,
-    ) -> None:
-        """`truth` of a synthetic log pays nothing: what it says of a rollout stands in the metrics."""
-        self.scorer = scorer
-        self.examples = examples
-        self.config = config
-        self.task = task
-        self.scale = scale
-        self.truth = truth
+    scorer: RelevanceScorer
+    examples: Sequence[Example]
+    """What `prompt_index` counts."""
+    config: RL
+    task: Task
+    scale: RewardScale
+    truth: Truth | None = None
+    """Of a synthetic log: it pays nothing, what it says of a rollout stands in the metrics."""
 
     def __call__(self, samples: list[Sample]) -> Scores:
         examples = [self.examples[sample.prompt_index] for sample in samples]
@@ -176,15 +150,11 @@ class QueryReward:
         if self.config.repeats_irrelevant:
             relevance = without_repeats(relevance, examples, samples, parsed)
         class_probs_BT3 = pad_class_probs(relevance.class_probs, mask_BT)
-        sentence_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
-        rewards_BT = token_level_rewards(
-            self.config,
-            class_probs_BT3,
-            sentence_score_B if self.config.sentence_reward == "rival" else token_means(relevance.class_probs),
-            format_reward(parsed, self.config, self.task),
-            mask_BT,
-            self.scale,
-        )
+        sentence_score_B = paid_score_B = torch.tensor(relevance.sentence_scores, dtype=torch.float32)
+        if self.config.sentence_reward == "token_mean":
+            paid_score_B = torch.tensor([response_relevance(probs_T3) for probs_T3 in relevance.class_probs])
+        form = format_reward(parsed, self.config, self.task)
+        rewards_BT = token_level_rewards(self.config, class_probs_BT3, paid_score_B, form, mask_BT, self.scale)
         classes_BT = class_probs_BT3.argmax(-1)
         # Class 0 tokens carry no judgement; a response of class 0 tokens only has none to average.
         judged_BT = (classes_BT > 0) & mask_BT
@@ -197,26 +167,23 @@ class QueryReward:
             **relevance.metrics,
         }
         if self.truth:
-            metrics |= self._known(self.truth, samples, parsed)
-        return Scores(_rows(rewards_BT, length_B), metrics, _rows(classes_BT, length_B))
-
-    def _known(self, truth: Truth, samples: list[Sample], parsed: list[ParsedResponse]) -> dict[str, float]:
-        """Shares truly relevant: of the queries asked for, and of the words. An unparseable response counts as none."""
-        shares = [
-            truth.shares(self.examples[sample.prompt_index], sample.response, self.task.num_queries)
-            for sample, found in zip(samples, parsed, strict=True)
-            if found.problem is None
-        ]
-        return {
-            "known_queries": sum(queries for queries, _ in shares) / len(samples),
-            "known_words": sum(words for _, words in shares) / len(samples),
-        }
+            # Shares truly relevant: of the queries asked for, and of the words. What cannot be read counts as none.
+            shares = [
+                self.truth.shares(example, sample.response, self.task.num_queries)
+                for example, sample, response in zip(examples, samples, parsed, strict=True)
+                if response.problem is None
+            ]
+            metrics["known_queries"] = sum(queries for queries, _ in shares) / len(samples)
+            metrics["known_words"] = sum(words for _, words in shares) / len(samples)
+        rewards, classes = (unpad_sequence(rows, length_B, batch_first=True) for rows in (rewards_BT, classes_BT))
+        return Scores([row.tolist() for row in rewards], metrics, [row.tolist() for row in classes])
 
 
 def without_repeats(
     relevance: Relevance, examples: Sequence[Example], samples: Sequence[Sample], parsed: Sequence[ParsedResponse]
 ) -> Relevance:
-    """The relevance with every query that is not new as irrelevant (`rl.repeats_irrelevant`)."""
+    """Every query that is not new as irrelevant (`rl.repeats_irrelevant`), by the judge's own rule and not by the
+    reward model's guess: it sees too few repeats to learn what they are worth."""
     class_probs, sentence_scores = [], []
     rows = zip(relevance.class_probs, relevance.sentence_scores, examples, samples, parsed, strict=True)
     for probs_T3, score, example, sample, response in rows:
@@ -230,23 +197,13 @@ def without_repeats(
     return relevance._replace(class_probs=class_probs, sentence_scores=sentence_scores)
 
 
-def _rows(values_BT: Tensor, length_B: Tensor) -> list[list[Any]]:
-    """The responses' own entries, without padding."""
-    return [row[:length].tolist() for row, length in zip(values_BT, length_B.tolist(), strict=True)]
-
-
-def token_means(class_probs: Sequence[np.ndarray]) -> Tensor:
-    """The token model's answer to the sentence-level question: (T_i, 3) per response -> (B,) in [0, 1]."""
-    return torch.tensor([response_relevance(probs_T3) for probs_T3 in class_probs], dtype=torch.float32)
-
-
 def pad_class_probs(class_probs: Sequence[np.ndarray], response_mask_BT: Tensor) -> Tensor:
     """Per-response (T_i, 3) arrays -> (B, T, 3); padding is class 0 with certainty."""
+    lengths = [len(probs) for probs in class_probs]
+    assert lengths == response_mask_BT.sum(-1).tolist(), "one class distribution per response token"
     padded_BT3 = torch.zeros(*response_mask_BT.shape, 3)
     padded_BT3[..., 0] = 1.0
-    for row, probs in enumerate(class_probs):
-        assert len(probs) == int(response_mask_BT[row].sum()), "one class distribution per response token"
-        padded_BT3[row, : len(probs)] = torch.from_numpy(np.asarray(probs))
+    padded_BT3[response_mask_BT] = torch.from_numpy(np.concatenate(class_probs))
     return padded_BT3
 
 

@@ -7,12 +7,22 @@ denominator of the ratio, `reference` is the frozen SFT model that KL is measure
 know whether it runs TPPO or PPO: the reward function returns a reward for every token, most of them zero for
 sentence-level PPO.
 
-Departures from the paper, beside those of `tppo.rl.rewards`: Eq. 6 writes the advantage of pi_ref; we use GAE of
-the old policy, as PPO does. Epsilon, gamma, lambda and the value coefficient are not given; the field's are used.
+Departures from the paper, each forced by a gap or a trap in it; a setting in brackets restores or turns it.
 
-A rollout: responses of the old policy, as samples for the reward function and as padded tensors.
+1. What a token is worth is centred on the share of relevant tokens, not 1 and 2 (`reward_values`).
+2. It is the expected value over the classes, not the most likely class's (`reward_estimator`).
+3. The length-weighted penalty shrinks positive rewards only (`length_penalty_on`).
+4. Positive rewards are weighted with the share of the asked queries that a response holds (`format_weight`), and what
+   is missing or cannot be read costs (`bad_format_reward`, `missing_query_reward`).
+5. PPO's one reward is scaled so that its best return is as large as TPPO's (`returns`).
+6. A query that is not new may be paid as irrelevant (`repeats_irrelevant`, off by default).
+7. Eq. 6-7 write pi_ref for the policy that sampled the rollout: here it is `old`, in the ratio and in the advantage.
+8. The advantage is GAE of the old policy, whitened over the rollout's tokens, as in PPO (`whiten_advantages`).
+9. KL to the reference enters the reward of every token, the field's usual place (`kl_placement`, `kl_estimator`).
+10. The value function, of which the paper only says that there is one, is a `ValueProbe` (`value_function`).
+11. Epsilon, gamma, lambda, the value coefficient and the temperature are not given: the field's are used.
 
-What is checked and made once, before the first update: settings, prompts, optimizer.
+The reasons for 1-5 are in `tppo.rl.rewards`, for 6 in `tppo.rl.stage`.
 """
 
 from __future__ import annotations
@@ -23,37 +33,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tppo.core.common import UserError, rng, stream_seed
+from tppo.core.common import rng, stream_seed
 from tppo.core.config import RL
 from tppo.core.device import resolved
 from tppo.core.models import load_policy
 from tppo.generate.engine import generate
 from tppo.rl import guards
-from tppo.rl.guards import KeptPolicies
+from tppo.rl.guards import KeptPolicy
 from tppo.rl.losses import kl_estimate, next_kl_coef, policy_loss, value_loss
 from tppo.rl.policy import (
     PolicyOutput,
     PolicyWithValue,
-    ProbeState,
     TokenBatch,
     ValueProbe,
     copy_weights,
+    make_policies,
     pad_batch,
-    reference_copy,
     reference_logprobs,
-    require_float32,
-    rollout_copy,
-    set_attention,
-    with_adapters,
 )
 from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, make_sample, score
 from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
 
 Minibatch = tuple[Tensor, ...]
 """The micro-batches of an optimiser step: rows of the rollout, each (B_micro,)."""
+
+
+class Rollout(NamedTuple):
+    """Responses to a batch of prompts: what a reward function sees, and what the model sees."""
+
+    samples: list[Sample]
+    batch: TokenBatch
 
 
 class Experience(NamedTuple):
@@ -111,24 +124,20 @@ class TokenPPOTrainer:
     ) -> None:
         config = config or RL()
         self.config = config = replace(config, precision=resolved(config.precision))
-        check_config(config, max_response_tokens)
+        guards.check_config(config, max_response_tokens)
         if isinstance(policy, str | Path):
             policy, tokenizer = load_policy(policy)
-        require_float32(policy)
         self.tokenizer = tokenizer
-        self.prompts = encode_prompts(tokenizer, prompts)
-        set_attention(policy, config, max(map(len, self.prompts)) + max_response_tokens)
-        self.rollout_model = rollout_copy(policy, config)
-        self.reference = None if config.tuning == "lora" else reference_copy(policy, config)
-        lm = with_adapters(policy, config, seed) if config.tuning == "lora" else policy
-        # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
-        self.policy = PolicyWithValue(lm, config.value_function).eval()
+        self.prompts = guards.encode_prompts(tokenizer, prompts)
+        longest = max(map(len, self.prompts)) + max_response_tokens
+        self.policy, self.rollout_model, self.reference = make_policies(policy, config, longest, seed)
+        self.probe = self.policy.value_head if isinstance(self.policy.value_head, ValueProbe) else None
         self.reward_fn = reward_fn
         self.max_response_tokens = max_response_tokens
         self.seed = seed
         self.update = 0
         self.kl_coef = config.kl_coef
-        self.kept = KeptPolicies(config.best_metric, config.max_kl)
+        self.kept: dict[str, KeptPolicy] = {}
         self.optimizer = make_optimizer(self.policy, config)
 
     def step(self) -> StepResult:
@@ -140,38 +149,43 @@ class TokenPPOTrainer:
                 optimizer are then as before the call, and the call may be made again.
             MaxKLExceeded: the same, when the rollout's KL is above `max_kl`.
         """
-        start = time.perf_counter()
-        with guards.out_of_memory_named(self.config, "rollout"):
+        config, seconds = self.config, dict[str, float]()
+        with guards.phase("rollout", config, seconds):
             rollout = self._roll_out()
-        rolled_out = time.perf_counter()
-        with guards.out_of_memory_named(self.config, "scoring"):
+        with guards.phase("scoring", config, seconds):
+            mask_BT = rollout.batch.response_mask
+            # The reward of every token, and every token's log-probability under the old policy and the reference.
             rewards = self._reward(rollout)
-            rewarded = time.perf_counter()
             minibatches = self._minibatches()
-            experience, probe, metrics = self._experience(rollout, rewards.rewards, minibatches)
-        metrics |= rewards.metrics
-        if self.config.max_kl and metrics["kl"] > self.config.max_kl:
-            raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], self.config.max_kl)
-        self.kept.see(self.update, metrics, self.rollout_model)
-        scored = time.perf_counter()
-        with guards.out_of_memory_named(self.config, "update"):
+            old, ref_logprobs_BT = self._score_tokens(rollout, minibatches)
+            # Minus KL, then GAE.
+            rewards_BT = rewards.rewards
+            if config.kl_placement == "reward":
+                kl_BT = kl_estimate(config.kl_estimator, old.logprobs, ref_logprobs_BT)
+                rewards_BT = rewards_BT - self.kl_coef * kl_BT
+            advantages_BT, returns_BT = gae(rewards_BT, old.values, mask_BT, config.gamma, config.gae_lambda)
+            experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
+            # Before anything is trained: what the rollout says of the old policy, and the fit of its values.
+            metrics = rollout_metrics(rewards.rewards, old.entropy, experience)
+            metrics |= {"kl_coef": self.kl_coef} | rewards.metrics
+            if self.probe is not None:
+                next_probe = self.probe.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
+            if config.whiten_advantages:
+                experience = experience._replace(advantages=whiten(advantages_BT, mask_BT))
+            self._check("advantage", experience.advantages, rollout.samples)
+            if config.max_kl and metrics["kl"] > config.max_kl:
+                raise guards.MaxKLExceeded(self.update + 1, metrics["kl"], config.max_kl)
+            guards.keep_policy(self.kept, config, self.update, metrics, self.rollout_model)
+        # Eq. 6-7: clipped losses.
+        with guards.phase("update", config, seconds):
             metrics |= self._optimize(experience, minibatches)
-        done = time.perf_counter()
-        if probe is not None:
-            assert isinstance(self.policy.value_head, ValueProbe)
-            self.policy.value_head.accept(probe)
-        self.kl_coef = next_kl_coef(
-            self.kl_coef, metrics["kl"], self.config.kl_target, self.config.kl_horizon, self.config.batch_size
-        )
+        if self.probe is not None:
+            self.probe.load_state_dict(next_probe)
+        self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, config.batch_size)
         self.update += 1
-        metrics |= {
-            "seconds": done - start,
-            "seconds_rollout": rolled_out - start,
-            "seconds_score": scored - rolled_out,
-            "seconds_reward": rewarded - rolled_out,
-            "seconds_update": done - scored,
-            "tokens_per_second": rollout.batch.response_mask.sum().item() / (done - start),
-        }
+        metrics |= zip(("seconds_rollout", "seconds_score", "seconds_update"), seconds.values(), strict=True)
+        metrics |= {"seconds": sum(seconds.values())}
+        metrics |= {"tokens_per_second": mask_BT.sum().item() / metrics["seconds"]}
         return StepResult({"update": self.update, **metrics}, rollout, rewards)
 
     def policy_to_save(self, halted: bool = False) -> tuple[Any, int]:
@@ -180,114 +194,48 @@ class TokenPPOTrainer:
         The best by `best_metric` if that is set; else, `halted` by max_kl, that of the last rollout within the
         limit; else the policy as it is. The returned model is the sampling copy, overwritten by the next step.
         """
-        kept = self.kept.best or (self.kept.last_good if halted else None)
+        kept = self.kept.get("best") or (self.kept.get("last_good") if halted else None)
         if kept is None:
             copy_weights(self.policy.lm, self.rollout_model)
             return self.rollout_model, self.update
-        kept.copy_to(self.rollout_model)
+        self.rollout_model.load_state_dict(kept.weights, strict=False)  # tied weights are named once
         return self.rollout_model, kept.update
 
     def prompt_index(self, update: int) -> list[int]:
         """Prompts of an update: consecutive slices of one seeded permutation after another."""
         size, total = self.config.batch_size, len(self.prompts)
-        index: list[int] = []
-        for position in range(update * size, (update + 1) * size):
-            epoch, place = divmod(position, total)
-            if not index or place == 0:
-                order = rng(self.seed, "prompts", epoch).permutation(total)
-            index.append(int(order[place]))
-        return index
+        first, end = update * size, (update + 1) * size
+        epochs = range(first // total, (end - 1) // total + 1)
+        order = np.concatenate([rng(self.seed, "prompts", epoch).permutation(total) for epoch in epochs])
+        return order[first - epochs[0] * total :][:size].tolist()
 
     def _roll_out(self) -> Rollout:
+        """One response to each prompt of the update, from exactly softmax(logits / temperature)."""
         copy_weights(self.policy.lm, self.rollout_model)
         # Prompts of like length side by side, so that a micro-batch has little padding to compute.
         prompt_index = sorted(self.prompt_index(self.update), key=lambda i: len(self.prompts[i]))
-        return roll_out(
+        generations = generate(
             self.rollout_model,
             self.tokenizer,
-            self.prompts,
-            prompt_index,
+            [self.prompts[i] for i in prompt_index],
             max_new_tokens=self.max_response_tokens,
             temperature=self.config.temperature,
             seed=stream_seed(self.seed, "rollout", self.update),
+            batch_size=len(prompt_index),
         )
+        samples = [make_sample(self.tokenizer, *pair) for pair in zip(generations, prompt_index, strict=True)]
+        return Rollout(samples, pad_batch(samples, self.tokenizer.eos_token_id))
 
     def _reward(self, rollout: Rollout) -> TokenRewards:
         """The reward function's rewards and the penalties for length, (B, T)."""
-        mask_BT = rollout.batch.response_mask
+        start, mask_BT = time.perf_counter(), rollout.batch.response_mask
         rewards = score(self.reward_fn, rollout.samples, mask_BT)
-        self._check("reward", rewards.rewards, rollout)
-        finished_B = torch.tensor([sample.finished for sample in rollout.samples])
-        penalties_BT = length_penalty_rewards(self.config, mask_BT, finished_B, self.max_response_tokens)
+        self._check("reward", rewards.rewards, rollout.samples)
         assert not rewards.rewards[~mask_BT].any(), "a reward outside the response"
-        return rewards._replace(rewards=rewards.rewards + penalties_BT)
-
-    @torch.no_grad()
-    def _experience(
-        self, rollout: Rollout, rewards_BT: Tensor, minibatches: Sequence[Minibatch]
-    ) -> tuple[Experience, ProbeState | None, dict[str, float]]:
-        """Log-probabilities of old and reference, KL into the rewards, GAE.
-
-        Returns the experience, the value probe as this rollout would leave it, and the metrics.
-        """
-        config, mask_BT = self.config, rollout.batch.response_mask
-        old, ref_logprobs_BT = self._score_tokens(rollout.batch, minibatches)
-        assert old.values is not None
-        assert old.entropy is not None
-        self._check("log-probability of the policy", old.logprobs, rollout)
-        self._check("log-probability of the reference", ref_logprobs_BT, rollout)
-        self._check("value", old.values, rollout)
-        kl_BT = kl_estimate("k1", old.logprobs, ref_logprobs_BT)
-        guards.check_sampling(old.logprobs, old.entropy, kl_BT.sum(-1), mask_BT, config, self.update + 1)
-
-        kl_rewarded_BT = rewards_BT
-        if config.kl_placement == "reward":
-            kl_rewarded_BT = rewards_BT - self.kl_coef * kl_estimate(config.kl_estimator, old.logprobs, ref_logprobs_BT)
-        advantages_BT, returns_BT = gae(kl_rewarded_BT, old.values, mask_BT, config.gamma, config.gae_lambda)
-        metrics = _metrics(rewards_BT, kl_BT, old, advantages_BT, returns_BT, mask_BT) | {"kl_coef": self.kl_coef}
-        probe = None
-        if isinstance(self.policy.value_head, ValueProbe):
-            assert old.hidden is not None
-            probe = self.policy.value_head.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
-        if config.whiten_advantages:
-            advantages_BT = whiten(advantages_BT, mask_BT)
-        self._check("advantage", advantages_BT, rollout)
-        return Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT), probe, metrics
-
-    def _score_tokens(self, batch: TokenBatch, minibatches: Sequence[Minibatch]) -> tuple[PolicyOutput, Tensor]:
-        """The old policy's output and the reference's log-probabilities, in the micro-batches that are trained on."""
-        config = self.config
-        parts = [rows for minibatch in minibatches for rows in minibatch]
-        old_parts: list[PolicyOutput] = []
-        ref_parts: list[Tensor] = []
-        for rows in parts:
-            part = batch.rows(rows)
-            old_parts.append(self.policy(part, config.temperature, config.precision, scoring=True))
-            ref_parts.append(reference_logprobs(self.policy.lm, self.reference, part, config))
-        as_in_batch = torch.cat(parts).argsort()
-        return PolicyOutput.cat(old_parts).rows(as_in_batch), torch.cat(ref_parts)[as_in_batch]
-
-    def _optimize(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
-        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps. All or nothing."""
-        config = self.config
-        warmup = min(1.0, (self.update + 1) / max(1, config.warmup_updates))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * warmup
-        steps = [minibatches[i] for epoch in range(config.ppo_epochs) for i in self._order(epoch, len(minibatches))]
-        # A single step changes nothing before its last check; only a second one needs the way back.
-        snapshot = guards.Snapshot(self.policy, self.optimizer) if len(steps) > 1 else None
-        totals: dict[str, float] = {}
-        try:
-            for number, minibatch in enumerate(steps):
-                for name, value in self._minibatch_step(experience, minibatch, first=number == 0).items():
-                    totals[name] = totals.get(name, 0.0) + value / len(steps)
-        except BaseException:
-            if snapshot is not None:
-                snapshot.restore()
-            raise
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-        return totals | {"learning_rate": config.learning_rate * warmup}
+        finished_B = torch.tensor([sample.finished for sample in rollout.samples], device=mask_BT.device)
+        penalties_BT = length_penalty_rewards(self.config, mask_BT, finished_B, self.max_response_tokens)
+        metrics = rewards.metrics | {"seconds_reward": time.perf_counter() - start}
+        return TokenRewards(rewards.rewards + penalties_BT, metrics, rewards.classes)
 
     def _minibatches(self) -> list[Minibatch]:
         """The rollout's rows in minibatches, each in micro-batches; drawn once an update, before anything is scored.
@@ -302,11 +250,47 @@ class TokenPPOTrainer:
         # The rollout's rows are sorted by the length of their prompts: in that order micro-batches have little padding.
         return [part.sort().values.split(config.micro_batch_size) for part in rows.split(config.minibatch_size)]
 
+    @torch.no_grad()
+    def _score_tokens(self, rollout: Rollout, minibatches: Sequence[Minibatch]) -> tuple[PolicyOutput, Tensor]:
+        """The old policy's output and the reference's log-probabilities, in the micro-batches that are trained on.
+
+        Checked: all are finite, and the rollout was drawn from the old policy.
+        """
+        temperature, precision = self.config.temperature, self.config.precision
+        rows = [rows for minibatch in minibatches for rows in minibatch]
+        parts = [rollout.batch.rows(index) for index in rows]
+        as_in_rollout = torch.cat(rows).argsort()
+        outputs = [self.policy(part, temperature, precision, scoring=True) for part in parts]
+        old = PolicyOutput(*(torch.cat(tensors)[as_in_rollout] for tensors in zip(*outputs, strict=True)))
+        ref_logprobs = [reference_logprobs(self.policy.lm, self.reference, p, temperature, precision) for p in parts]
+        ref_logprobs_BT = torch.cat(ref_logprobs)[as_in_rollout]
+        self._check("log-probability of the policy", old.logprobs, rollout.samples)
+        self._check("log-probability of the reference", ref_logprobs_BT, rollout.samples)
+        self._check("value", old.values, rollout.samples)
+        kl_B = kl_estimate("k1", old.logprobs, ref_logprobs_BT).sum(-1)
+        mask_BT = rollout.batch.response_mask
+        guards.check_sampling(old.logprobs, old.entropy, kl_B, mask_BT, temperature, self.update + 1)
+        return old, ref_logprobs_BT
+
+    def _optimize(self, experience: Experience, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        """`ppo_epochs` passes over the rollout; means of the loss metrics over the optimiser steps."""
+        config = self.config
+        warmup = min(1.0, (self.update + 1) / max(1, config.warmup_updates))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * warmup
+        steps = [minibatches[i] for epoch in range(config.ppo_epochs) for i in self._order(epoch, len(minibatches))]
+        totals: dict[str, float] = {}
+        with guards.all_or_nothing(self.policy, self.optimizer, len(steps)):
+            for number, minibatch in enumerate(steps):
+                for name, value in self._minibatch_step(experience, minibatch, first=number == 0).items():
+                    totals[name] = totals.get(name, 0.0) + value / len(steps)
+        return totals | {"learning_rate": config.learning_rate * warmup}
+
     def _order(self, epoch: int, count: int) -> list[int]:
         """Order of the minibatches in a pass: as drawn, then shuffled."""
-        return (
-            list(range(count)) if epoch == 0 else rng(self.seed, "pass", self.update, epoch).permutation(count).tolist()
-        )
+        if epoch == 0:
+            return list(range(count))
+        return rng(self.seed, "pass", self.update, epoch).permutation(count).tolist()
 
     def _minibatch_step(self, experience: Experience, minibatch: Minibatch, first: bool) -> dict[str, float]:
         """Gradients accumulated over micro-batches with one global denominator, then one optimiser step."""
@@ -316,12 +300,10 @@ class TokenPPOTrainer:
         for rows in minibatch:
             part = experience.rows(rows)
             output = self.policy(part.rollout.batch, config.temperature, config.precision)
-            self._check("log-probability of the policy", output.logprobs.detach(), part.rollout)
+            self._check("log-probability of the policy", output.logprobs.detach(), part.rollout.samples)
             if first:
-                log_ratio_BT = output.logprobs.detach() - part.old_logprobs
-                guards.check_first_ratio(
-                    log_ratio_BT, part.rollout.batch.response_mask, self.policy, config, self.update + 1
-                )
+                log_ratio_BT, mask_BT = output.logprobs.detach() - part.old_logprobs, part.rollout.batch.response_mask
+                guards.check_first_ratio(log_ratio_BT, mask_BT, self.policy, config, self.update + 1)
             loss, terms = self._loss(output, part, num_tokens)
             if not loss.isfinite():
                 self._name_bad_loss(output, part, num_tokens)
@@ -336,6 +318,41 @@ class TokenPPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return sums
 
+    def _loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, and its terms for the metrics; all sums over tokens divided by `num_tokens`."""
+        config, mask_BT = self.config, part.rollout.batch.response_mask
+        loss, clip_fraction = policy_loss(
+            output.logprobs,
+            part.old_logprobs,
+            part.advantages,
+            mask_BT,
+            config.clip_range,
+            num_tokens,
+            config.dual_clip,
+        )
+        log_ratio_BT = output.logprobs.detach() - part.old_logprobs
+        approx_kl = 0.5 * log_ratio_BT.square().sum() / num_tokens
+        terms = {"policy_loss": loss, "clip_fraction": clip_fraction, "approx_kl": approx_kl}
+        if config.kl_placement == "loss":
+            kl_BT = kl_estimate(config.kl_estimator, output.logprobs, part.ref_logprobs)
+            terms["kl_loss"] = (kl_BT * mask_BT).sum() / num_tokens
+            loss = loss + self.kl_coef * terms["kl_loss"]
+        # A probe is not trained here; the error it made on this rollout is the same figure.
+        values_BT = output.values if self.probe is None else part.old_values
+        terms["value_loss"] = value_loss(
+            values_BT, part.old_values, part.returns, mask_BT, config.value_clip_range, num_tokens
+        ).loss
+        if self.probe is None:
+            loss = loss + config.value_coef * terms["value_loss"]
+        return loss, terms | {"loss": loss.detach()}
+
+    def _name_bad_loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> None:
+        """Raise GuardError for the first sample whose own loss is no number."""
+        rows = torch.arange(len(part.rollout.samples)).split(1)
+        losses = [self._loss(output.rows(index), part.rows(index), num_tokens)[0].detach() for index in rows]
+        self._check("loss", torch.stack(losses)[:, None], part.rollout.samples)
+        raise guards.GuardError(f"the loss of update {self.update + 1} is infinite in sum; the weights are unchanged")
+
     def _clip_gradients(self, samples: Sequence[Sample]) -> float:
         """Clip the policy's gradients and the value function's apart; the norm of the policy's before clipping."""
         in_policy = {id(parameter) for parameter in self.policy.lm.parameters()}
@@ -349,172 +366,35 @@ class TokenPPOTrainer:
             norms.append(norm.item())
         return norms[-1]
 
-    def _loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, and its terms for the metrics; all sums over tokens divided by `num_tokens`."""
-        config, mask_BT = self.config, part.rollout.batch.response_mask
-        policy_part = policy_loss(
-            output.logprobs,
-            part.old_logprobs,
-            part.advantages,
-            mask_BT,
-            config.clip_range,
-            num_tokens,
-            config.dual_clip,
-        )
-        log_ratio_BT = output.logprobs.detach() - part.old_logprobs
-        terms = {
-            "policy_loss": policy_part.loss,
-            "clip_fraction": policy_part.clip_fraction,
-            "approx_kl": 0.5 * log_ratio_BT.square().sum() / num_tokens,
-        }
-        loss = policy_part.loss
-        if config.kl_placement == "loss":
-            kl_BT = kl_estimate(config.kl_estimator, output.logprobs, part.ref_logprobs)
-            terms["kl_loss"] = (kl_BT * mask_BT).sum() / num_tokens
-            loss = loss + self.kl_coef * terms["kl_loss"]
-        if output.values is not None:
-            terms["value_loss"] = value_loss(
-                output.values, part.old_values, part.returns, mask_BT, config.value_clip_range, num_tokens
-            ).loss
-            loss = loss + config.value_coef * terms["value_loss"]
-        else:
-            # The probe is not trained here; the error it made on this rollout is the same figure.
-            terms["value_loss"] = 0.5 * ((part.old_values - part.returns).square() * mask_BT).sum() / num_tokens
-        return loss, terms | {"loss": loss.detach()}
-
-    def _name_bad_loss(self, output: PolicyOutput, part: Experience, num_tokens: Tensor) -> None:
-        """Raise GuardError for the first sample whose own loss is no number."""
-        losses = [
-            self._loss(output.rows(index), part.rows(index), num_tokens)[0].item()
-            for index in torch.arange(len(part.rollout.samples)).split(1)
-        ]
-        self._check("loss", torch.tensor(losses)[:, None], part.rollout)
-        raise guards.GuardError(f"the loss of update {self.update + 1} is infinite in sum; the weights are unchanged")
-
-    def _check(self, name: str, tensor: Tensor, rollout: Rollout) -> None:
-        guards.check_finite(name, tensor, self.update + 1, rollout.samples)
+    def _check(self, name: str, tensor: Tensor, samples: Sequence[Sample]) -> None:
+        guards.check_finite(name, tensor, self.update + 1, samples)
 
 
-@torch.no_grad()
-def _metrics(
-    rewards_BT: Tensor,
-    kl_BT: Tensor,
-    old: PolicyOutput,
-    advantages_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-) -> dict[str, float]:
-    """What is said of a rollout before the update; KL in nats per response, the rest per token or response."""
-    assert old.values is not None
-    assert old.entropy is not None
-    reward_B = rewards_BT.sum(-1)
-    residual = (returns_BT - old.values)[mask_BT]
+def rollout_metrics(rewards_BT: Tensor, entropy_BT: Tensor, experience: Experience) -> dict[str, float]:
+    """What is said of a rollout before the update; KL (k1) in nats per response, the rest per token or response."""
+    rollout, old_logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT = experience
+    mask_BT, reward_B = rollout.batch.response_mask, rewards_BT.sum(-1)
+    residual_N = (returns_BT - values_BT)[mask_BT]
     return {
         "reward_mean": reward_B.mean().item(),
         "reward_std": reward_B.std().item(),
         "token_reward_mean": masked_mean(rewards_BT, mask_BT).item(),
-        "kl": kl_BT.sum(-1).mean().item(),
-        "entropy": masked_mean(old.entropy, mask_BT).item(),
+        "kl": kl_estimate("k1", old_logprobs_BT, ref_logprobs_BT).sum(-1).mean().item(),
+        "entropy": masked_mean(entropy_BT, mask_BT).item(),
         "response_length": mask_BT.sum(-1).float().mean().item(),
-        "value_mean": masked_mean(old.values, mask_BT).item(),
+        "value_mean": masked_mean(values_BT, mask_BT).item(),
         "advantage_std": advantages_BT[mask_BT].std().item(),
-        "explained_variance": (1 - residual.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
+        "explained_variance": (1 - residual_N.var() / returns_BT[mask_BT].var().clamp(min=1e-8)).item(),
     }
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Responses to a batch of prompts: what a reward function sees, and what the model sees."""
-
-    samples: list[Sample]
-    batch: TokenBatch
-
-
-def roll_out(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    prompt_index: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> Rollout:
-    """Sample one response to each prompt from exactly softmax(logits / temperature)."""
-    chosen = [prompts[i] for i in prompt_index]
-    generations = generate(
-        model,
-        tokenizer,
-        chosen,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=len(chosen),
-    )
-    samples = [make_sample(tokenizer, *pair) for pair in zip(generations, prompt_index, strict=True)]
-    return Rollout(samples, pad_batch(samples, tokenizer.eos_token_id))
-
-
-def check_config(config: RL, max_response_tokens: int) -> None:
-    """Settings that fit each other.
-
-    Raises:
-        UserError: names the setting and what it has to be.
-    """
-    if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batch_size:
-        raise UserError(
-            f"rl.batch_size={config.batch_size} must be a multiple of rl.minibatch_size={config.minibatch_size}, "
-            f"and that of rl.micro_batch_size={config.micro_batch_size}"
-        )
-    wrong = [
-        (config.batch_size < 2, f"batch_size={config.batch_size}", "at least 2: advantages are compared"),
-        (config.temperature <= 0, f"temperature={config.temperature}", "above 0: greedy rollouts have no gradient"),
-        (config.kl_placement == "loss" and config.kl_estimator == "k1", "kl_estimator=k1", "k2 or k3 in the loss"),
-        (config.dual_clip and config.dual_clip <= 1, f"dual_clip={config.dual_clip}", "above 1, or 0 (off)"),
-        (config.updates < 1, f"updates={config.updates}", "at least 1"),
-        (config.save_every < 1, f"save_every={config.save_every}", "at least 1"),
-        (config.keep_checkpoints < 1, f"keep_checkpoints={config.keep_checkpoints}", "at least 1"),
-        (
-            config.overlong_penalty and not 0 < config.overlong_buffer < max_response_tokens,
-            f"overlong_buffer={config.overlong_buffer}",
-            f"between 1 and {max_response_tokens - 1}, the response limit less 1",
-        ),
-        (config.max_kl < 0 or config.kl_target < 0, "max_kl or kl_target", "0 (off) or more"),
-    ]
-    for is_wrong, setting, must_be in wrong:
-        if is_wrong:
-            raise UserError(f"rl.{setting} must be {must_be}")
-
-
-def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of every prompt.
-
-    Raises:
-        UserError: no tokenizer or none with an end-of-sequence token, no prompt, or an empty one.
-    """
-    if tokenizer is None:
-        raise UserError("TokenPPOTrainer needs the policy's tokenizer: TokenPPOTrainer(..., tokenizer=tokenizer)")
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token, so a response could never end: set eos_token")
-    if not prompts:
-        raise UserError("there is no prompt to roll out from")
-    encoded = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
-    for index, ids in enumerate(encoded):
-        if not ids:
-            raise UserError(f"prompt {index} ({prompts[index]!r}) is empty: give it at least one token")
-    return encoded
 
 
 def make_optimizer(policy: PolicyWithValue, config: RL) -> torch.optim.Optimizer:
     """AdamW over what is trained; `full_lr` of a group is its learning rate after warm-up."""
     groups = [
-        (list(policy.lm.parameters()), config.learning_rate),
-        ([] if policy.value_trunk is None else list(policy.value_trunk.parameters()), config.learning_rate),
-        (list(policy.value_head.parameters()), config.value_learning_rate),
+        (policy.lm, config.learning_rate),
+        (policy.value_trunk, config.learning_rate),
+        (policy.value_head, config.value_learning_rate),
     ]
-    trained = [([p for p in parameters if p.requires_grad], rate) for parameters, rate in groups]
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "full_lr": rate} for parameters, rate in trained if parameters],
-        weight_decay=0.0,
-        fused=True,
-    )
+    trained = [([p for p in m.parameters() if p.requires_grad], rate) for m, rate in groups if m is not None]
+    param_groups = [{"params": parameters, "lr": rate, "full_lr": rate} for parameters, rate in trained if parameters]
+    return torch.optim.AdamW(param_groups, weight_decay=0.0, fused=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field
 
 from tppo.core.common import console
 from tppo.core.config import Recipe, Task, TuningAlgorithm
@@ -31,25 +31,22 @@ MAX_EVENTS = 100
 MAX_TEXT_CHARS = 500
 
 
-class HistoryEvent(BaseModel):
+def _not_blank(text: str) -> str:
+    if not normalise_query(text):
+        raise ValueError("the text of an event must hold something other than white space")
+    return text
+
+
+class HistoryEvent(BaseModel, extra="forbid"):
     """One thing the user did."""
 
-    model_config = ConfigDict(extra="forbid")
     kind: EventKind = "search"
-    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
-
-    @field_validator("text")
-    @classmethod
-    def _not_blank(cls, text: str) -> str:
-        if not normalise_query(text):
-            raise ValueError("the text of an event must hold something other than white space")
-        return text
+    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_not_blank)]
 
 
-class SuggestRequest(BaseModel):
+class SuggestRequest(BaseModel, extra="forbid"):
     """A history, oldest event first. Without `model` every model answers."""
 
-    model_config = ConfigDict(extra="forbid")
     history: Annotated[list[HistoryEvent], Field(min_length=1, max_length=MAX_EVENTS)]
     model: str | None = None
     num: Annotated[int | None, Field(ge=1)] = None
@@ -73,11 +70,7 @@ class Suggestions(BaseModel):
 
 
 def create_app(
-    models: Mapping[str, tuple[Any, Any]],
-    task: Task,
-    temperature: float,
-    *,
-    allowed_hosts: Sequence[str] = ("*",),
+    models: Mapping[str, tuple[Any, Any]], task: Task, temperature: float, *, allowed_hosts: Sequence[str] = ("*",)
 ) -> FastAPI:
     """The application.
 
@@ -107,12 +100,12 @@ def create_app(
         if request.num is not None and request.num > task.num_queries:
             raise _invalid("num", f"the models write at most {task.num_queries} queries", request.num)
         history = [Event(event.kind, normalise_query(event.text)) for event in request.history]
-        names = [request.model] if request.model is not None else list(models)
+        names = list(models) if request.model is None else [request.model]
         with lock:
             answers = {name: _suggest(name, *models[name], history, task, temperature) for name in names}
         for answer in answers.values():
             answer.queries = answer.queries[: request.num]
-        return answers[request.model] if request.model is not None else Suggestions(suggestions=answers)
+        return Suggestions(suggestions=answers) if request.model is None else answers[request.model]
 
     secure(app, allowed_hosts)
     return app
@@ -122,13 +115,8 @@ def _suggest(name: str, model: Any, tokenizer: Any, history: list[Event], task: 
     start = time.perf_counter()
     recent = history[-task.history_events :]
     prompt, dropped = encode_prompt(tokenizer, recent, task.num_queries, task.max_prompt_tokens)
-    [generation] = generate(
-        model,
-        tokenizer,
-        [prompt],
-        max_new_tokens=task.max_response_tokens,
-        temperature=temperature,
-    )
+    limit = task.max_response_tokens
+    [generation] = generate(model, tokenizer, [prompt], max_new_tokens=limit, temperature=temperature)
     parsed = parse_response(generation.response, generation.finished, task.num_queries)
     return Suggestion(
         model=name,
@@ -170,9 +158,8 @@ def serve(recipe: Recipe) -> None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:
             folders[algorithm] = run.path(stage) / "model"
-    listener = listen(recipe.serve.host, recipe.serve.port)
-    try:
-        loopback = is_loopback(recipe.serve.host)
+    loopback = is_loopback(recipe.serve.host)
+    with listen(recipe.serve.host, recipe.serve.port) as listener:
         if not loopback:
             console.print(
                 f"[bold red]WARNING[/]: listening on {recipe.serve.host}: anyone who can reach this machine "
@@ -185,5 +172,3 @@ def serve(recipe: Recipe) -> None:
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
         console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on {address_of(listener)} (Ctrl+C stops)")
         run_server(app, listener)
-    finally:
-        listener.close()

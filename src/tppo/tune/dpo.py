@@ -4,42 +4,35 @@ L = -log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))) for the chosen c an
 summed over the response, end-of-sequence included (Rafailov et al. 2023, Eq. 7). The reference is the SFT model:
 a frozen copy in full tuning, the model without its adapters in LoRA.
 
+There are two kinds of pairs. The paper's (App. H) prefers the true next queries to what the SFT model wrote. The
+judged kind, which is ours, is on-policy: both responses of a pair come from the SFT model, so the policy learns what
+is better among the things it does write, and the judge's verdicts are the same that train the reward models.
+
 Departures from the paper's App. H: pairs come from the prompts of the sample stage (sample.train_examples of them,
-the paper has 20k), and beta, which it does not give, is TRL's. `dpo.pairs: judged` is ours (see tppo.tune.dpo).
+the paper has 20k), and beta, which it does not give, is TRL's.
 
 Departures from DPOTrainer's ways, and why:
 
 1. It takes the ids as they are (`_prepare_dataset`). DPOTrainer would encode prompt + response as one text and cut it
    where the ids begin to differ, and append end-of-sequence to a sampled response that was cut off by the limit.
-2. Pairs of similar length share a batch, in an order that can be taken up again inside an epoch, as in SFT.
+2. Pairs of similar length share a batch, in an order that resumes (`tppo.tune.trl.EpochSampler`).
 
 Its loss is used as it stands, also where it is slower than need be: on a CPU its fused head multiplies the prompt's
 positions with the vocabulary, too.
-
-Preference pairs for DPO, as pure functions of the tables of the sample and label stages.
-
-Two kinds. The paper's (App. H) prefers the true next queries to what the SFT model wrote. The judged kind is
-on-policy: both responses of a pair come from the SFT model, so the policy learns what is better among the things
-it does write, and the judge's verdicts are the same that train the reward models.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from tppo.core.common import UserError, console, draw, stream_seed
-from tppo.core.config import DPO, Recipe
+from tppo.core.common import UserError, draw, stream_seed
+from tppo.core.config import DPO, Recipe, Task
 from tppo.core.models import load_policy, lora_config
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
@@ -48,15 +41,7 @@ from tppo.core.text import render_response
 from tppo.generate.engine import encode_examples
 from tppo.judge.verdict import RELEVANT
 from tppo.tune.sft import encode_response
-from tppo.tune.trl import (
-    EpochSampler,
-    ProgressCallback,
-    check_batch_sizes,
-    configured,
-    last_good_checkpoint,
-    save_trained,
-    training_arguments,
-)
+from tppo.tune.trl import ReadyRows, check_batch_sizes, metric_rows, save_trained, train, trainer_config
 
 _MEASURES = {
     "loss": "loss",
@@ -74,169 +59,10 @@ METRICS = (
 )
 """Rows of metrics.jsonl, beside `step`. A reward is beta log(pi / ref) of a whole response; accuracy is the share of
 pairs whose chosen response has the larger one."""
-
-
-class PairSet(NamedTuple):
-    """The pairs of one split, ready for the trainer."""
-
-    rows: list[dict[str, Any]]
-    """{prompt_ids, chosen_ids, rejected_ids, length}"""
-    facts: dict[str, Any]
-    """Counts for the manifest."""
-
-
-def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
-    """Train, or take up an unfinished training again; writes model/ and metrics.jsonl.
-
-    Raises:
-        UserError: settings that cannot be, or no pair is left to train on.
-    """
-    settings = recipe.dpo
-    check_batch_sizes(settings, "dpo")
-    check_samples(recipe)
-    sft_folder = run.require("sft") / "model"
-    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
-    train, held_out = (make_pairs(recipe, run, tokenizer, split) for split in ("train", "reward_eval"))
-    if not train.rows:
-        raise UserError(
-            f"no pair is left to train on ({train.facts}): raise sample.train_examples or sample.samples_per_example"
-        )
-    measured = draw(held_out.rows, settings.max_eval_examples, recipe.data_seed, "dpo", "eval")
-    reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
-    checkpoints = folder / "checkpoints"
-    trainer = make_trainer(
-        model, reference, tokenizer, train.rows, measured, settings, stream_seed(recipe.seed, "dpo"), checkpoints
-    )
-    callback = ProgressCallback(folder / "metrics.jsonl", "DPO", METRICS)
-    trainer.add_callback(callback)
-    resume = last_good_checkpoint(checkpoints)
-    if resume:
-        console.print(f"taking DPO up again at {resume.name}")
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    callback.write(trainer.state)
-    card = (
-        f"# Query suggestions: dpo\n\nTuned from the run's SFT model on {len(train.rows)} pairs ({settings.pairs}) by "
-        "tppo's `dpo` stage. Writes a user's next searches, one per line, after the prompt of "
-        "`tppo.core.text.render_prompt`.\n"
-    )
-    save_trained(trainer, tokenizer, settings, folder / "model", card)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return {
-        "algorithm": "dpo",
-        "pairs": settings.pairs,
-        "rubric": settings.rubric if settings.pairs == "judged" else None,
-        "train": train.facts,
-        "reward_eval": {**held_out.facts, "measured_pairs": len(measured)},
-        "steps": result.global_step,
-        "resumed_from_step": int(resume.name.rsplit("-", 1)[1]) if resume else None,
-        # The newest of every measure, training and held out.
-        "last": {name: value for row in callback.rows(trainer.state) for name, value in row.items()},
-    }
-
-
-def make_pairs(recipe: Recipe, run: RunFolder, tokenizer: Any, split: str) -> PairSet:
-    """Pairs of a split from the sample stage's responses, with the very prompt ids they were sampled from."""
-    examples = {example.example_id: example for example in load_examples(run.require("prepare"), split)}
-    responses = _rows_of(run.require("sample") / "responses.parquet", RESPONSES, split)
-    facts: dict[str, Any] = {"responses": len(responses)}
-    if unknown := [row["example_id"] for row in responses if row["example_id"] not in examples]:
-        raise UserError(
-            f"responses.parquet has {len(unknown)} responses to {split} examples that examples.parquet lacks (first: "
-            f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
-        )
-    if recipe.dpo.pairs == "sft_output":
-        limit = recipe.task.max_response_tokens
-        found = sft_output_pairs(responses, examples, lambda queries: encode_response(tokenizer, queries), limit)
-    else:
-        labels = _rows_of(run.require("label") / "labels.parquet", LABELS, split)
-        labels = [row for row in labels if row["rubric"] == recipe.dpo.rubric]
-        facts["abstained_responses"] = sum(row["status"] == "abstained" for row in labels)
-        found = judged_pairs(responses, labels)
-    prompts, dropped_events = encode_examples(
-        tokenizer, [examples[pair.example_id] for pair in found.pairs], recipe.task
-    )
-    facts |= {"history_events_dropped_to_fit_the_prompt": dropped_events, **pair_facts(found)}
-    return PairSet(trainer_rows(found.pairs, prompts), facts)
-
-
-def _rows_of(path: Path, schema: Any, split: str) -> list[dict[str, Any]]:
-    return [row for row in read_table(path, schema).to_pylist() if row["split"] == split]
-
-
-def pair_facts(found: Pairs) -> dict[str, Any]:
-    """How many pairs were made, why the other examples gave none, and mean lengths in tokens."""
-    count = len(found.pairs)
-    return {
-        "pairs": count,
-        "examples_without_pair": dict(found.dropped),
-        "mean_chosen_tokens": sum(len(pair.chosen_ids) for pair in found.pairs) / count if count else None,
-        "mean_rejected_tokens": sum(len(pair.rejected_ids) for pair in found.pairs) / count if count else None,
-    }
-
-
-def trainer_rows(pairs: Sequence[Pair], prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
-    """Rows with the column names of DPOTrainer's collator; `length` sorts pairs into batches."""
-    return [
-        {
-            "prompt_ids": prompt,
-            "chosen_ids": pair.chosen_ids,
-            "rejected_ids": pair.rejected_ids,
-            "length": len(prompt) + max(len(pair.chosen_ids), len(pair.rejected_ids)),
-        }
-        for pair, prompt in zip(pairs, prompts, strict=True)
-    ]
-
-
-class PairTrainer(DPOTrainer):
-    """DPOTrainer on ready-made ids, with an order that resumes."""
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        return dataset
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch_size, list(self.train_dataset["length"]), self.args.data_seed)
-
-
-def make_trainer(
-    model: Any,
-    reference: Any | None,
-    tokenizer: Any,
-    train_rows: list[dict[str, Any]],
-    eval_rows: list[dict[str, Any]],
-    settings: DPO,
-    seed: int,
-    output_dir: Path,
-) -> PairTrainer:
-    """The trainer. `reference` is the frozen SFT model, or None for LoRA (adapters off)."""
-    assert (reference is None) == (settings.tuning == "lora")
-    steps = math.ceil(len(train_rows) / settings.batch_size * settings.epochs)
-    config = configured(
-        DPOConfig,
-        **training_arguments(settings, seed, steps, output_dir),
-        beta=settings.beta,
-        loss_type=["sigmoid"],
-        disable_dropout=True,
-        eval_strategy="epoch" if eval_rows else "no",
-    )
-    trainer = PairTrainer(
-        model=model,
-        ref_model=reference,
-        args=config,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(settings.lora_r) if settings.tuning == "lora" else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two responses to the prompt of one example. Ids end with end-of-sequence iff the response is finished."""
 
     example_id: str
@@ -250,11 +76,136 @@ class Pairs(NamedTuple):
     """Why an example gave no pair -> how many; with `pairs`, every example is accounted for."""
 
 
-class Standing(NamedTuple):
-    """What orders responses: the sentence label first, then the share of relevant words."""
+def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Train, or take up an unfinished training again; writes model/ and metrics.jsonl.
 
-    sentence_label: int
-    word_share: float
+    Raises:
+        UserError: settings that cannot be, or no pair is left to train on.
+    """
+    settings = recipe.dpo
+    check_batch_sizes(settings, "dpo")
+    check_samples(recipe)
+    sft_folder = run.require("sft") / "model"
+    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
+    rows, facts = make_pairs(run, settings, recipe.task, tokenizer, "train")
+    held_out, held_out_facts = make_pairs(run, settings, recipe.task, tokenizer, "reward_eval")
+    if not rows:
+        raise UserError(
+            f"no pair is left to train on ({facts}): raise sample.train_examples or sample.samples_per_example"
+        )
+    measured = draw(held_out, settings.max_eval_examples, recipe.data_seed, "dpo", "eval")
+    reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
+    seed = stream_seed(recipe.seed, "dpo")
+    trainer = make_trainer(model, reference, tokenizer, rows, measured, settings, seed, folder / "checkpoints")
+    result, resumed_from = train(trainer, "DPO", METRICS, folder / "metrics.jsonl")
+    made = f"Tuned from the run's SFT model on {len(rows)} pairs ({settings.pairs}) by tppo's `dpo` stage."
+    save_trained(trainer, tokenizer, settings, folder / "model", "dpo", made)
+    return {
+        "algorithm": "dpo",
+        "pairs": settings.pairs,
+        "rubric": settings.rubric if settings.pairs == "judged" else None,
+        "train": facts,
+        "reward_eval": {**held_out_facts, "measured_pairs": len(measured)},
+        "steps": result.global_step,
+        "resumed_from_step": resumed_from,
+        # The newest of every measure, training and held out.
+        "last": dict(item for row in metric_rows(trainer.state.log_history, METRICS) for item in row.items()),
+    }
+
+
+def make_pairs(
+    run: RunFolder, settings: DPO, task: Task, tokenizer: Any, split: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Pairs of a split from the sample stage's responses, with the very prompt ids they were sampled from.
+
+    Returns:
+        Rows for the trainer, and counts for the manifest: pairs, why the other examples gave none, mean lengths.
+    """
+    examples = {example.example_id: example for example in load_examples(run.require("prepare"), split)}
+    responses = _rows_of(run.require("sample") / "responses.parquet", RESPONSES, split)
+    facts: dict[str, Any] = {"responses": len(responses)}
+    if unknown := [row["example_id"] for row in responses if row["example_id"] not in examples]:
+        raise UserError(
+            f"responses.parquet has {len(unknown)} responses to {split} examples that examples.parquet lacks (first: "
+            f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
+        )
+    if settings.pairs == "sft_output":
+        limit = task.max_response_tokens
+        pairs, dropped = sft_output_pairs(
+            responses, examples, lambda queries: encode_response(tokenizer, queries), limit
+        )
+    else:
+        labels = _rows_of(run.require("label") / "labels.parquet", LABELS, split)
+        labels = [row for row in labels if row["rubric"] == settings.rubric]
+        facts["abstained_responses"] = sum(row["status"] == "abstained" for row in labels)
+        pairs, dropped = judged_pairs(responses, labels)
+    prompts, dropped_events = encode_examples(tokenizer, [examples[pair.example_id] for pair in pairs], task)
+    facts |= {
+        "history_events_dropped_to_fit_the_prompt": dropped_events,
+        "pairs": len(pairs),
+        "examples_without_pair": dict(dropped),
+        "mean_chosen_tokens": sum(len(pair.chosen_ids) for pair in pairs) / len(pairs) if pairs else None,
+        "mean_rejected_tokens": sum(len(pair.rejected_ids) for pair in pairs) / len(pairs) if pairs else None,
+    }
+    return trainer_rows(pairs, prompts), facts
+
+
+def _rows_of(path: Path, schema: Any, split: str) -> list[Row]:
+    return [row for row in read_table(path, schema).to_pylist() if row["split"] == split]
+
+
+def trainer_rows(pairs: Sequence[Pair], prompts: Sequence[list[int]]) -> list[Row]:
+    """Rows with the column names of DPOTrainer's collator; `length` sorts pairs into batches."""
+    return [
+        {
+            "prompt_ids": prompt,
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+            "length": len(prompt) + max(len(pair.chosen_ids), len(pair.rejected_ids)),
+        }
+        for pair, prompt in zip(pairs, prompts, strict=True)
+    ]
+
+
+class PairTrainer(ReadyRows, DPOTrainer):
+    """DPOTrainer on ready-made ids."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        return dataset
+
+
+def make_trainer(
+    model: Any,
+    reference: Any | None,
+    tokenizer: Any,
+    train_rows: list[Row],
+    eval_rows: list[Row],
+    settings: DPO,
+    seed: int,
+    output_dir: Path,
+) -> PairTrainer:
+    """The trainer. `reference` is the frozen SFT model, or None for LoRA (adapters off)."""
+    assert (reference is None) == (settings.tuning == "lora")
+    config = trainer_config(
+        DPOConfig,
+        settings,
+        len(train_rows),
+        seed,
+        output_dir,
+        beta=settings.beta,
+        loss_type=["sigmoid"],
+        disable_dropout=True,
+        eval_strategy="epoch" if eval_rows else "no",
+    )
+    return PairTrainer(
+        train_rows,
+        eval_rows,
+        model=model,
+        ref_model=reference,
+        args=config,
+        processing_class=tokenizer,
+        peft_config=lora_config(settings.lora_r) if settings.tuning == "lora" else None,
+    )
 
 
 def sft_output_pairs(
@@ -286,17 +237,18 @@ def sft_output_pairs(
     return Pairs(pairs, dropped)
 
 
-def standing(response: Row, label: Row) -> Standing:
-    """How a judged response stands. An unparseable one is worth nothing, as in the evaluation: nobody is shown it.
+def standing(response: Row, label: Row) -> tuple[int, float]:
+    """What orders judged responses: the sentence label first, then the share of relevant words.
 
-    A judge of whole responses gives no word labels; the sentence label alone then orders them.
+    An unparseable one is worth nothing, as in the evaluation: nobody is shown it. A judge of whole responses gives no
+    word labels; the sentence label alone then orders them.
     """
     assert label["status"] == "ok", "an abstained response has no standing"
     words = label["words"]
     if response["problem"] is not None:
-        return Standing(0, 0.0)
+        return 0, 0.0
     share = sum(word["label"] == RELEVANT for word in words) / len(words) if words else 0.0
-    return Standing(label["sentence_label"], share)
+    return label["sentence_label"], share
 
 
 def judged_pairs(responses: Sequence[Row], labels: Sequence[Row]) -> Pairs:
@@ -310,7 +262,7 @@ def judged_pairs(responses: Sequence[Row], labels: Sequence[Row]) -> Pairs:
         UserError: a response has no label, or another text than was labelled.
     """
     by_key = {(row["example_id"], row["sample"]): row for row in labels}
-    by_example: dict[str, list[tuple[Standing, Row]]] = {}
+    by_example: dict[str, list[tuple[tuple[int, float], Row]]] = {}
     for row in sorted(responses, key=lambda row: row["sample"]):
         judged = by_example.setdefault(row["example_id"], [])
         label = by_key.get((row["example_id"], row["sample"]))

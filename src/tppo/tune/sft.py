@@ -2,20 +2,19 @@
 
 Departures from SFTTrainer's ways, and why:
 
-1. Prompt and response are tokenised apart and joined as ids (`input_ids` and `labels` are given ready-made),
-   so that training sees the same boundary as sampling; the end-of-sequence id is added here, once.
-2. Responses above task.max_response_tokens are left out and counted: a cut response would teach never to end.
-   Prompts lose their oldest events first (counted).
-3. `compute_loss` asks the model for logits of the last positions only. TRL's own fused head does so on a GPU,
-   but on a CPU it multiplies every position with the vocabulary: with 49,152 words and one response token in
-   ten that was most of the time.
-4. Examples of similar length share a batch, in an order that can be taken up again in the middle of an epoch:
-   the trainer's own sampler draws from the global generator, so a resumed run would see some examples twice.
+1. Prompt and response are tokenised apart and joined as ids (`input_ids` and `labels` are given ready-made), so that
+   training sees the same boundary as sampling; the end-of-sequence id is added here, once.
+2. Responses above task.max_response_tokens are left out and counted: a cut response would teach never to end. Prompts
+   lose their oldest events first (counted).
+3. `compute_loss` asks the model for logits of the last positions only. TRL's own fused head does so on a GPU, but on a
+   CPU it multiplies every position with the vocabulary: with 49,152 words and one response token in ten that was most
+   of the time.
+4. Examples of similar length share a batch, in an order that resumes (`tppo.tune.trl.EpochSampler`).
 
-Full tuning trains float32 weights, under bf16 autocast when sft.precision is bf16; LoRA adapters are merged
-into the saved model. The saved weights are bf16 when precision is bf16: every later stage then starts from
-the very same numbers (the reference, the rollouts and the evaluation run in bf16, and RL's float32 master
-copy begins at them), where saving float32 would make RL start from a policy that was never evaluated.
+Full tuning trains float32 weights, under bf16 autocast when sft.precision is bf16; LoRA adapters are merged into the
+saved model. The saved weights are bf16 when precision is bf16: every later stage then starts from the very same
+numbers (the reference, the rollouts and the evaluation run in bf16, and RL's float32 master copy begins at them),
+where saving float32 would make RL start from a policy that was never evaluated.
 
 Shapes: B examples, T tokens, V vocabulary.
 """
@@ -23,20 +22,15 @@ Shapes: B examples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from peft import get_peft_model
-from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from tppo.core.common import UserError, console, draw, stream_seed
+from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import SFT, Recipe, Task
 from tppo.core.models import SCRATCH, load_policy, lora_config
 from tppo.core.run import RunFolder
@@ -44,32 +38,19 @@ from tppo.core.tables import Example, load_examples
 from tppo.core.text import render_response
 from tppo.generate.engine import encode_examples
 from tppo.tune.scratch import start_from_scratch
-from tppo.tune.trl import (
-    EpochSampler,
-    ProgressCallback,
-    check_batch_sizes,
-    configured,
-    last_good_checkpoint,
-    save_trained,
-    training_arguments,
-)
+from tppo.tune.trl import ReadyRows, check_batch_sizes, planned_steps, save_trained, train, trainer_config
 
 IGNORED = -100
 METRICS = ({"loss": "loss", "learning_rate": "learning_rate"}, {"eval_loss": "eval_loss"})
-"""Rows of metrics.jsonl, beside `step` (see ProgressCallback)."""
+"""Rows of metrics.jsonl, beside `step` (see tppo.tune.trl.Metrics)."""
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Rows {input_ids, labels, length} ready for the trainer, and what was lost on the way to them."""
 
     rows: list[dict[str, Any]]
     too_long_responses: int
     dropped_events: int
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
 
 def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int]:
@@ -80,13 +61,16 @@ def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int]:
 def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> Encoded:
     """Prompt ids + response ids + end-of-sequence; labels on the response only."""
     responses = [encode_response(tokenizer, example.targets) for example in examples]
-    fits = [len(ids) <= task.max_response_tokens for ids in responses]
-    kept = [example for example, fit in zip(examples, fits, strict=True) if fit]
-    prompts, dropped = encode_examples(tokenizer, kept, task)
-    rows = []
-    for prompt, response in zip(prompts, [ids for ids, fit in zip(responses, fits, strict=True) if fit], strict=True):
-        ids = prompt + response
-        rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + response, "length": len(ids)})
+    kept = [pair for pair in zip(examples, responses, strict=True) if len(pair[1]) <= task.max_response_tokens]
+    prompts, dropped = encode_examples(tokenizer, [example for example, _ in kept], task)
+    rows = [
+        {
+            "input_ids": prompt + response,
+            "labels": [IGNORED] * len(prompt) + response,
+            "length": len(prompt) + len(response),
+        }
+        for prompt, (_, response) in zip(prompts, kept, strict=True)
+    ]
     return Encoded(rows, len(examples) - len(kept), dropped)
 
 
@@ -95,74 +79,60 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     settings = recipe.sft
     check_batch_sizes(settings, "sft")
     prepared = run.require("prepare")
-    train = draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "sft", "train")
+    examples = draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "sft", "train")
     held_out = draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "sft", "eval")
-    if settings.model == SCRATCH:
-        weights_seed = stream_seed(recipe.seed, "sft", "scratch")
-        model, tokenizer = start_from_scratch(settings.scratch, train, recipe.task, weights_seed)
-    else:
-        model, tokenizer = load_policy(settings.model, dtype=torch.float32)
-    train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (train, held_out))
-    if not train_set.rows:
+    model, tokenizer = _start_model(settings, examples, recipe.task, recipe.seed)
+    train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (examples, held_out))
+    rows = train_set.rows
+    if not rows:
         raise UserError(
-            f"no training example is left: {train_set.too_long_responses} of {len(train)} have a response "
+            f"no training example is left: {train_set.too_long_responses} of {len(examples)} have a response "
             f"above task.max_response_tokens={recipe.task.max_response_tokens}; raise it, or prepare more"
         )
-    if settings.tuning == "lora":
-        torch.manual_seed(stream_seed(recipe.seed, "sft", "lora"))
-        model = get_peft_model(model, lora_config(settings.lora_r))
-    checkpoints = folder / "checkpoints"
-    callback = ProgressCallback(folder / "metrics.jsonl", "SFT", METRICS)
-    trainer = make_trainer(model, tokenizer, train_set.rows, eval_set.rows, settings, recipe.seed, checkpoints)
-    trainer.add_callback(callback)
-    resume = last_good_checkpoint(checkpoints)
-    if resume:
-        trainer.args.eval_on_start = False
-        console.print(f"taking SFT up again at {resume.name}")
-    start = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    seconds = time.monotonic() - start
-    final_eval = _final_eval_loss(trainer) if eval_set.rows else None
-    callback.write(trainer.state)
     base = f"Base model: `{settings.model}`"
     if settings.model == SCRATCH:
         base = (
             f"Made from scratch ({model.num_parameters():,} random weights, a tokenizer of {len(tokenizer):,} tokens "
             "trained on the same examples) for demos, tests and controlled studies: it knows nothing but this log"
         )
-    card = (
-        f"# Query suggestions: supervised start\n\n{base}; {settings.tuning} tuning "
-        f"on {len(train_set.rows)} examples by tppo's `sft` stage. Writes a user's next searches, one per "
-        "line, after the prompt of `tppo.core.text.render_prompt`.\n"
-    )
-    save_trained(trainer, tokenizer, settings, folder / "model", card)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    first_step = int(resume.name.rsplit("-", 1)[1]) if resume else 0
-    tokens = sum(row["length"] for row in train_set.rows) * settings.epochs
-    trained_share = 1 - first_step / max(1, result.global_step)
+    trainer = make_trainer(model, tokenizer, rows, eval_set.rows, settings, recipe.seed, folder / "checkpoints")
+    result, resumed_from = train(trainer, "SFT", METRICS, folder / "metrics.jsonl")
+    eval_loss = _final_eval_loss(trainer) if eval_set.rows else None
+    made = f"{base}; {settings.tuning} tuning on {len(rows)} examples by tppo's `sft` stage."
+    save_trained(trainer, tokenizer, settings, folder / "model", "supervised start", made)
+    tokens = sum(row["length"] for row in rows)
+    trained_share = 1 - (resumed_from or 0) / max(1, result.global_step)
     return {
-        "train_examples": len(train_set.rows),
+        "train_examples": len(rows),
         "eval_examples": len(eval_set.rows),
         "too_long_responses_excluded": train_set.too_long_responses,
         "too_long_eval_responses_excluded": eval_set.too_long_responses,
         "history_events_dropped_to_fit_the_prompt": train_set.dropped_events,
-        "mean_tokens": sum(row["length"] for row in train_set.rows) / len(train_set.rows),
-        "mean_response_tokens": train_set.response_tokens / len(train_set.rows),
+        "mean_tokens": tokens / len(rows),
+        "mean_response_tokens": sum(label != IGNORED for row in rows for label in row["labels"]) / len(rows),
         "steps": result.global_step,
-        "resumed_from_step": first_step or None,
+        "resumed_from_step": resumed_from,
         "train_loss": result.training_loss,
-        "eval_loss": final_eval,
+        "eval_loss": eval_loss,
         # Evaluation and checkpoints included.
-        "tokens_per_second": round(tokens * trained_share / seconds, 1),
+        "tokens_per_second": round(tokens * settings.epochs * trained_share / result.metrics["train_runtime"], 1),
     }
 
 
-class ResponseOnlySFTTrainer(SFTTrainer):
-    """SFTTrainer whose loss needs the logits of the last positions only, and whose order resumes."""
+def _start_model(settings: SFT, examples: Sequence[Example], task: Task, seed: int) -> tuple[Any, Any]:
+    """The model to train, with fresh adapters for LoRA, and its tokenizer."""
+    if settings.model == SCRATCH:
+        model, tokenizer = start_from_scratch(settings.scratch, examples, task, stream_seed(seed, "sft", "scratch"))
+    else:
+        model, tokenizer = load_policy(settings.model, dtype=torch.float32)
+    if settings.tuning == "lora":
+        torch.manual_seed(stream_seed(seed, "sft", "lora"))
+        model = get_peft_model(model, lora_config(settings.lora_r))
+    return model, tokenizer
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch_size, list(self.train_dataset["length"]), self.args.data_seed)
+
+class ResponseOnlySFTTrainer(ReadyRows, SFTTrainer):
+    """SFTTrainer whose loss needs the logits of the last positions only."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -192,28 +162,21 @@ def make_trainer(
     seed: int,
     output_dir: Path,
 ) -> ResponseOnlySFTTrainer:
-    """The trainer with every default that matters here spelled out."""
-    steps = math.ceil(len(train_rows) / settings.batch_size * settings.epochs)
-    arguments = training_arguments(settings, stream_seed(seed, "sft"), steps, output_dir)
-    config = configured(
+    steps = planned_steps(settings, len(train_rows))
+    config = trainer_config(
         SFTConfig,
-        **arguments,
+        settings,
+        len(train_rows),
+        stream_seed(seed, "sft"),
+        output_dir,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="steps" if eval_rows else "no",
         # Before, half-way, and after (if need be by `run`): an evaluation costs as much as several steps.
         eval_on_start=bool(eval_rows),
-        eval_steps=max(1, math.ceil(steps / 2)) if steps > 1 else 1,
+        eval_steps=math.ceil(steps / 2),
     )
-    trainer = ResponseOnlySFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return ResponseOnlySFTTrainer(train_rows, eval_rows, model=model, args=config, processing_class=tokenizer)
 
 
 def _final_eval_loss(trainer: ResponseOnlySFTTrainer) -> float:

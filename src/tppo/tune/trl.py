@@ -1,20 +1,22 @@
-"""What the SFT and DPO stages share around transformers' Trainer: arguments, order, checkpoints, progress, saving."""
+"""What SFT and DPO share around TRL's trainers: config, order of the examples, checkpoints, progress, saving."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
 from tppo.core.common import UserError, console, progress_bar, stream_seed
 from tppo.core.config import DPO, SFT
@@ -22,6 +24,8 @@ from tppo.core.device import resolved, trainer_device
 from tppo.core.models import save_model
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Metrics = Sequence[Mapping[str, str]]
+"""Kinds of rows of metrics.jsonl; each maps the columns of a row, beside `step`, to the trainer's names."""
 
 
 def check_batch_sizes(settings: SFT | DPO, section: str) -> None:
@@ -33,58 +37,62 @@ def check_batch_sizes(settings: SFT | DPO, section: str) -> None:
         )
 
 
-def training_arguments(settings: SFT | DPO, seed: int, steps: int, output_dir: Path) -> dict[str, Any]:
-    """Arguments of TRL's trainers with every default that matters here spelled out.
+def planned_steps(settings: SFT | DPO, examples: int) -> int:
+    """Optimiser steps of the whole training."""
+    return math.ceil(examples / settings.batch_size * settings.epochs)
+
+
+def trainer_config(
+    kind: type[Arguments], settings: SFT | DPO, examples: int, seed: int, output_dir: Path, **further: Any
+) -> Arguments:
+    """Config of a TRL trainer with every default that matters here spelled out.
 
     Args:
         seed: of this stage's own stream.
-        steps: optimiser steps of the whole training, of which `settings.warmup_share` warm up.
         output_dir: folder of the checkpoints.
+        further: what only this trainer has.
     """
     device = trainer_device()
-    on_cpu = device == "cpu"
-    return {
-        "output_dir": str(output_dir),
-        "use_cpu": on_cpu,
-        "bf16": resolved(settings.precision, device) == "bf16",
-        "fp16": False,
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "per_device_eval_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": round(settings.warmup_share * steps),
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "seed": seed % 2**31,
-        "data_seed": seed % 2**31,
-        "gradient_checkpointing": False,
-        "max_length": None,
-        "pad_to_multiple_of": None,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": not on_cpu,
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "save_steps": settings.save_steps,
-        "save_total_limit": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def configured(kind: type[Arguments], **arguments: Any) -> Arguments:
-    """A trainer's config, made without the noise of the libraries underneath."""
     disable_progress_bars()
     with warnings.catch_warnings():
         # transformers announces a new name for gradient_checkpointing that its older 5.x does not know.
         warnings.simplefilter("ignore", FutureWarning)
-        return kind(**arguments)
+        return kind(
+            output_dir=str(output_dir),
+            use_cpu=device == "cpu",
+            bf16=resolved(settings.precision, device) == "bf16",
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.micro_batch_size,
+            per_device_eval_batch_size=settings.micro_batch_size,
+            gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=round(settings.warmup_share * planned_steps(settings, examples)),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=seed % 2**31,
+            data_seed=seed % 2**31,
+            gradient_checkpointing=False,
+            max_length=None,
+            pad_to_multiple_of=None,
+            dataloader_pin_memory=device != "cpu",
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=settings.save_steps,
+            save_total_limit=1,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            **further,
+        )
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Batches of similar length, in an order that depends on the seed and the epoch alone (departure 4)."""
+    """Batches of similar length, in an order that depends on the seed and the epoch alone.
+
+    The trainer's own sampler draws from the global generator: a run that is taken up again in the middle of an epoch
+    would see some examples twice.
+    """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -99,26 +107,67 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-def save_trained(trainer: Any, tokenizer: Any, settings: SFT | DPO, folder: Path, card: str) -> None:
-    """Save what a trainer of transformers has trained: adapters merged, bf16 when precision is bf16."""
+class ReadyRows(Trainer):
+    """Put before a trainer of TRL: rows of ids as they are, batched by their `length` in an order that resumes."""
+
+    def __init__(self, train_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]], **arguments: Any) -> None:
+        held_out = Dataset.from_list(eval_rows) if eval_rows else None
+        super().__init__(train_dataset=Dataset.from_list(train_rows), eval_dataset=held_out, **arguments)
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(batch_size, list(self.train_dataset["length"]), self.args.data_seed)
+
+
+def train(trainer: Trainer, title: str, metrics: Metrics, path: Path) -> tuple[TrainOutput, int | None]:
+    """Train, or go on from the newest whole checkpoint; the metrics go to `path` as they come.
+
+    Returns:
+        What the trainer says of the training, and the step that it was taken up again at.
+    """
+    trainer.add_callback(ProgressCallback(path, title, metrics))
+    checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint is None:
+        return trainer.train(), None
+    trainer.args.eval_on_start = False
+    console.print(f"taking {title} up again at {checkpoint.name}")
+    return trainer.train(resume_from_checkpoint=str(checkpoint)), _step_of(checkpoint)
+
+
+def save_trained(trainer: Trainer, tokenizer: Any, settings: SFT | DPO, folder: Path, title: str, made: str) -> None:
+    """Save what has been trained (adapters merged, bf16 when precision is bf16) and delete the checkpoints.
+
+    Args:
+        title: of the model card.
+        made: the card's sentence on how the model was made.
+    """
+    card = (
+        f"# Query suggestions: {title}\n\n{made} Writes a user's next searches, one per line, after the prompt of "
+        "`tppo.core.text.render_prompt`.\n"
+    )
     model = trainer.accelerator.unwrap_model(trainer.model)
     if settings.tuning == "lora":
         model = model.merge_and_unload()
     if trainer.args.bf16:
         model = model.to(torch.bfloat16)
     save_model(model, tokenizer, folder, card)
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; broken ones (a kill while writing) are deleted and reported."""
-    candidates = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1]))
-    for path in candidates:
+    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
         problem = _checkpoint_problem(path)
         if problem is None:
             return path
         console.print(f"skipping the broken checkpoint {path.name}: {problem}")
         shutil.rmtree(path)
     return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _checkpoint_problem(path: Path) -> str | None:
@@ -133,24 +182,27 @@ def _checkpoint_problem(path: Path) -> str | None:
         for file in weights:
             with safe_open(file, framework="pt"):
                 pass
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            ZipFile(path / name).close()
+    except (OSError, json.JSONDecodeError, SafetensorError, BadZipFile) as error:
         return str(error)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        if not zipfile.is_zipfile(path / name):
-            return f"{name} is missing or cut off"
     return None
 
 
+def metric_rows(log_history: Sequence[Mapping[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+    """The trainer's log as rows of metrics.jsonl: an entry becomes a row of every kind whose names it has."""
+    return [
+        {"step": entry["step"], **{column: entry[name] for column, name in kind.items()}}
+        for entry in log_history
+        for kind in metrics
+        if all(name in entry for name in kind.values())
+    ]
+
+
 class ProgressCallback(TrainerCallback):
-    """One bar, and metrics.jsonl.
+    """One bar, and metrics.jsonl."""
 
-    Args:
-        title: what is being trained, for the bar.
-        metrics: kinds of rows; each maps the columns of a row, beside `step`, to the trainer's names. A log entry
-            of the trainer becomes a row of every kind whose names it has.
-    """
-
-    def __init__(self, path: Path, title: str, metrics: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, path: Path, title: str, metrics: Metrics) -> None:
         self.path = path
         self.title = title
         self.metrics = metrics
@@ -162,26 +214,13 @@ class ProgressCallback(TrainerCallback):
         self.bar.start()
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state)
-        if state.log_history and "loss" in state.log_history[-1]:
-            self.bar.update(self.task, description=f"{self.title} loss {state.log_history[-1]['loss']:.2f}")
+        # The whole file anew: on a resumed run the rows after the checkpoint are made again.
+        rows = metric_rows(state.log_history, self.metrics)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if "loss" in state.log_history[-1]:
+            description = f"{self.title} loss {state.log_history[-1]['loss']:.2f}"
+            self.bar.update(self.task, completed=state.global_step, description=description)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
-
-    def rows(self, state: Any) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl so far."""
-        return [
-            {"step": entry["step"], **{column: entry[name] for column, name in kind.items()}}
-            for entry in state.log_history
-            for kind in self.metrics
-            if all(name in entry for name in kind.values())
-        ]
-
-    def write(self, state: Any) -> None:
-        """The whole file anew: on a resumed run the rows after the checkpoint are made again."""
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows(state)), encoding="utf-8")
