@@ -14,22 +14,22 @@ from transformers import (
     LongformerConfig,
 )
 
-from tppo import estimate
 from tppo.core.models import lora_config
-from tppo.estimate import Machine, ModelSize, model_size
-from tppo.model_sizes import known_configs
+from tppo.plan import Machine, ModelSize, known_configs, model_size
 
 SIZE = ModelSize(
+    LlamaConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
     parameters=1000,
-    layers=2,
-    hidden=8,
-    intermediate=16,
-    heads=2,
-    kv_width=4,
-    vocabulary=50,
+    positions=64,
     gated=True,
     linear_widths=30,
-    positions=64,
 )
 
 
@@ -45,18 +45,18 @@ def llama(layers: int = 2) -> LlamaConfig:
 
 
 def test_training_state_by_hand():
-    full = estimate.training_state(SIZE, "full", 16, "bf16")
+    full = SIZE.training_state("full", 16, "bf16")
     assert full == {"weights": 4000, "gradients": 4000, "Adam moments": 8000, "bf16 weights of autocast": 2000}
-    lora = estimate.training_state(SIZE, "lora", 2, "fp32")  # 60 parameters in the adapters
+    lora = SIZE.training_state("lora", 2, "fp32")  # 60 parameters in the adapters
     assert lora == {"weights": 4240, "gradients": 240, "Adam moments": 480, "bf16 weights of autocast": 0}
 
 
 def test_activations_logits_and_cache_by_hand():
     # Per token and layer: 4 bytes x 6 x 8 around the norms, 2 bytes x (4 x 8 + 4 x 16) in the products.
-    assert estimate.activations(SIZE, 10, "bf16") == 10 * 2 * (192 + 192)
-    assert estimate.logits(SIZE, 3, "bf16") == 3 * 50 * (2 + 4 + 4 + 4)
-    assert estimate.logits(SIZE, 3, "fp32") == 3 * 50 * (4 + 4 + 4)
-    assert estimate.kv_cache(SIZE, 5, 7, "bf16") == 2 * 2 * 2 * 4 * 5 * 7
+    assert SIZE.activations(10, "bf16") == 10 * 2 * (192 + 192)
+    assert SIZE.logits(3, "bf16") == 3 * 50 * (2 + 4 + 4 + 4)
+    assert SIZE.logits(3, "fp32") == 3 * 50 * (4 + 4 + 4)
+    assert SIZE.kv_cache(5, 7, "bf16") == 2 * 2 * 2 * 4 * 5 * 7
 
 
 def test_times_by_hand():
@@ -65,7 +65,7 @@ def test_times_by_hand():
     assert machine.train(SIZE, 10) == pytest.approx(6 * 1000 * 10 / 1e6)
     assert machine.train(SIZE, 10, "lora") == pytest.approx(4 * 1000 * 10 / 1e6)
     # Bound by memory: each of 4 tokens reads 2,000 bytes of weights and the cache of 3 sequences of 5 + 2 tokens.
-    cache = estimate.kv_cache(SIZE, 3, 7, "bf16")
+    cache = SIZE.kv_cache(3, 7, "bf16")
     expected = 2 * 1000 * 3 * 5 / 1e6 + 4 * (2000 + cache) / 1e3
     assert machine.generate(SIZE, 3, 3, 5, 4, "bf16") == pytest.approx(expected)
     assert machine.generate(SIZE, 6, 3, 5, 4, "bf16") == pytest.approx(2 * expected)
@@ -86,7 +86,7 @@ def test_the_built_in_shapes_have_the_published_sizes():
 def test_predicted_weights_are_what_a_model_holds(tiny_model: Any):
     size = model_size(tiny_model.config)
     held = sum(parameter.numel() * parameter.element_size() for parameter in tiny_model.parameters())
-    assert estimate.weights(size, "fp32") == held
+    assert size.weights("fp32") == held
 
 
 def test_predicted_adapters_are_what_peft_makes(tiny_model: Any):
@@ -95,14 +95,14 @@ def test_predicted_adapters_are_what_peft_makes(tiny_model: Any):
     size = model_size(tiny_model.config)
     model = get_peft_model(tiny_model, lora_config(4))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert estimate.trained_parameters(size, "lora", 4) == trained
+    assert size.trained("lora", 4) == trained
 
 
 def test_predicted_cache_is_what_a_model_keeps(tiny_model: Any):
     with torch.no_grad():
         cache = tiny_model(input_ids=torch.ones(3, 5, dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert estimate.kv_cache(model_size(tiny_model.config), 3, 5, "fp32") == held
+    assert model_size(tiny_model.config).kv_cache(3, 5, "fp32") == held
 
 
 def saved_bytes(model: Any, precision: str, **inputs: torch.Tensor) -> int:
@@ -129,7 +129,7 @@ def saved_bytes(model: Any, precision: str, **inputs: torch.Tensor) -> int:
 def test_activations_of_a_causal_model(precision: str):
     ids = torch.randint(0, 50, (2, 64))
     saved = [saved_bytes(AutoModelForCausalLM.from_config(llama(n)), precision, input_ids=ids) for n in (2, 4)]
-    predicted = [estimate.activations(model_size(llama(n)), ids.numel(), precision) for n in (2, 4)]
+    predicted = [model_size(llama(n)).activations(ids.numel(), precision) for n in (2, 4)]
     # Layer by layer: embeddings and loss are no part of it.
     assert predicted[1] - predicted[0] == pytest.approx(saved[1] - saved[0], rel=0.2)
 
@@ -156,5 +156,5 @@ def test_activations_of_an_encoder_with_dropout(global_tokens: int | None):
         model = AutoModelForTokenClassification.from_config(config(layers)).train()
         saved.append(saved_bytes(model, "fp32", **inputs))
         size = model_size(config(layers), num_labels=3)
-        predicted.append(estimate.activations(size, ids.numel(), "fp32", attended))
+        predicted.append(size.activations(ids.numel(), "fp32", attended))
     assert predicted[1] - predicted[0] == pytest.approx(saved[1] - saved[0], rel=0.2)

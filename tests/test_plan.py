@@ -11,9 +11,7 @@ from tppo.cli import main
 from tppo.core.common import UserError
 from tppo.core.config import Recipe
 from tppo.core.recipe import parse_recipe
-from tppo.estimate import GIB
-from tppo.model_sizes import config_of
-from tppo.plan import Planner, StagePlan, plan_text
+from tppo.plan import GIB, Planner, StagePlan, config_of, plan_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

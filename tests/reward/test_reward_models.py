@@ -17,7 +17,7 @@ from tppo.core.tables import EXAMPLES, LABELS, Example, write_table
 from tppo.core.text import Event
 from tppo.generate.engine import decode_response
 from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
-from tppo.model_sizes import encoder_size
+from tppo.plan import encoder_size
 from tppo.reward.align import token_spans
 from tppo.reward.data import collate, encode_pairs, load_labelled, make_items, targets
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel, pool_sentence
@@ -306,5 +306,5 @@ def test_the_first_layers_of_an_encoder(tiny_encoder, tmp_path):
     with pytest.raises(UserError, match=r"reward.encoder_layers=3: .* has 2 layers; 0 keeps all"):
         TokenRewardModel.start(str(tiny_encoder), 64, layers=3)
     size = encoder_size(Reward(encoder=str(tiny_encoder), encoder_layers=1))
-    assert size.layers == 1
+    assert size.config.num_hidden_layers == 1
     assert size.parameters == sum(p.numel() for p in first.model.parameters())

@@ -15,8 +15,8 @@ from tppo.core.config import SFT, Scratch, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.text import render_prompt, render_response
-from tppo.evaluate.readings import check_settings as check_evaluate
-from tppo.model_sizes import policy_size
+from tppo.evaluate.stage import check_settings as check_evaluate
+from tppo.plan import policy_size
 from tppo.tune.scratch import END, check_settings, start_from_scratch
 
 TASK = Task(num_queries=3, history_events=4, max_prompt_tokens=160, max_response_tokens=40)

@@ -2,19 +2,9 @@
 
 Two files in `<run_dir>/agreement/`:
 
-- sheet.csv, what a person fills in: one row per word of a response and one for the whole response. UTF-8 with a
-  byte-order mark (or Excel takes it for Latin-1), commas, one line per row.
-
-  | column | holds |
-  |---|---|
-  | item | number of the response in the sheet, from 1; the order is drawn with the seed |
-  | question | `word` or `response`: what the row asks about |
-  | i | number of the word in the response, from 0; empty for the whole response |
-  | text | the word, or the whole response |
-  | label | to fill in: 1 relevant, 0 not relevant, empty not answered |
-  | response | the whole response, its queries separated by ` | ` |
-  | against | what to compare with: the true next queries, or the history (rubric) |
-
+- sheet.csv, what a person fills in: one row per word of a response and one for the whole response, in columns that
+  docs/judging.md explains; of these only `label` is to be changed (1 relevant, 0 not relevant, empty not answered).
+  UTF-8 with a byte-order mark (or Excel takes it for Latin-1), commas, one line per row.
 - sheet.json, the key: hash of the labels file, seed, rubric, and which response is which item.
 
 Neither holds a label, a score, a judge's name or the model that wrote the response.
@@ -24,16 +14,12 @@ as a formula by a spreadsheet (OWASP, CSV Injection), and 1/2 or 007 would becom
 apostrophe is eaten by some spreadsheets and kept by others; brackets are kept by all, so what comes back is what
 went out. A sheet that comes back with any other change is refused, never repaired.
 
-Anybody whose labels can be compared: a judge (labels.parquet), or a person (`tppo.judge.sheet`).
+The page asks one response at a time, by click or key, and writes into the same file, whole, after every answer:
+closing the page or killing the server loses nothing, and the next start goes on with the first response not finished.
+Loopback only: a sheet holds people's searches.
 
-Both become the same thing: for every response the answers to its words and to the whole of it. An answer is 1
-(relevant), 0 (not), or the reason why there is none. A missing answer is never read as 0.
-
-The sheet as a page on this machine: one response at a time, words and response answered by click or key.
-
-The page shows what sheet.csv shows and writes into the same file, whole, after every answer: closing the page or
-killing the server loses nothing, and the next start goes on with the first response not finished. Loopback
-only: a sheet holds people's searches.
+A person (a filled sheet) and a judge (labels.parquet) become the same thing, a rater: for every response the answers
+to its words and to the whole of it.
 """
 
 from __future__ import annotations
@@ -44,7 +30,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -61,15 +47,28 @@ from tppo.judge.verdict import IRRELEVANT, RELEVANT, split_response
 SHEET, KEY = "sheet.csv", "sheet.json"
 COLUMNS = ("item", "question", "i", "text", "label", "response", "against")
 _LABEL = COLUMNS.index("label")
-_LABELS = {"0": 0, "1": 1, "": None}
 _BOM = "\ufeff"
-BinaryLabel = Annotated[int, Field(strict=True, ge=0, le=1)]
+_RESTORE = (
+    "only the column 'label' may be changed. Put the exported row back, or check that this sheet and the key come "
+    "from the same export"
+)
+_LABELS = {"0": 0, "1": 1, "": None}
+_LABEL_OF_CLASS = {IRRELEVANT: 0, RELEVANT: 1}
+Label = Annotated[int, Field(strict=True, ge=0, le=1)]
+Answer = int | str
+"""1 relevant, 0 not, or why there is no answer, which is never read as 0: `abstained` (a judge), `not_judged` (a judge
+of whole responses only: sentence template), `unanswered` (a person left the question empty)."""
+ResponseKey = tuple[str, int]
+"""example_id and sample: which response."""
 
 
-class SheetItem(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SheetItem(_Record):
     """A response of the sheet. `against`: the texts it is to be compared with, one per query or event."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     example_id: str
     sample: int
     response: str
@@ -83,16 +82,10 @@ class SheetItem(BaseModel):
     def words(self) -> list[Word]:
         return split_response(self.response).words
 
-    @property
-    def queries(self) -> list[list[str]]:
-        """The words of each query."""
-        return split_response(self.response).query_words
 
-
-class SheetKey(BaseModel):
+class SheetKey(_Record):
     """sheet.json. `items` is in the order of the sheet."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     version: Literal[1]
     rubric: Rubric
     seed: int
@@ -101,20 +94,11 @@ class SheetKey(BaseModel):
     items: list[SheetItem]
 
 
-class ItemAnswers(BaseModel):
-    """A person's answers about one response: 1 relevant, 0 not, None not answered."""
+class ItemAnswers(_Record):
+    """A person's answers about one response; None: not answered."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    words: list[BinaryLabel | None]
-    sentence: BinaryLabel | None
-
-
-class _Row(NamedTuple):
-    """A question of the sheet: its cells (the label empty), and what it asks about."""
-
-    cells: tuple[str, ...]
-    item: int
-    word: int | None
+    words: list[Label | None]
+    sentence: Label | None
 
 
 def make_key(labels: Path, rubric: Rubric, count: int, seed: int, examples: Sequence[Example]) -> SheetKey:
@@ -131,29 +115,19 @@ def make_key(labels: Path, rubric: Rubric, count: int, seed: int, examples: Sequ
             f"agreement.examples is {count}, but {labels} has {len(keys)} labelled responses of rubric '{rubric}': "
             f"give a number from 1 to {len(keys)}"
         )
-    drawn = [keys[i] for i in rng(seed, "agreement", rubric).permutation(len(keys))[:count]]
     by_id = {example.example_id: example for example in examples}
-    if unknown := [example_id for example_id, _ in drawn if example_id not in by_id]:
-        raise UserError(
-            f"{labels} has labels of example {unknown[0]}, which the run's prepare/examples.parquet lacks: give the "
-            "--run_dir whose examples these labels belong to"
-        )
-    items = [
-        SheetItem(
-            example_id=example_id,
-            sample=sample,
-            response=judge.judged[example_id, sample].response,
-            against=_against(by_id[example_id], rubric),
-        )
-        for example_id, sample in drawn
-    ]
+    items = []
+    for place in rng(seed, "agreement", rubric).permutation(len(keys))[:count]:
+        example_id, sample = keys[place]
+        if example_id not in by_id:
+            raise UserError(
+                f"{labels} has labels of example {example_id}, which the run's prepare/examples.parquet lacks: give "
+                "the --run_dir whose examples these labels belong to"
+            )
+        example, response = by_id[example_id], judge.judged[keys[place]].response
+        against = example.targets if rubric == "targets" else [render_history([event]) for event in example.history]
+        items.append(SheetItem(example_id=example_id, sample=sample, response=response, against=against))
     return SheetKey(version=1, rubric=rubric, seed=seed, labels=str(labels), labels_sha256=judge.sha256, items=items)
-
-
-def _against(example: Example, rubric: Rubric) -> list[str]:
-    if rubric == "targets":
-        return example.targets
-    return [render_history([event]) for event in example.history]
 
 
 def export_sheet(folder: Path, key: SheetKey) -> Path:
@@ -199,15 +173,23 @@ def blank_answers(key: SheetKey) -> list[ItemAnswers]:
     return [ItemAnswers(words=[None] * len(item.words), sentence=None) for item in key.items]
 
 
+def _rows(key: SheetKey, answers: Sequence[ItemAnswers]) -> list[tuple[str, ...]]:
+    """The sheet's rows with `answers` (one per item) filled in: the words of a response, then the whole."""
+    rows: list[tuple[str, ...]] = []
+    for number, (item, given) in enumerate(zip(key.items, answers, strict=True), start=1):
+        response = f"[{' | '.join(' '.join(words) for words in split_response(item.response).query_words)}]"
+        against = f"[{' | '.join(' '.join(text.split()) for text in item.against)}]"
+        words = zip(item.words, given.words, strict=True)
+        asked = [("word", str(i), f"[{word.text}]", label) for i, (word, label) in enumerate(words)]
+        for question, i, text, label in [*asked, ("response", "", response, given.sentence)]:
+            rows.append((str(number), question, i, text, "" if label is None else str(label), response, against))
+    return rows
+
+
 def write_sheet(path: Path, key: SheetKey, answers: Sequence[ItemAnswers]) -> None:
     """Write the sheet with `answers` (one per item) filled in; the file appears whole or not at all."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
-    writer.writerow(COLUMNS)
-    for row in _rows(key):
-        given = answers[row.item]
-        label = given.sentence if row.word is None else given.words[row.word]
-        writer.writerow([*row.cells[:_LABEL], "" if label is None else label, *row.cells[_LABEL + 1 :]])
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows([COLUMNS, *_rows(key, answers)])
     write_text(path, _BOM + text.getvalue())
 
 
@@ -218,39 +200,33 @@ def read_sheet(path: Path, key: SheetKey) -> list[ItemAnswers]:
         UserError: missing, doubled, foreign or changed rows, or a label that is not 1, 0 or empty; names file,
             line and what to do. Nothing is repaired. No text of the sheet is quoted: it is somebody's searches.
     """
-    expected = {row.cells[:3]: row for row in _rows(key)}
-    words: list[list[int | None]] = [[None] * len(item.words) for item in key.items]
-    sentences: list[int | None] = [None] * len(key.items)
+    expected = {row[:3]: row for row in _rows(key, blank_answers(key))}
     lines: dict[tuple[str, ...], int] = {}
+    labels: dict[tuple[str, ...], int | None] = {}
     for line, cells in _csv_rows(path):
-        where = f"{path} line {line}"
-        row = expected.get(cells[:3])
-        if row is None:
+        where, question = f"{path} line {line}", cells[:3]
+        if question not in expected:
             raise UserError(f"{where} (columns item, question, i) is no row of {KEY}: {_RESTORE}")
-        if cells[:3] in lines:
-            raise UserError(f"{where} repeats line {lines[cells[:3]]}: delete one of the two")
-        lines[cells[:3]] = line
-        for column, (found, wanted) in enumerate(zip(cells, row.cells, strict=True)):
-            if column != _LABEL and found != wanted:
-                raise UserError(f"{where}: column '{COLUMNS[column]}' is not as exported: {_RESTORE}")
+        if question in lines:
+            raise UserError(f"{where} repeats line {lines[question]}: delete one of the two")
+        for column, found, exported in zip(COLUMNS, cells, expected[question], strict=True):
+            if column != "label" and found != exported:
+                raise UserError(f"{where}: column '{column}' is not as exported: {_RESTORE}")
         if cells[_LABEL] not in _LABELS:
             raise UserError(f"{where}: label {cells[_LABEL]!r} is not 1, 0 or empty: correct it")
-        if row.word is None:
-            sentences[row.item] = _LABELS[cells[_LABEL]]
-        else:
-            words[row.item][row.word] = _LABELS[cells[_LABEL]]
-    if missing := [identity for identity in expected if identity not in lines]:
-        item, question, i = missing[0]
+        lines[question], labels[question] = line, _LABELS[cells[_LABEL]]
+    if missing := [question for question in expected if question not in lines]:
+        item, kind, i = missing[0]
         raise UserError(
-            f"{path} lacks {len(missing)} rows (first: item {item}, question {question}{i and ', i ' + i}): {_RESTORE}"
+            f"{path} lacks {len(missing)} rows (first: item {item}, question {kind}{i and ', i ' + i}): {_RESTORE}"
         )
-    return [ItemAnswers(words=words[n], sentence=sentences[n]) for n in range(len(key.items))]
-
-
-_RESTORE = (
-    "only the column 'label' may be changed. Put the exported row back, or check that this sheet and the key come "
-    "from the same export"
-)
+    return [
+        ItemAnswers(
+            words=[labels[str(number), "word", str(i)] for i in range(len(item.words))],
+            sentence=labels[str(number), "response", ""],
+        )
+        for number, item in enumerate(key.items, start=1)
+    ]
 
 
 def _csv_rows(path: Path) -> list[tuple[int, tuple[str, ...]]]:
@@ -278,46 +254,6 @@ def _csv_rows(path: Path) -> list[tuple[int, tuple[str, ...]]]:
     return rows[1:]
 
 
-def read_person(path: Path, key: SheetKey) -> Rater:
-    """A filled sheet as a rater, named after its file."""
-    judged = {
-        item.key: Judged(item.response, tuple(map(_answer, given.words)), _answer(given.sentence))
-        for item, given in zip(key.items, read_sheet(path, key), strict=True)
-    }
-    return Rater(path.stem, "person", path, sha256_file(path), judged)
-
-
-def _answer(label: int | None) -> Answer:
-    if label is None:
-        return "unanswered"
-    return 1 if label else 0
-
-
-def _rows(key: SheetKey) -> list[_Row]:
-    """Every question of the sheet, in its order: the words of a response, then the whole."""
-    rows = []
-    for number, item in enumerate(key.items):
-        response = _cell(" | ".join(" ".join(words) for words in item.queries))
-        against = _cell(" | ".join(" ".join(text.split()) for text in item.against))
-        for i, word in enumerate(item.words):
-            cells = (str(number + 1), "word", str(i), _cell(word.text), "", response, against)
-            rows.append(_Row(cells, number, i))
-        rows.append(_Row((str(number + 1), "response", "", response, "", response, against), number, None))
-    return rows
-
-
-def _cell(text: str) -> str:
-    return f"[{text}]"
-
-
-ResponseKey = tuple[str, int]
-"""example_id and sample: which response."""
-Missing = Literal["abstained", "not_judged", "unanswered"]
-"""A judge abstained; it judges whole responses only (sentence template); a person left the question empty."""
-Answer = Literal[0, 1] | Missing
-_ANSWERS: Mapping[int, Literal[0, 1]] = {IRRELEVANT: 0, RELEVANT: 1}
-
-
 @dataclass(frozen=True)
 class Judged:
     """Answers about one response. `words` has one entry per word of `response`, in order."""
@@ -338,6 +274,15 @@ class Rater:
     judged: Mapping[ResponseKey, Judged]
 
 
+def read_person(path: Path, key: SheetKey) -> Rater:
+    """A filled sheet as a rater, named after its file."""
+    judged = {}
+    for item, given in zip(key.items, read_sheet(path, key), strict=True):
+        *words, sentence = ("unanswered" if label is None else label for label in [*given.words, given.sentence])
+        judged[item.key] = Judged(item.response, tuple(words), sentence)
+    return Rater(path.stem, "person", path, sha256_file(path), judged)
+
+
 def read_judge(path: Path, rubric: Rubric) -> Rater:
     """The labels of one rubric in a labels.parquet.
 
@@ -345,45 +290,40 @@ def read_judge(path: Path, rubric: Rubric) -> Rater:
         UserError: no labels of this rubric; two labels of the same response; a row that contradicts itself.
     """
     rows = read_table(path, LABELS).to_pylist()
+    names = {row["judge"] for row in rows if row["rubric"] == rubric}
+    if not names:
+        found = sorted({row["rubric"] for row in rows})
+        raise UserError(f"{path} has no labels of rubric '{rubric}' (it has: {found}): set agreement.rubric")
     judged: dict[ResponseKey, Judged] = {}
-    names = []
     for number, row in enumerate(rows):
         if row["rubric"] != rubric:
             continue
-        key = (row["example_id"], row["sample"])
+        key = row["example_id"], row["sample"]
         where = f"{path} row {number} (example {key[0]}, sample {key[1]}, rubric {rubric})"
         if key in judged:
             raise UserError(f"{where} is a second label of this response: keep the labels of one judge in a file")
         judged[key] = _judged(row, where)
-        names.append(row["judge"])
-    if not judged:
-        found = sorted({row["rubric"] for row in rows})
-        raise UserError(f"{path} has no labels of rubric '{rubric}' (it has: {found}): set agreement.rubric")
-    return Rater(", ".join(sorted(set(names))), "judge", path, sha256_file(path), judged)
+    return Rater(", ".join(sorted(names)), "judge", path, sha256_file(path), judged)
 
 
 def _judged(row: dict[str, Any], where: str) -> Judged:
-    words = split_response(row["response"]).words
+    words, given = [word.text for word in split_response(row["response"]).words], row["words"] or []
     if row["status"] == "abstained":
-        return Judged(row["response"], _all("abstained", len(words)), "abstained")
+        return Judged(row["response"], ("abstained",) * len(words), "abstained")
     broken = None
     if row["status"] != "ok":
         broken = f"its status is {row['status']!r}, not ok or abstained"
     elif row["sentence_label"] not in (0, 1):
         broken = f"its sentence_label is {row['sentence_label']!r}, not 0 or 1"
-    elif row["words"] and [(w["i"], w["word"]) for w in row["words"]] != [(i, w.text) for i, w in enumerate(words)]:
+    elif given and [(word["i"], word["word"]) for word in given] != list(enumerate(words)):
         broken = "its words are not those of its response"
-    elif any(word["label"] not in _ANSWERS for word in row["words"] or []):
+    elif any(word["label"] not in _LABEL_OF_CLASS for word in given):
         broken = f"a word's label is neither {IRRELEVANT} nor {RELEVANT}"
     if broken:
         raise UserError(f"{where} is broken: {broken}. Make the labels anew with `tppo label`")
     # A judge with the sentence template writes no word labels, though the response has words.
-    answers: tuple[Answer, ...] = tuple(_ANSWERS[word["label"]] for word in row["words"] or [])
-    return Judged(row["response"], answers or _all("not_judged", len(words)), row["sentence_label"])
-
-
-def _all(answer: Missing, count: int) -> tuple[Answer, ...]:
-    return (answer,) * count
+    answers: list[Answer] = [_LABEL_OF_CLASS[word["label"]] for word in given]
+    return Judged(row["response"], tuple(answers or ["not_judged"] * len(words)), row["sentence_label"])
 
 
 def create_app(key: SheetKey, path: Path) -> FastAPI:
@@ -395,9 +335,8 @@ def create_app(key: SheetKey, path: Path) -> FastAPI:
     """
     app = FastAPI(title="tppo agreement", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere
     lock = threading.Lock()  # FastAPI runs the handlers in threads; an answer is read, changed and written as one
-    page = render_page(
-        Path(__file__).parent / "sheet.html", {"rubric": key.rubric, "file": path.name, "items": len(key.items)}
-    )
+    facts = {"rubric": key.rubric, "file": path.name, "items": len(key.items)}
+    page = render_page(Path(__file__).parent / "sheet.html", facts)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def index() -> str:
@@ -407,12 +346,11 @@ def create_app(key: SheetKey, path: Path) -> FastAPI:
     def sheet() -> dict[str, Any]:
         with lock:
             answers = read_sheet(path, key)
-        return {
-            "items": [
-                {"against": item.against, "queries": item.queries, "answers": given.model_dump()}
-                for item, given in zip(key.items, answers, strict=True)
-            ]
-        }
+        items = []
+        for item, given in zip(key.items, answers, strict=True):
+            queries = split_response(item.response).query_words
+            items.append({"against": item.against, "queries": queries, "answers": given.model_dump()})
+        return {"items": items}
 
     @app.put("/v1/items/{number}")
     def save(number: int, given: ItemAnswers) -> dict[str, bool]:
@@ -449,9 +387,6 @@ def serve_sheet(folder: Path, settings: Agreement) -> None:
     if not path.exists():
         write_sheet(path, key, blank_answers(key))
     read_sheet(path, key)
-    listener = listen("127.0.0.1", settings.port, "agreement")
-    try:
+    with listen("127.0.0.1", settings.port, "agreement") as listener:
         console.print(f"answer on {address_of(listener)}, saved in {path} (Ctrl+C stops)", soft_wrap=True)
         run_server(create_app(key, path), listener)
-    finally:
-        listener.close()
