@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tppo import __version__
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
 from tppo.core.recipe import COMMANDS, check_samples, parse_recipe
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(help_text())
         return
     if command == "--version":
-        print(f"tppo {__version__}")
+        print(f"tppo {importlib.metadata.version('tppo')}")
         return
     try:
         if command not in COMMANDS:
