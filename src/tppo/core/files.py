@@ -1,4 +1,4 @@
-""""""
+"""Files that appear whole or not at all, and where what outlives a run is kept."""
 
 from __future__ import annotations
 
