@@ -1,7 +1,7 @@
-"""What every module may need: the error a user is meant to see, seeded randomness, and the console with its progress bars.
+"""What every module may need: the error a user is meant to see, seeded randomness, the console and its progress bars.
 
-One seed in the recipe gives independent streams by name. Everything human-readable goes to stderr, stdout is for results;
-without a terminal (a log file, CI) a bar becomes a line with the time left every few seconds.
+One seed in the recipe gives independent streams by name. Everything human-readable goes to stderr, stdout is for
+results; without a terminal (a log file, CI) a bar becomes a line with the time left every few seconds.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from tppo.core.common import UserError, console, draw, stream_seed, track
-from tppo.core.config import Evaluate, Recipe
+from tppo.core.config import Evaluate, Precision, Recipe, Task
 from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
@@ -28,6 +28,8 @@ from tppo.generate.engine import Generation, encode_examples, generate
 from tppo.generate.simple import FrequentNext, NearestNeighbour, best_sample, last_query, repeat_recent
 from tppo.judge.embedding import Encoder
 from tppo.judge.verdict import other_user_items
+from tppo.rl.reward_function import make_sample
+from tppo.rl.stage import QueryReward, query_reward
 
 _CHUNK = 1024  # texts embedded at a time: bounds the memory of the word vectors, which are not kept
 
@@ -81,7 +83,7 @@ def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | 
     if name == "targets":
         return lambda split, examples: from_queries([example.targets for example in examples])
     if name == "other_user":
-        return lambda split, examples: _other_user(recipe, split, examples)
+        return partial(_other_user, recipe.data_seed)
     if name == "repeat_last":
         return lambda split, examples: from_queries([_listed(last_query(example.history)) for example in examples])
     if name == "repeat_recent":
@@ -101,7 +103,53 @@ def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | 
             embed = partial(embed_texts, encoder, description="evaluate: embedding queries")
             baseline = NearestNeighbour(train, count, embed)
         return lambda split, examples: from_queries([baseline(example.history) for example in examples])
-    return _policy(name, recipe, run)
+    source: str | Path = recipe.sft.model
+    if name != "untuned":
+        source = run.require("sft" if name in ("sft", "best_of_n") else rl_stage(name)) / "model"
+    policy = Policy.load(source, recipe.task, recipe.rl.precision, recipe.evaluate.batch_size)
+    if name == "best_of_n":
+        config = replace(recipe.rl, algorithm="tppo")
+        reward_of = partial(query_reward, run, config, recipe.task, tokenizer=policy.tokenizer)
+        return _best_of_n(policy, reward_of, recipe.evaluate, recipe.seed)
+
+    def answer(split: str, examples: Sequence[Example]) -> Answers:
+        # The same stream for every model: equal distributions would give equal samples.
+        seed, description = stream_seed(recipe.seed, "evaluate", split), f"evaluate: {name} answers {split}"
+        return _from_generations(*policy.respond(examples, recipe.evaluate.temperature, seed, description))
+
+    return answer
+
+
+class Policy(NamedTuple):
+    """A language model that answers the prompts of examples."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    batch_size: int
+
+    @classmethod
+    def load(cls, source: str | Path, task: Task, precision: Precision, batch_size: int) -> Policy:
+        """The model of a folder or name, in the precision of sampling."""
+        model, tokenizer = load_policy(source, dtype=generation_dtype(precision))
+        return cls(model, tokenizer, task, batch_size)
+
+    def respond(
+        self, examples: Sequence[Example], temperature: float, seed: int, description: str
+    ) -> tuple[list[Generation], int]:
+        """One response to each example, and how many history events did not fit the prompts."""
+        prompts, dropped_events = encode_examples(self.tokenizer, examples, self.task)
+        generations = generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.task.max_response_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=self.batch_size,
+            description=description,
+        )
+        return generations, dropped_events
 
 
 def from_queries(queries: Iterable[Sequence[str]]) -> Answers:
@@ -124,54 +172,37 @@ def _listed(query: str | None) -> list[str]:
     return [] if query is None else [query]
 
 
-def _other_user(recipe: Recipe, split: str, examples: Sequence[Example]) -> Answers | None:
+def _other_user(seed: int, split: str, examples: Sequence[Example]) -> Answers | None:
     """The true next queries of another user of the same set."""
     if len({example.user_id for example in examples}) < 2:
         console.print(f"evaluate: {split} holds one user only, so there is no other user to compare with")
         return None
-    items = other_user_items(examples, stream_seed(recipe.data_seed, "evaluate", split))
+    items = other_user_items(examples, stream_seed(seed, "evaluate", split))
     responses = [item.response for item in items]
     return Answers(responses, [True] * len(responses), [None] * len(responses))
 
 
-def _policy(name: str, recipe: Recipe, run: RunFolder) -> Answerer:
-    """A language model: the SFT model (also for best_of_n), a tuned one, or the start model of SFT."""
-    source: str | Path = recipe.sft.model
-    if name != "untuned":
-        source = run.require("sft" if name in ("sft", "best_of_n") else rl_stage(name)) / "model"
-    dtype = generation_dtype(recipe.rl.precision)
-    model, tokenizer = load_policy(source, dtype=dtype)
-
-    def draw(split: str, examples: Sequence[Example], stream: str) -> tuple[list[Generation], int]:
-        prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
-        generations = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=recipe.task.max_response_tokens,
-            temperature=recipe.evaluate.temperature,
-            seed=stream_seed(recipe.seed, stream, split),
-            batch_size=recipe.evaluate.batch_size,
-            description=f"evaluate: {name} answers {split}",
-        )
-        return generations, dropped_events
+def _best_of_n(
+    policy: Policy, reward_of: Callable[[list[Example]], QueryReward], settings: Evaluate, seed: int
+) -> Answerer:
+    """Of `evaluate.best_of` samples for each example the one with TPPO's largest return without KL: the sum of the
+    rewards that RL pays, format terms included."""
+    times, size = settings.best_of, settings.batch_size
 
     def answer(split: str, examples: Sequence[Example]) -> Answers:
-        # The same stream for every model: equal distributions would give equal samples.
-        return _from_generations(*draw(split, examples, "evaluate"))
-
-    def answer_best(split: str, examples: Sequence[Example]) -> Answers:
-        times = recipe.evaluate.best_of
         repeated = [example for example in examples for _ in range(times)]
-        generations, dropped_events = draw(split, repeated, "best_of_n")
-        rewards = _token_reward_sums(recipe, run, repeated, generations, tokenizer)
-        best = [
-            generations[start + best_sample(rewards[start : start + times])]
-            for start in range(0, len(generations), times)
-        ]
-        return _from_generations(best, dropped_events // times)
+        stream, description = stream_seed(seed, "best_of_n", split), f"evaluate: best_of_n answers {split}"
+        generations, dropped = policy.respond(repeated, settings.temperature, stream, description)
+        reward_fn = reward_of(repeated)
+        samples = [make_sample(policy.tokenizer, generation, i) for i, generation in enumerate(generations)]
+        chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
+        scored = track(chunks, "evaluate: best_of_n scores its samples")
+        returns = [float(np.sum(rewards)) for chunk in scored for rewards in reward_fn(chunk).rewards]
+        starts = range(0, len(generations), times)
+        best = [generations[start + best_sample(returns[start : start + times])] for start in starts]
+        return _from_generations(best, dropped // times)
 
-    return answer_best if name == "best_of_n" else answer
+    return answer
 
 
 def _from_generations(generations: Sequence[Generation], dropped_events: int) -> Answers:
@@ -181,24 +212,6 @@ def _from_generations(generations: Sequence[Generation], dropped_events: int) ->
         [len(generation.response_ids) for generation in generations],
         dropped_events,
     )
-
-
-def _token_reward_sums(
-    recipe: Recipe, run: RunFolder, examples: list[Example], generations: Sequence[Generation], tokenizer: Any
-) -> list[float]:
-    """TPPO's return of each response without KL: the sum of the rewards that RL pays, format terms included."""
-    from tppo.rl.reward_function import make_sample  # here: only best_of_n needs the RL stage
-    from tppo.rl.stage import query_reward
-
-    reward_fn = query_reward(run, replace(recipe.rl, algorithm="tppo"), recipe.task, examples, tokenizer)
-    samples = [make_sample(tokenizer, generation, index) for index, generation in enumerate(generations)]
-    size = recipe.evaluate.batch_size
-    chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return [
-        float(np.sum(rewards))
-        for chunk in track(chunks, "evaluate: best_of_n scores its samples")
-        for rewards in reward_fn(chunk).rewards
-    ]
 
 
 def answer_rows(answers: Answers, examples: Sequence[Example], *, model: str, seed: int, num_queries: int) -> list[Row]:

@@ -8,19 +8,16 @@ policy went for it, whatever tuned it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tppo.core.common import stream_seed, track
-from tppo.core.config import Recipe
-from tppo.core.device import generation_dtype
-from tppo.core.models import load_policy
-from tppo.core.run import RunFolder
-from tppo.core.stages import rl_stage
 from tppo.core.tables import Example
-from tppo.generate.engine import Generation, encode_examples, generate
+from tppo.evaluate.answers import Policy
+from tppo.generate.engine import Generation
 from tppo.rl.losses import kl_estimate
 from tppo.rl.policy import pad_batch, response_logprobs
 
@@ -29,31 +26,22 @@ TEMPERATURE = 1.0
 
 
 def distances(
-    recipe: Recipe, run: RunFolder, examples: Sequence[Example]
+    policies: Mapping[str, Path], sft: Path, examples: Sequence[Example], load: Callable[[Path], Policy], seed: int
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Of every algorithm its name, and for each example the tokens of a response (end-of-sequence included) and its log
+    """Of every policy its name, and for each example the tokens of a response (end-of-sequence included) and its log
     ratio to SFT.
 
-    Raises:
-        UserError: a stage to the left is not finished.
+    Args:
+        policies: model folders by name; `load` loads one.
     """
-    dtype = generation_dtype(recipe.rl.precision)  # as `evaluate` samples
-    sft, tokenizer = load_policy(run.require("sft") / "model", dtype=dtype)
-    prompts, _ = encode_examples(tokenizer, examples, recipe.task)
-    for algorithm in recipe.algorithms:
-        policy, _ = load_policy(run.require(rl_stage(algorithm)) / "model", dtype=dtype)
-        generations = generate(
-            policy,
-            tokenizer,
-            prompts,
-            max_new_tokens=recipe.task.max_response_tokens,
-            temperature=TEMPERATURE,
-            seed=stream_seed(recipe.seed, "distance"),
-            batch_size=recipe.evaluate.batch_size,
-            description=f"distance: {algorithm} answers",
-        )
-        ratios = log_ratios(policy, sft, generations, tokenizer.eos_token_id, recipe.evaluate.batch_size, algorithm)
-        yield algorithm, [(len(g.response_ids), ratio) for g, ratio in zip(generations, ratios, strict=True)]
+    reference = load(sft)
+    for name, folder in policies.items():
+        policy = load(folder)
+        stream, description = stream_seed(seed, "distance"), f"distance: {name} answers"
+        generations, _ = policy.respond(examples, TEMPERATURE, stream, description)
+        pad_id, size = policy.tokenizer.eos_token_id, policy.batch_size
+        ratios = log_ratios(policy.model, reference.model, generations, pad_id, size, name)
+        yield name, [(len(g.response_ids), ratio) for g, ratio in zip(generations, ratios, strict=True)]
 
 
 def log_ratios(

@@ -19,9 +19,10 @@ import pyarrow as pa
 from tppo.core.common import UserError
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
 from tppo.core.run import RunFolder
-from tppo.core.stages import MODEL_ORDER
+from tppo.core.stages import MODEL_ORDER, rl_stage
 from tppo.core.tables import Example, field, load_examples, write_table
 from tppo.evaluate.answers import (
+    Policy,
     Row,
     answered_examples,
     answers_of,
@@ -213,7 +214,13 @@ def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
     }
     examples = asked_about(by_split, limit, seed)
     rows = []
-    for model, found in distances(recipe, run, examples):
+    sft = run.require("sft") / "model"
+    policies: dict[str, Path] = {name: run.require(rl_stage(name)) / "model" for name in recipe.algorithms}
+
+    def load(folder: Path) -> Policy:
+        return Policy.load(folder, recipe.task, recipe.rl.precision, recipe.evaluate.batch_size)
+
+    for model, found in distances(policies, sft, examples, load, recipe.seed):
         for example, (tokens, ratio) in zip(examples, found, strict=True):
             answer = {**vars(example), "model": model, "seed": recipe.seed}
             measures = {"sampled_tokens": float(tokens), "kl_from_sft": ratio}
