@@ -92,9 +92,16 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
         label={"null_quantile": 0.3},
     )
     for stage in STAGES:
-        command, flags = stage_command(stage)
+        command, flags = stage_command(stage, Recipe())
         cli.main([command, "--config", str(path), *flags])
     check_run(tmp_path / "run")
+    # Somebody reads the finished answers; the report then has it, too.
+    readings = ["--evaluate.readings", "[{reader: distance, examples: 2}]"]
+    cli.main(["read", "--config", str(path), *readings])
+    cli.main(["report", "--config", str(path), *readings])  # made anew: it has one more stage to read
+    found = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    measured = {row["model"] for row in found["rows"] if row["metric"] == "kl_from_sft" and row["value"] is not None}
+    assert measured == {"tppo", "ppo", "ppo_sum", "dpo"}
     capsys.readouterr()
     cli.main(["sft", "--config", str(path)])
     assert "finished already" in capsys.readouterr().out

@@ -26,7 +26,15 @@ import yaml
 from tppo.core.common import UserError, console
 from tppo.core.config import RETIRED, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
-from tppo.core.stages import all_stages, precision_section, split_stage, stage_command, stage_config, stage_inputs
+from tppo.core.stages import (
+    STAGES,
+    all_stages,
+    precision_section,
+    split_stage,
+    stage_command,
+    stage_config,
+    stage_inputs,
+)
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
@@ -112,7 +120,8 @@ class RunFolder:
         return {name: sha256_file(folder / MANIFEST) for name, folder in folders.items()}
 
     def is_done(self, stage: str) -> bool:
-        """True when the stage is finished with this very config and these very inputs.
+        """True when the stage is finished with this very config and these very inputs; a derived stage with other
+        inputs is not, and is made anew.
 
         Raises:
             UserError: it is finished, but with other settings or from other inputs.
@@ -130,6 +139,8 @@ class RunFolder:
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
             )
+        if STAGES[split_stage(stage)[0]].derived and manifest["inputs"] != self.input_hashes(stage):
+            return False
         self.require_current(stage)
         return True
 

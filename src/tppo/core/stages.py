@@ -53,6 +53,8 @@ class Stage:
     section."""
     precision: str = ""
     """Section whose `precision` its matrix products have; empty: it has no choice."""
+    derived: bool = False
+    """Made anew whenever what it reads has changed, without being asked: a matter of seconds, with nothing to lose."""
     shared: bool = True
     """Before the tuning of policies: `shared_seed` is its seed where there is one, and one of them serves many
     tunings."""
@@ -204,6 +206,7 @@ STAGES = {
                 "evaluate",
                 *read_stages(recipe),
             ],
+            derived=True,
             shared=False,
         ),
     )
