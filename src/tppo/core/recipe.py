@@ -30,6 +30,8 @@ class Command:
     help: str
     action: str = ""
     """`module:function` that does it, with the recipe; empty: stages are made (`tppo.cli`)."""
+    sections: tuple[str, ...] = ()
+    """Sections shown in its help beside its own."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -41,10 +43,11 @@ COMMANDS: dict[str, Command] = {
         "dry run: check every section of a recipe; memory and time of each stage, without data, GPU or download",
         "tppo.plan:print_plan",
     ),
-    **{name.replace("_", "-"): Command(stage.help) for name, stage in STAGES.items()},
+    **{name.replace("_", "-"): Command(stage.help, sections=stage.sections) for name, stage in STAGES.items()},
     "ledger": Command(
         "what the LLM judge was asked, answered and cost; --ledger.export writes every attempt to a file",
         "tppo.judge.ledger:show_ledger",
+        ("judge",),
     ),
     "serve": Command(
         "suggestions over HTTP, with a page that shows the models beside each other", "tppo.serve.app:serve"
@@ -57,11 +60,6 @@ COMMANDS: dict[str, Command] = {
 """In the order of the help."""
 WHOLE_RECIPE = ("run", "study", "plan")
 """Commands that take the recipe as their first word."""
-ALSO_SHOWN = {
-    **dict.fromkeys(("label", "evaluate", "ledger"), ("judge",)),
-    "read": ("judge", "evaluate"),
-}
-"""Sections in a command's help beside its own."""
 SHARED = ("run_dir", "seed", "algorithms", "stage_dirs", "shared_seed", "task")
 EXAMPLES = {
     "run": "tppo run recipes/demo.yaml\n  tppo run recipes/demo.yaml --run_dir runs/other --rl.updates 60\n"
@@ -117,7 +115,7 @@ def stage_parser(command: str) -> ArgumentParser:
 
 
 def _hide_other_sections(parser: ArgumentParser, command: str) -> None:
-    shown = {*SHARED, command.replace("-", "_"), *ALSO_SHOWN.get(command, ()), "config", "redo", "help", "print_config"}
+    shown = {*SHARED, command.replace("-", "_"), *COMMANDS[command].sections, "config", "redo", "help", "print_config"}
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown:
             action.help = argparse.SUPPRESS

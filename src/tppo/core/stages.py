@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from tppo.core.common import UserError
-from tppo.core.config import Algorithm, Reading, Recipe, judge_identity, rl_identity
+from tppo.core.config import Algorithm, Recipe, judge_identity, rl_identity
 
 # Each model is compared with those after it, the farthest (SFT) first.
 MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
@@ -51,6 +51,8 @@ class Stage:
     settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
     """What its result depends on beside its own section, the task and the seed; an entry takes the place of the
     section."""
+    sections: tuple[str, ...] = ()
+    """Sections that its command shows in its help beside its own."""
     precision: str = ""
     """Section whose `precision` its matrix products have; empty: it has no choice."""
     derived: bool = False
@@ -71,7 +73,7 @@ def _rl(algorithm: str, recipe: Recipe) -> dict[str, Any]:
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     """The readings change no answer and no verdict of the first judge. `shared_seed` chooses the examples; `seed` draws
     the answers."""
-    own = {name: value for name, value in asdict(recipe.evaluate).items() if name not in ("readings", "answers")}
+    own = _without(recipe.evaluate, "readings", "answers")
     models = evaluated_models(recipe)
     return {
         "evaluate": own,
@@ -132,6 +134,7 @@ STAGES = {
             "judge every word and every response for relevance",
             inputs=lambda recipe: ["prepare", "sample"],
             settings=lambda recipe: _judged_by(uses_llm_judge("label", recipe), recipe),
+            sections=("judge",),
         ),
         Stage(
             "reward",
@@ -146,7 +149,7 @@ STAGES = {
             "the gate before RL: do the reward models know their job? Held-out users, probes, thresholds",
             inputs=lambda recipe: ["prepare", "label", "reward"],
             # What RL does with the verdict is no part of it: the check is the same either way.
-            settings=lambda recipe: {"check_reward": _without(asdict(recipe.check_reward), "allow_failed")},
+            settings=lambda recipe: {"check_reward": _without(recipe.check_reward, "allow_failed")},
         ),
         Stage(
             "rl",
@@ -175,6 +178,7 @@ STAGES = {
                 *_tuned(recipe),
             ],
             settings=_evaluate,
+            sections=("judge",),
             precision="rl",
             shared=False,
         ),
@@ -193,6 +197,7 @@ STAGES = {
                 ),
             ],
             settings=_read,
+            sections=("evaluate", "judge"),
             precision="rl",
             shared=False,
         ),
@@ -254,15 +259,11 @@ def of_variant(stage: str, recipe: Recipe) -> Recipe:
 def stage_command(stage: str, recipe: Recipe) -> tuple[str, list[str]]:
     """Subcommand that runs a stage, and the flags it needs."""
     name, variant = split_stage(stage)
-    flags = {
-        "rl": lambda: ["--rl.algorithm", variant],
-        "read": lambda: ["--evaluate.readings", json.dumps([asdict(_reading(stage, recipe))])],
-    }
-    return name.replace("_", "-"), flags[name]() if name in flags else []
-
-
-def _reading(stage: str, recipe: Recipe) -> Reading:
-    return of_variant(stage, recipe).evaluate.readings[0]
+    flags = {"rl": ["--rl.algorithm", variant]}.get(name, [])
+    if name == "read":
+        (reading,) = of_variant(stage, recipe).evaluate.readings
+        flags = ["--evaluate.readings", json.dumps([asdict(reading)])]
+    return name.replace("_", "-"), flags
 
 
 def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
@@ -312,5 +313,5 @@ def uses_llm_judge(stage: str, recipe: Recipe) -> bool:
     return by_labels if stage == "label" else judge == "llm" or (judge == "label" and by_labels)
 
 
-def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in asdict(section).items() if name not in names}
