@@ -38,8 +38,8 @@ def test_the_run_is_one_that_the_command_line_takes_up(tmp_path):
 
 def test_needs_no_torch(tmp_path):
     code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from tests.helpers import many_items; "
-        "many_items.make_run(pathlib.Path(sys.argv[2]), 3); assert 'torch' not in sys.modules"
+        "import sys, pathlib; from tests.helpers import many_items; "
+        "many_items.make_run(pathlib.Path(sys.argv[1]), 3); assert 'torch' not in sys.modules"
     )
     folder = str(tmp_path / "run")
-    subprocess.run([sys.executable, "-c", code, str(Path(many_items.__file__).parents[2]), folder], check=True)
+    subprocess.run([sys.executable, "-c", code, folder], cwd=Path(__file__).parents[2], check=True)

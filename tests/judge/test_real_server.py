@@ -89,14 +89,14 @@ def test_a_killed_run_leaves_no_server_behind():
     """A process that started one as above is killed with kill -9; the server is gone a moment later."""
     program = (
         "import subprocess, sys, time\n"
-        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "from tests.helpers.child import end_with_parent\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
         "server = subprocess.Popen(command, preexec_fn=end_with_parent)\n"
         "print(server.pid, flush=True)\n"
         "time.sleep(300)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         server = Path("/proc") / run.stdout.readline().strip()
         assert server.exists()
