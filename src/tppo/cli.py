@@ -13,9 +13,12 @@ from typing import Any
 
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
-from tppo.core.recipe import COMMANDS, check_samples, parse_recipe
+from tppo.core.recipe import COMMANDS, check_readings, check_samples, parse_recipe
 from tppo.core.run import RunFolder, run_stage, run_stages
 from tppo.core.stages import STAGES, all_stages, read_stages, rl_stage, split_stage
+
+RENAMED = dict.fromkeys(("vote", "rejudge", "distance"), "read")
+"""Commands that are called otherwise now."""
 
 
 def run_one(recipe: Recipe, stage: str) -> bool:
@@ -45,6 +48,7 @@ def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) ->
         if unknown := set(asked) - set(known):
             raise UserError(f"{name} {sorted(unknown)}: this recipe's stages are {known}")
     check_samples(recipe)
+    check_readings(recipe.evaluate, recipe.judge)
     _discard(folder, redo)
     run_stages(recipe, [stage for stage in known if not stages or stage in stages])
 
@@ -92,6 +96,7 @@ def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
         if algorithm not in recipe.algorithms:
             recipe = replace(recipe, algorithms=[*recipe.algorithms, algorithm])
     if command == "read":
+        check_readings(recipe.evaluate, recipe.judge)
         stages = read_stages(recipe)
         if not stages:
             raise UserError("evaluate.readings is empty: say who reads, as `--evaluate.readings '[{reader: vote}]'`")
@@ -125,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         if command not in COMMANDS:
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            close = [new] if (new := RENAMED.get(command)) else difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean `tppo {close[0]}`?" if close else ""
             raise UserError(f"there is no command {command!r}{hint}\n\n{help_text()}")
         dispatch(command, arguments)

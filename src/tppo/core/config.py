@@ -520,7 +520,7 @@ class DPO:
 class Reading:
     """Somebody who reads the answers of a finished evaluation, after the evaluation's own judge."""
 
-    reader: Reader = "llm"
+    reader: Reader
     """llm, embedding: another judge, with numbers of its own beside the first one's; vote: the LLM judge says which of
     two models' answers is better, in both orders, and which of the true next queries and another user's, which shows
     what its votes are worth; distance: the KL of every tuned policy from SFT, on answers drawn anew."""

@@ -17,7 +17,7 @@ import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo.core.common import UserError
-from tppo.core.config import REPLACED, RETIRED, Recipe
+from tppo.core.config import REPLACED, RETIRED, Evaluate, JudgeSettings, Recipe
 from tppo.core.stages import STAGES
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -182,6 +182,29 @@ def _way_out(parser: ArgumentParser, message: str) -> str:
             if close and word not in known:
                 return f"\nDid you mean {close[0]}?"
     return ""
+
+
+def check_readings(evaluate: Evaluate, judge: JudgeSettings) -> None:
+    """Refuse, before anything runs, readings that nobody could make.
+
+    Raises:
+        UserError: names the setting and what it has to be.
+    """
+    readers = [reading.reader for reading in evaluate.readings]
+    by_model = [reader for reader in readers if reader in ("llm", "vote")]
+    wrong = [
+        (len(set(readers)) < len(readers), f"names a reader twice: {readers}"),
+        (any(reading.examples < 0 for reading in evaluate.readings), "examples: give 0 (all) or more"),
+        (by_model and not judge.model, f"{by_model} ask the LLM judge, but judge.model is empty: name it"),
+        (
+            "distance" in readers and evaluate.answers,
+            "distance reads policies, not answers: leave evaluate.answers empty, and name the stages of its policies in "
+            "stage_dirs",
+        ),
+    ]
+    for is_wrong, words in wrong:
+        if is_wrong:
+            raise UserError(f"evaluate.readings: {words}")
 
 
 def check_samples(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,10 @@ class RunFolder:
         if self.manifest(stage) is None:
             self.check_own(stage)
             command, flags = stage_command(stage, self.recipe)
+            recipe = self.root / "recipe.yaml"
+            own = ["--config", str(recipe)] if recipe.exists() else ["--run_dir", str(self.root)]
             raise UserError(
-                f"stage '{stage}' is not finished in {self.root}: "
-                f"run `{' '.join(['tppo', command, '--run_dir', str(self.root), *flags])}` first"
+                f"stage '{stage}' is not finished in {self.root}: run `{shlex.join(['tppo', command, *own, *flags])}` first"
             )
         return self.path(stage)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from tppo.core.common import UserError, console, draw, stream_seed, track
@@ -283,6 +284,11 @@ def load_answers(evaluation: Path) -> list[Row]:
         UserError: no such file, or no such table.
     """
     return read_table(evaluation / "answers.parquet", ANSWERS).to_pylist()
+
+
+def records(answers: pd.DataFrame) -> list[Row]:
+    """Rows of a frame of answers, as `load_answers` gives them: what is null is None, not NaN."""
+    return answers.astype(object).where(answers.notna(), None).to_dict("records")
 
 
 def answers_of(folders: Mapping[str, Path]) -> Answered:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from tppo.core.common import UserError
+from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
@@ -180,7 +180,10 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     else:
         rows = _read_answers(recipe, run, reading)
     write_table(folder / "readings.parquet", rows, READINGS)
-    return reading_facts(rows)
+    facts = reading_facts(rows)
+    console.print(f"{reading.reader}: {facts}", markup=False, soft_wrap=True)
+    console.print(f"written to {folder / 'readings.parquet'}; `tppo report` shows it beside the others", soft_wrap=True)
+    return facts
 
 
 def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]:
@@ -245,7 +248,7 @@ def choose_second_judge(
     if second.name in first:
         raise UserError(
             f"evaluate.readings: {kind} is {second.name}, the first judge: it would only agree with itself; "
-            "name another"
+            "name another reader, or give evaluate.judge another one"
         )
     return second
 

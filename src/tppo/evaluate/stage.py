@@ -130,7 +130,6 @@ def check_settings(recipe: Recipe) -> None:
         UserError: names the setting and what it has to be.
     """
     settings = recipe.evaluate
-    readers = [reading.reader for reading in settings.readings]
     everybody = evaluated_models(replace(recipe, evaluate=replace(settings, models=[])))
     wrong = [
         (not settings.splits, "splits is empty: name eval1, eval2 or both"),
@@ -149,7 +148,6 @@ def check_settings(recipe: Recipe) -> None:
             len(set(settings.baselines)) < len(settings.baselines),
             f"baselines={settings.baselines} names one twice",
         ),
-        (len(set(readers)) < len(readers), f"readings name a reader twice: {readers}"),
         (
             not set(settings.models) <= set(everybody),
             f"models={settings.models}: this recipe has {everybody}",

@@ -27,7 +27,7 @@ from tppo.core.run import RunFolder
 from tppo.core.show import NOT_MEASURED, Cell, Table, interval, number
 from tppo.core.stages import DISPLAY, all_stages, read_stages, rl_stage
 from tppo.core.tables import load_examples, read_table
-from tppo.evaluate.answers import ANSWERS, Row
+from tppo.evaluate.answers import ANSWERS, Row, records
 from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.readings import READINGS
@@ -68,7 +68,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     curves = {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)}
     final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
     spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
-    rows = answers.to_dict("records")
+    rows = records(answers)
     context = {
         **page_context(recipe, metrics, manifest),
         "lead": words.lead(metrics, scope),

@@ -268,10 +268,12 @@ def grid(metrics: Metrics, scope: str, group: Sequence[Metric], title: str, read
         cells = [(metrics.cell(scope, model, metric.name, reader), metric.unit) for metric in group]
         row: list[Cell | str] = [Cell(number(cell.value, unit), interval(cell, unit)) for cell, unit in cells]
         rows.append([DISPLAY[model], *row])
+    read = metrics.cell(scope, "sft", group[0].name, reader).examples
     return Table(
         ["Model", *(head(metric, "%", reader) for metric in group)],
         rows,
         f"{title}, {SCOPES[scope]}",
+        f"By {reader}, on {read} examples." if reader else "",
         docs=["", *(metric.doc for metric in group)],
         series=metrics.data["models"],
         quiet=REFERENCES,

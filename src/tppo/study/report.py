@@ -18,6 +18,7 @@ from tppo.core.config import Recipe, Setting
 from tppo.core.files import write_json, write_text
 from tppo.core.show import Table
 from tppo.core.stages import DISPLAY, stage_inputs
+from tppo.evaluate.answers import records
 from tppo.evaluate.compare import Metrics
 from tppo.report import words
 from tppo.report.charts import DPO_CHARTS, RL_CHARTS, Line, line_chart, reward_charts, rollout_policies, save_line_chart
@@ -132,7 +133,7 @@ def answers_shown(recipe: Recipe, plan: Plan, collected: Collected, metrics: Met
     runs = {model: job.run for model, job in cells.items() if job and job.name in collected.metrics}
     answers, readings = (frame[frame["seed"] == seed] for frame in collected.of_setting(plan, BASE))
     labels = word_labels(readings, metrics)
-    rows = answers.to_dict("records")
+    rows = records(answers)
     shown = samples(runs[SFT].require("prepare"), rows, labels, metrics.policies, recipe.seed)
     return {"samples": shown, "token_samples": token_samples(runs)}
 
