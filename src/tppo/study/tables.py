@@ -7,6 +7,7 @@ its answers, anew; what a setting does not concern (DPO and a setting of `rl`) w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from tppo.core.config import Recipe
@@ -21,14 +23,14 @@ from tppo.core.files import sha256_file
 from tppo.core.run import RunFolder
 from tppo.core.show import NOT_MEASURED, Table, digits, number, p_text, with_interval
 from tppo.core.stages import DISPLAY, MODEL_ORDER
-from tppo.core.stats import IntervalEstimate, SeedMean, estimate
+from tppo.core.stats import IntervalEstimate, estimate, mean_over_seeds
 from tppo.evaluate.compare import Metrics, cost_table, model_costs
 from tppo.evaluate.metrics import BY_NAME, KL
 from tppo.judge.agreement import RESULT
 from tppo.report import words
-from tppo.report.charts import line_chart, seed_line
+from tppo.report.charts import Chart, curve, drawn, seed_line
 from tppo.study.grid import BASE, SFT, Plan, settings_tried, varied
-from tppo.study.results import MEASURES, Collected, Curves, at_equal_kl, reaching, steadiness_of
+from tppo.study.results import MEASURES, Collected, at_equal_kl, models_with, reaching, steadiness
 
 FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
 """Order in which the first sentences name those the leading model is compared with."""
@@ -77,13 +79,6 @@ def corrected_table(metrics: Metrics, scope: str) -> Table:
     return Table(heads, rows, title, note, f"corrected-{scope}")
 
 
-def _mean_text(found: SeedMean, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    if found.low is None or found.high is None:
-        return f"{found.value:{sign}.3f} (one seed)"
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-
-
 def distance_tables(metrics: Metrics) -> list[Table]:
     """How far each policy went from SFT, and for what; none where no KL was measured on the evaluation users."""
     scope, headline = metrics.scopes[0], BY_NAME[metrics.headline]
@@ -109,30 +104,41 @@ def distance_tables(metrics: Metrics) -> list[Table]:
     return [Table(heads, rows, "Distance from SFT on the evaluation users", note, "distance")] if rows else []
 
 
-def equal_kl_table(curves: Curves) -> Table:
+def equal_kl_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         found = at_equal_kl(curves, measure)
         if found is None:
             continue
-        head = f"{label}, at {found.kl:.2f} nats"
-        rows += [[head, DISPLAY[model], _mean_text(value)] for model, value in found.values.items()]
-        rows += [
-            [head, words.display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()
-        ]
+        level, values = found
+        head = f"{label}, at {level:.2f} nats"
+        pairs = list(itertools.combinations(values, 2))
+        rows += [[head, DISPLAY[model], _mean_text(values[model])] for model in values]
+        rows += [[head, words.display((a, b)), _mean_text(values[a] - values[b], "+")] for a, b in pairs]
     note = (
         "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
         "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
         "over the seeds."
     )
-    return Table(["Measure", "Model", "Mean over seeds"], rows, "At equal KL", note, "equal-kl")
+    measured = [row for row in rows if row[-1]]
+    return Table(["Measure", "Model", "Mean over seeds"], measured, "At equal KL", note, "equal-kl")
 
 
-def reach_table(curves: Curves) -> Table:
+def _mean_text(values: pd.Series, sign: str = "") -> str:
+    """Mean over the seeds that have a value; empty when none has."""
+    found = mean_over_seeds(values.dropna().tolist())
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f} (one seed)"
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def reach_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         for other in ("ppo", "ppo_sum"):
-            for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
+            for seed, found in reaching(curves, measure, "tppo", other).items():
                 reached = "never" if found.update is None else str(found.update)
                 share = NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
                 head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
@@ -145,11 +151,13 @@ def reach_table(curves: Curves) -> Table:
     return Table(heads, rows, "Updates to the rivals' best", note, "reach")
 
 
-def steadiness_table(curves: Curves) -> Table:
+def steadiness_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
-        for model, found in steadiness_of(curves, measure).items():
-            rows.append([label, DISPLAY[model], *map(digits, found)])
+        for model in models_with(curves, measure):
+            values = curve(curves, model, measure)
+            if len(values):  # an update that all seeds have
+                rows.append([label, DISPLAY[model], *map(digits, steadiness(values.to_numpy().T))])
     note = (
         "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
         "change from one update to the next, divided by the root of 2, so that a trend does not count, mean over the "
@@ -314,22 +322,16 @@ def ablation_measures(metrics: Metrics) -> list[str]:
 
 def ablation_charts(ablation: Ablation, measures: list[str]) -> list[Markup]:
     """Each measure against the setting's value: mean over the seeds, band of one standard deviation between them."""
+    rows = pd.DataFrame(ablation.rows)
+    models = [model for model in reversed(MODEL_ORDER) if model in set(rows["model"])]
     charts = []
-    models = [model for model in reversed(MODEL_ORDER) if any(row["model"] == model for row in ablation.rows)]
     for name in measures:
-        unit = BY_NAME[name].unit
-        shown = [
-            {**row, name: 100 * row[name] if unit == "rate" else row[name]}
-            for row in ablation.rows
-            if row[name] is not None
-        ]
-        lines = [
-            seed_line(model, DISPLAY[model], [row for row in shown if row["model"] == model], "value", name)
-            for model in models
-        ]
-        title = words.head(BY_NAME[name], "%")
-        charts.append(line_chart([replace(line, marked=True) for line in lines], title, ablation.name))
-    return [chart for chart in charts if chart]
+        scale = 100 if BY_NAME[name].unit == "rate" else 1
+        points = rows.assign(**{name: scale * rows[name].astype(float)})
+        lines = [seed_line(model, DISPLAY[model], points[points["model"] == model], "value", name) for model in models]
+        lines = [replace(line, marked=True) for line in lines]
+        charts.append(Chart(lines, words.head(BY_NAME[name], "%"), ablation.name))
+    return drawn(charts)
 
 
 def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None], measures: list[str]) -> Table:
