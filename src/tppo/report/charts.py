@@ -100,9 +100,6 @@ CURVE_COLUMNS = ("model", "seed", "update", "metric", "value")
 _COUNTERS = ("update", "step")
 
 
-Rows = Sequence[dict[str, Any]] | pd.DataFrame
-
-
 @dataclass(frozen=True)
 class Line:
     """A curve: name of a series (its colour) or a `#rrggbb` of its own, legend label, points, and optionally half the
@@ -343,7 +340,7 @@ def reward_lines(rows: Sequence[dict[str, Any]], name: str) -> list[Line]:
     ]
 
 
-def seed_line(colour: str, label: str, rows: Rows, x: str, y: str) -> Line:
+def seed_line(colour: str, label: str, rows: Iterable[dict[str, Any]] | pd.DataFrame, x: str, y: str) -> Line:
     """Mean of `y` over the rows with the same `x`; rows of several seeds give a band of one standard deviation."""
     found = pd.DataFrame(rows, columns=[x, y], dtype=float).dropna().groupby(x)[y]
     mean, band = found.mean(), found.std() if (found.size() > 1).any() else None

@@ -78,9 +78,6 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         ],
         "costs": spent_table(spent),
         "point_costs": point_costs,
-        "run_name": run.root.name,
-        "finished": manifest.get("finished"),
-        "bootstrap_samples": recipe.evaluate.bootstrap_samples,
     }
     (folder / "report.html").write_text(render(context), encoding="utf-8")
     counted = metrics.cell(scope, "sft", metrics.headline)
@@ -126,29 +123,27 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
     """
     scope = metrics.scopes[0]
     counts = {name: metrics.cell(name, "sft", metrics.headline) for name in metrics.scopes}
+    distinct = metrics.data.get("distinct_examples", {})
     return {
         "verdicts": words.verdicts(metrics, scope),
-        "scope_label": words.SCOPES[scope],
         "chart_headline": headline_chart(metrics, scope),
         "chart_differences": difference_chart(metrics, scope),
         "scopes": [
             {
                 **words.scope_tables(metrics, name),
                 "wins": words.wins_table(metrics, name, bars=True),
-                "name": name,
                 "label": words.SCOPES[name],
-                "examples": count.examples,
+                "examples": distinct.get(name, count.examples),  # each once, whatever the number of seeds
                 "users": count.users,
             }
             for name, count in counts.items()
         ],
         "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
-        "judge": metrics.data["judge"],
-        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
-        "seed": recipe.seed,
-        "temperature": recipe.evaluate.temperature,
-        "versions": manifest.get("versions", {}),
-        "python": manifest.get("python"),
+        "metrics": metrics,
+        "manifest": manifest,
+        "recipe": recipe,
+        "recipe_yaml": yaml.safe_dump(asdict(recipe), sort_keys=False),
+        "run_name": Path(recipe.run_dir).name,
         "docs": {metric.label: metric.doc for metric in BY_NAME.values()},
     }
 
@@ -328,20 +323,19 @@ def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
 
 def costs(recipe: Recipe, run: RunFolder) -> list[dict[str, Any]]:
     """Seconds and peak memory of each finished stage."""
-    found = [(stage, run.manifest(stage)) for stage in all_stages(recipe) if stage != "report"]
     return [
         {"stage": stage, "seconds": manifest["seconds"], "memory": manifest["peak_memory_mib"]}
-        for stage, manifest in found
-        if manifest is not None
+        for stage in all_stages(recipe)
+        if stage != "report" and (manifest := run.manifest(stage))
     ]
 
 
 def spent_table(costs: Sequence[dict[str, Any]]) -> Table:
     """The same as a table, with the sum."""
-    rows = [[row["stage"], f"{row['seconds'] / 60:.1f}", str(row["memory"])] for row in costs]
-    peak = str(max(row["memory"] for row in costs)) if costs else NOT_MEASURED
-    total = ["All", f"{sum(row['seconds'] for row in costs) / 60:.1f}", peak]
-    return Table(["Stage", "Minutes", "Peak memory, MiB"], [*rows, total])
+    seconds, memory = ([row[name] for row in costs] for name in ("seconds", "memory"))
+    total = {"stage": "All", "seconds": sum(seconds), "memory": max(memory)}
+    rows = [[row["stage"], f"{row['seconds'] / 60:.1f}", str(row["memory"])] for row in [*costs, total]]
+    return Table(["Stage", "Minutes", "Peak memory, MiB"], rows)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from tppo.core.common import console
 from tppo.core.config import Recipe, Setting
@@ -61,8 +62,8 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
     Args:
         failed: why run folders failed, by name.
     """
-    collected = collect(plan, failed)
-    names = [BASE, *(setting.name for setting in recipe.study.settings)]
+    collected, settings = collect(plan, failed), recipe.study.settings
+    names = (BASE, *(setting.name for setting in settings))
     by_setting = {name: setting_metrics(recipe, plan, collected, name) for name in names}
     base = by_setting[BASE]
     if base is None:
@@ -78,7 +79,7 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
     context = {
         **study_context(recipe, plan, collected, base, failed),
         "charts": {"missing": [], **{group: drawn(found.values()) for group, found in charts.items()}},
-        "settings": [setting_view(setting, by_setting[setting.name]) for setting in recipe.study.settings],
+        "settings": [setting_view(setting, by_setting[setting.name]) for setting in settings],
         "ablations": [
             (ablation_table(found, by_setting, measures), ablation_charts(found, measures)) for found in ablations
         ],
@@ -109,12 +110,8 @@ def study_context(
     scope = metrics.scopes[0]
     curves = collected.curves_of(BASE)
     evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.metrics)
-    context = page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {})
-    for shown in context["scopes"]:
-        shown["examples"] = metrics.data["distinct_examples"][shown["name"]]
     return {
-        **context,
-        "run_name": Path(recipe.run_dir).name,
+        **page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {}),
         "lead": [*claims(metrics, scope), *words.lead(metrics, scope)],
         "cautions": [*missing_cells(plan, collected, failed), *words.cautions(metrics, scope, final_kl(curves))],
         "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
@@ -130,10 +127,7 @@ def study_context(
             point_cost_table(plan, metrics),
             time_table(plan),
         ],
-        "seeds": metrics.data["seeds"],
         "cells": {"finished": len(collected.metrics), "all": len(plan.cells)},
-        "bootstrap_samples": recipe.study.bootstrap_samples,
-        "seed_list": ", ".join(map(str, recipe.study.seeds)),
     }
 
 
@@ -153,17 +147,15 @@ def synthetic_answers(recipe: Recipe, plan: Plan, collected: Collected, metrics:
 
 def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
     """A setting other than the recipe's own: what it changes, its relevance and its differences."""
-    view = {"name": setting.name, "overrides": [(name, str(value)) for name, value in setting.overrides.items()]}
-    if metrics is None:
-        return {**view, "relevance": None, "chart": None, "wins": None}
-    scope = metrics.scopes[0]
-    voted = any(row["by"] == "vote" for row in metrics.data["wins"] if row["scope"] == scope)
-    return {
-        **view,
-        "relevance": words.scope_tables(metrics, scope)["relevance"],
-        "chart": difference_chart(metrics, scope),
-        "wins": words.wins_table(metrics, scope, bars=True) if voted else None,
-    }
+    shown: list[Markup] = []
+    if metrics is not None:
+        scope = metrics.scopes[0]
+        shown.append(words.scope_tables(metrics, scope)["relevance"].html())
+        if chart := difference_chart(metrics, scope):
+            shown.append(Markup("<figure>{}</figure>").format(chart))
+        if any(row["by"] == "vote" for row in metrics.data["wins"] if row["scope"] == scope):
+            shown.append(words.wins_table(metrics, scope, bars=True).html())
+    return {"name": setting.name, "overrides": setting.overrides.items(), "shown": shown}
 
 
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
@@ -189,18 +181,16 @@ def final_kl(curves: pd.DataFrame) -> dict[str, float | None]:
 def summary(metrics: Metrics, context: dict[str, Any]) -> str:
     """The tables in Markdown."""
     facts = [
-        ("seeds", str(context["seeds"])),
+        ("seeds", str(metrics.data["seeds"])),
         ("cells finished", f"{context['cells']['finished']} of {context['cells']['all']}"),
         ("examples", str(context["scopes"][0]["examples"])),
         ("users", str(context["scopes"][0]["users"])),
         *judge_facts(metrics),
-        ("intervals", f"95%, bootstrap over users and seeds, {context['bootstrap_samples']} draws"),
+        ("intervals", f"95%, bootstrap over users and seeds, {context['recipe'].study.bootstrap_samples} draws"),
     ]
-    ablations = [table for table, _ in context["ablations"]]
-    tables: list[Table] = [*context["corrected"], *context["tables"], *ablations]
-    said = claims(metrics, metrics.scopes[0])
-    head = "\n".join(f"{sentence}\n" for sentence in said)
-    return "\n".join([head, words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])
+    tables: list[Table] = [*context["corrected"], *context["tables"], *(table for table, _ in context["ablations"])]
+    said = "".join(f"{sentence}\n\n" for sentence in claims(metrics, metrics.scopes[0]))
+    return said + "\n".join([words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])
 
 
 def training_charts(curves: pd.DataFrame) -> dict[str, dict[str, Chart]]:

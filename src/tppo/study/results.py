@@ -155,26 +155,22 @@ def study_metrics(
         return SeedUserBootstrap(list(questions["user_id"]), list(questions["seed"]), draws, own_seed)
 
     data = build_metrics(answers, readings, judge=cell["judge"], rubric=rubric, bootstrap_of=bootstrap_of)
-    families: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for row in data["differences"]:
-        measure = f"{row['metric']} {row['reader']}"
-        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(row)
-    for row in data["wins"]:
-        if row["model"] not in REFERENCES:
-            what = f"wins by {row['by']}, {row['rubric']}"
-            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
+    tested = [((row["metric"], row["reader"]), row, row) for row in data["differences"]]
+    tested += [((row["by"], row["rubric"]), row, row["net"]) for row in data["wins"] if row["model"] not in REFERENCES]
+    families: dict[tuple[str, tuple[str, str], bool], list[dict[str, Any]]] = {}
+    for measure, row, numbers in tested:
+        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(numbers)
     for family in families.values():
-        for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_holm"] = corrected
-    distinct = answers.drop_duplicates("example_id")["split"]
+        for numbers, corrected in zip(family, holm([numbers["p_value"] for numbers in family]), strict=True):
+            numbers["p_holm"] = corrected
+    split_of = answers.drop_duplicates("example_id")["split"]
+    # All evaluation sets together are a scope, and no split.
+    distinct = {scope: int((split_of == scope).sum()) or len(split_of) for scope in data["scopes"]}
     return Metrics(
         {
             **data,
             "seeds": int(answers["seed"].nunique()),
-            "distinct_examples": {
-                scope: int((distinct == scope).sum()) if scope in set(distinct) else len(distinct)
-                for scope in data["scopes"]
-            },
+            "distinct_examples": distinct,
             "judge_labelled_training": cell["judge_labelled_training"],
         }
     )
@@ -192,12 +188,8 @@ def value_at_kl(kl_T: np.ndarray, values_T: np.ndarray, level: float) -> float |
     reached = np.flatnonzero(kl_T >= level)
     if not len(reached):
         return None
-    after = int(reached[0])
-    if after == 0:
-        return float(values_T[0])
-    before = after - 1
-    part = (level - kl_T[before]) / (kl_T[after] - kl_T[before])
-    return float(values_T[before] + part * (values_T[after] - values_T[before]))
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(level, kl_T[around], values_T[around]))
 
 
 def common_kl(curves: Sequence[np.ndarray]) -> float | None:
