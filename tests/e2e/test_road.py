@@ -102,6 +102,8 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
     found = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     measured = {row["model"] for row in found["rows"] if row["metric"] == "kl_from_sft" and row["value"] is not None}
     assert measured == {"tppo", "ppo", "ppo_sum", "dpo"}
+    for name in ("summary.md", "report.html"):
+        assert "Distance from SFT on the evaluation users" in (tmp_path / "run" / "report" / name).read_text()
     capsys.readouterr()
     cli.main(["sft", "--config", str(path)])
     assert "finished already" in capsys.readouterr().out

@@ -115,6 +115,7 @@ def test_every_section_shows_its_numbers(finished: tuple[Recipe, RunFolder], htm
         "unparseable: truncated",
     ):
         assert text in html
+    assert "unparseable: nan" not in html
     assert "builtin" not in html
     assert "built-in" not in html
 

@@ -102,21 +102,21 @@ def test_a_killed_study_goes_on_and_names_the_cells_that_fail(tmp_path: Path, ti
 
 def check_results(root: Path) -> None:
     """Every finished cell is in the tables; examples are the same in all, answers differ between the seeds."""
-    rows = pq.read_table(root / "study/results.parquet").to_pylist()
-    cells: dict[tuple[str, int], list[dict]] = {}
-    for row in rows:
-        cells.setdefault((row["model"], row["seed"]), []).append(row)
+    cells: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in pq.read_table(root / "study/results.parquet").to_pylist():
+        answer = cells.setdefault((row["model"], row["seed"]), {}).setdefault(row["example_id"], {})
+        answer[row["measure"]] = row["value"]
     models = ("sft", "tppo", "ppo", "targets", "other_user", *Recipe().evaluate.baselines)
     assert set(cells) == {(model, seed) for model in models for seed in (0, 1)}
-    examples = [row["example_id"] for row in cells["sft", 0]]
+    examples = list(cells["sft", 0])
     assert len(examples) == 8
-    assert all([row["example_id"] for row in found] == examples for found in cells.values())
+    assert all(list(found) == examples for found in cells.values())
     for model in ("sft", "tppo"):
-        lengths = [[row["response_tokens"] for row in cells[model, seed]] for seed in (0, 1)]
+        lengths = [[answer["response_tokens"] for answer in cells[model, seed].values()] for seed in (0, 1)]
         assert lengths[0] != lengths[1]
     for reference in ("targets", "other_user"):
-        assert [r["relevant_history"] for r in cells[reference, 0]] == [
-            r["relevant_history"] for r in cells[reference, 1]
+        assert [answer["relevant_history"] for answer in cells[reference, 0].values()] == [
+            answer["relevant_history"] for answer in cells[reference, 1].values()
         ]
     curves = pq.read_table(root / "study/curves.parquet").to_pylist()
     kl = {(row["model"], row["seed"], row["update"]): row["value"] for row in curves if row["metric"] == "kl"}

@@ -198,7 +198,7 @@ def check_readings(evaluate: Evaluate, judge: JudgeSettings) -> None:
         (by_model and not judge.model, f"{by_model} ask the LLM judge, but judge.model is empty: name it"),
         (
             "distance" in readers and evaluate.answers,
-            "distance reads policies, not answers: leave evaluate.answers empty, and name the stages of its policies in "
+            "distance reads policies, not answers: leave evaluate.answers empty, and name the policies' stages in "
             "stage_dirs",
         ),
     ]

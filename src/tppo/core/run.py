@@ -73,9 +73,8 @@ class RunFolder:
             command, flags = stage_command(stage, self.recipe)
             recipe = self.root / "recipe.yaml"
             own = ["--config", str(recipe)] if recipe.exists() else ["--run_dir", str(self.root)]
-            raise UserError(
-                f"stage '{stage}' is not finished in {self.root}: run `{shlex.join(['tppo', command, *own, *flags])}` first"
-            )
+            way_out = shlex.join(["tppo", command, *own, *flags])
+            raise UserError(f"stage '{stage}' is not finished in {self.root}: run `{way_out}` first")
         return self.path(stage)
 
     def check_own(self, stage: str) -> None:

@@ -26,6 +26,7 @@ from tppo.core.files import read_jsonl, write_json
 from tppo.core.run import RunFolder
 from tppo.core.show import NOT_MEASURED, Cell, Table, interval, number
 from tppo.core.stages import DISPLAY, all_stages, read_stages, rl_stage
+from tppo.core.stats import IntervalEstimate
 from tppo.core.tables import load_examples, read_table
 from tppo.evaluate.answers import ANSWERS, Row, records
 from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
@@ -34,15 +35,13 @@ from tppo.evaluate.readings import READINGS
 from tppo.judge.probes import PROBES
 from tppo.report import words
 from tppo.report.charts import (
+    PAGE,
+    REWARD_MODELS,
     Interval,
-    column,
-    dpo_charts,
     interval_chart,
     reward_charts,
-    rl_charts,
-    rl_rows,
     rollout_policies,
-    sft_chart,
+    run_charts,
 )
 from tppo.reward import gate
 from tppo.rl.loop import shown_tokens
@@ -55,8 +54,6 @@ COST_NOTE = (
     "Everything made for a model and not for SFT: its own training and the stages that reads. “No gain shown”: the "
     "interval of the gain holds 0, so there may be nothing to pay for."
 )
-Labels = Mapping[tuple[str, str], Sequence[int]]
-"""Labels of an answer's words, by model and example."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -68,27 +65,21 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     curves = {model: rl_rows(run, model) for model in rollout_policies(metrics.policies)}
     final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
     spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
-    rows = records(answers)
+    distance = words.distance_tables(metrics)
     context = {
         **page_context(recipe, metrics, manifest),
+        "distance": distance,
         "lead": words.lead(metrics, scope),
         "cautions": words.cautions(metrics, scope, final_kl),
-        "models": [(model, DISPLAY[model]) for model in metrics.policies],
-        "rl_charts": rl_charts(run, metrics.policies),
-        "dpo_charts": dpo_charts(run) if "dpo" in metrics.policies else [],
+        "charts": run_charts(run, metrics.policies),
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
-        "sft_chart": sft_chart(run),
-        "samples": samples(run.require("prepare"), rows, word_labels(readings, metrics), metrics.policies, recipe.seed),
-        "token_samples": token_samples(dict.fromkeys(metrics.policies, run)),
+        **answers_shown(dict.fromkeys(metrics.policies, run), answers, readings, metrics, recipe.seed),
         "facts": [
             (stage, flatten((run.manifest(stage) or {}).get("facts", {}))) for stage in ("prepare", "label", "reward")
         ],
         "costs": spent_table(spent),
         "point_costs": point_costs,
-        "run_name": run.root.name,
-        "finished": manifest.get("finished"),
-        "bootstrap_samples": recipe.evaluate.bootstrap_samples,
     }
     (folder / "report.html").write_text(render(context), encoding="utf-8")
     counted = metrics.cell(scope, "sft", metrics.headline)
@@ -106,7 +97,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         curves,
         rl_rows(run, "dpo") if "dpo" in metrics.policies else [],
     )
-    parts = [words.summary_markdown(metrics, facts), *(table.markdown() for table in (*training, point_costs))]
+    tables = (*distance, *training, point_costs)
+    parts = [words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)]
     (folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     return {"verdict": context["lead"], "cautions": context["cautions"]}
 
@@ -134,29 +126,28 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
     """
     scope = metrics.scopes[0]
     counts = {name: metrics.cell(name, "sft", metrics.headline) for name in metrics.scopes}
+    distinct = metrics.data.get("distinct_examples", {})
     return {
         "verdicts": words.verdicts(metrics, scope),
-        "scope_label": words.SCOPES[scope],
+        "distance": [],
         "chart_headline": headline_chart(metrics, scope),
         "chart_differences": difference_chart(metrics, scope),
         "scopes": [
             {
                 **words.scope_tables(metrics, name),
                 "wins": words.wins_table(metrics, name, bars=True),
-                "name": name,
                 "label": words.SCOPES[name],
-                "examples": count.examples,
+                "examples": distinct.get(name, count.examples),  # each once, whatever the number of seeds
                 "users": count.users,
             }
             for name, count in counts.items()
         ],
         "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
-        "judge": metrics.data["judge"],
-        "recipe": yaml.safe_dump(asdict(recipe), sort_keys=False),
-        "seed": recipe.seed,
-        "temperature": recipe.evaluate.temperature,
-        "versions": manifest.get("versions", {}),
-        "python": manifest.get("python"),
+        "metrics": metrics,
+        "manifest": manifest,
+        "recipe": recipe,
+        "recipe_yaml": yaml.safe_dump(asdict(recipe), sort_keys=False),
+        "run_name": Path(recipe.run_dir).name,
         "docs": {metric.label: metric.doc for metric in BY_NAME.values()},
     }
 
@@ -166,10 +157,10 @@ def judge_facts(metrics: Metrics) -> list[tuple[str, str]]:
     return [("judge", metrics.data["judge"]), *(("second judge", name) for name in metrics.second_judges)]
 
 
-def render(context: dict[str, Any], template: Path = Path(__file__).parent / "report.html") -> str:
+def render(context: dict[str, Any], template: Path = PAGE) -> str:
     """The page; another template may extend report.html."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        loader=jinja2.FileSystemLoader([template.parent, PAGE.parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -180,9 +171,14 @@ def render(context: dict[str, Any], template: Path = Path(__file__).parent / "re
 
 def load_metrics(folder: Path) -> Metrics:
     """metrics.json of a finished evaluate or report stage."""
-    path = folder / "metrics.json"
+    return Metrics(_load_json(folder, "metrics.json"))
+
+
+def _load_json(folder: Path, name: str) -> Any:
+    """A file of a finished stage; a damaged one is named."""
+    path = folder / name
     try:
-        return Metrics(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give `--redo {folder.name}` to make it anew") from None
 
@@ -214,6 +210,10 @@ def print_summary(run: RunFolder) -> None:
         console.print(sentence)
 
 
+def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
+    return read_jsonl(run.path(rl_stage(model)) / "metrics.jsonl")
+
+
 def terminal_curve(run: RunFolder, policies: Sequence[str]) -> str | None:
     """Relevance of the rollouts over the updates, drawn in characters: the true one where the log knows it, else by the
     token reward model. Without a terminal's colours each policy has a letter."""
@@ -222,7 +222,7 @@ def terminal_curve(run: RunFolder, policies: Sequence[str]) -> str | None:
     if not rows or any(len(found) < CURVE_WINDOW for found in rows.values()):
         return None
     smooth = np.full(CURVE_WINDOW, 1 / CURVE_WINDOW)
-    ys = [100 * np.convolve(column(found, name), smooth, mode="valid") for found in rows.values()]
+    ys = [100 * np.convolve([row.get(name) for row in found], smooth, mode="valid") for found in rows.values()]
     what = "Truly relevant words, %" if name == "known_words" else "Relevance by the token reward model, %"
     lines = uniplot.plot_to_string(
         xs=[np.arange(CURVE_WINDOW, CURVE_WINDOW + len(y)) for y in ys],
@@ -241,50 +241,61 @@ def terminal_curve(run: RunFolder, policies: Sequence[str]) -> str | None:
 
 def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
     """The headline of everybody who answered."""
-    cells = [(model, metrics.cell(scope, model, metrics.headline)) for model in metrics.data["models"]]
-    intervals = [Interval.of(model, DISPLAY[model], cell) for model, cell in cells if cell.value is not None]
+    models = metrics.data["models"]
+    intervals = [Interval(name, DISPLAY[name], metrics.cell(scope, name, metrics.headline)) for name in models]
     return interval_chart(intervals, f"Answers {words.AGAINST[metrics.headline]}, % (95% interval)")
 
 
 def difference_chart(metrics: Metrics, scope: str) -> Markup | None:
     """The headline's difference of every two policies."""
-    cells = [(pair, metrics.difference(scope, *pair, metrics.headline)) for pair in metrics.pairs(scope)]
-    intervals = [Interval.of(pair[0], words.display(pair), cell) for pair, cell in cells if cell.value is not None]
+    intervals = [
+        Interval(pair[0], words.display(pair), metrics.difference(scope, *pair, metrics.headline))
+        for pair in metrics.pairs(scope)
+    ]
     return interval_chart(intervals, "Difference of that share, points (95% interval)", zero=True)
 
 
-def samples(
-    prepare: Path, answers: Sequence[Row], labels: Labels, policies: Sequence[str], seed: int
-) -> list[dict[str, Any]]:
-    """A seeded draw of examples (never picked by result) with every model's answer and the judge's marks.
+def answers_shown(
+    runs: Mapping[str, RunFolder], answers: pd.DataFrame, readings: pd.DataFrame, metrics: Metrics, seed: int
+) -> dict[str, Any]:
+    """Texts of the log: answers beside each other, and tokens by reward.
 
     Args:
-        prepare: the stage with the examples.
+        runs: where each policy was trained; SFT's has the examples.
         answers: rows of answers.parquet; each model answered an example once.
-        labels: what the headline's judge says of the words, by model and example; absent where it abstained.
+        readings: what the first judge says of them.
     """
-    by_example: dict[str, dict[str, Row]] = {}
-    for row in answers:
-        by_example.setdefault(row["example_id"], {})[row["model"]] = row
-    wanted = draw(list(by_example), SAMPLES, seed, "report samples")
+    return {
+        "samples": samples(runs["sft"].require("prepare"), answers, readings, metrics, seed),
+        "token_samples": token_samples(runs),
+    }
+
+
+def samples(
+    prepare: Path, answers: pd.DataFrame, readings: pd.DataFrame, metrics: Metrics, seed: int
+) -> list[dict[str, Any]]:
+    """A seeded draw of examples (never picked by result) with every policy's answer and the words that the first judge
+    calls relevant under the headline's rubric."""
+    marks = readings[(readings["measure"] == f"words_{metrics.rubric}") & (readings["reader"] == metrics.data["judge"])]
+    labels = marks.set_index(["example_id", "model"])["labels"].to_dict()
+    rows = {(row["example_id"], row["model"]): row for row in records(answers)}
+    wanted = draw(list(dict.fromkeys(example_id for example_id, _ in rows)), SAMPLES, seed, "report samples")
     examples = {e.example_id: e for e in load_examples(prepare) if e.example_id in set(wanted)}
-    return [
-        {
-            "history": examples[example_id].history,
-            "targets": examples[example_id].targets,
-            "columns": [
-                {
-                    "model": model,
-                    "label": DISPLAY[model],
-                    "problem": answer["problem"],
-                    "lines": _marked(answer, labels.get((model, example_id))),
-                }
-                for model in policies
-                if (answer := by_example[example_id].get(model))
-            ],
-        }
-        for example_id in wanted
-    ]
+    shown = []
+    for example_id in wanted:
+        columns = [
+            {
+                "model": model,
+                "label": DISPLAY[model],
+                "problem": row["problem"],
+                "lines": _marked(row, labels.get((example_id, model))),
+            }
+            for model in metrics.policies
+            if (row := rows.get((example_id, model)))
+        ]
+        example = examples[example_id]
+        shown.append({"history": example.history, "targets": example.targets, "columns": columns})
+    return shown
 
 
 def _marked(row: Row, labels: Sequence[int] | None) -> list[list[tuple[str, int]]]:
@@ -294,13 +305,6 @@ def _marked(row: Row, labels: Sequence[int] | None) -> list[list[tuple[str, int]
     for word, query, label in zip(row["words"], row["word_query"], labels, strict=True):
         lines[query].append((word, label))
     return lines
-
-
-def word_labels(readings: pd.DataFrame, metrics: Metrics) -> Labels:
-    """What the first judge says of each word, under the headline's rubric."""
-    wanted = (readings["measure"] == f"words_{metrics.rubric}") & (readings["reader"] == metrics.data["judge"])
-    rows = readings[wanted]
-    return dict(zip(zip(rows["model"], rows["example_id"], strict=True), rows["labels"], strict=True))
 
 
 def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
@@ -323,20 +327,19 @@ def token_samples(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
 
 def costs(recipe: Recipe, run: RunFolder) -> list[dict[str, Any]]:
     """Seconds and peak memory of each finished stage."""
-    found = [(stage, run.manifest(stage)) for stage in all_stages(recipe) if stage != "report"]
     return [
         {"stage": stage, "seconds": manifest["seconds"], "memory": manifest["peak_memory_mib"]}
-        for stage, manifest in found
-        if manifest is not None
+        for stage in all_stages(recipe)
+        if stage != "report" and (manifest := run.manifest(stage))
     ]
 
 
 def spent_table(costs: Sequence[dict[str, Any]]) -> Table:
     """The same as a table, with the sum."""
-    rows = [[row["stage"], f"{row['seconds'] / 60:.1f}", str(row["memory"])] for row in costs]
-    peak = str(max(row["memory"] for row in costs)) if costs else NOT_MEASURED
-    total = ["All", f"{sum(row['seconds'] for row in costs) / 60:.1f}", peak]
-    return Table(["Stage", "Minutes", "Peak memory, MiB"], [*rows, total])
+    seconds, memory = ([row[name] for row in costs] for name in ("seconds", "memory"))
+    total = {"stage": "All", "seconds": sum(seconds), "memory": max(memory)}
+    rows = [[row["stage"], f"{row['seconds'] / 60:.1f}", str(row["memory"])] for row in [*costs, total]]
+    return Table(["Stage", "Minutes", "Peak memory, MiB"], rows)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -348,36 +351,25 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix.rstrip("."), NOT_MEASURED if value is None else str(value))]
 
 
-# Token level in TPPO's colour, its rival in PPO's, as in the curves of the reward models.
-COLOURS = {"token": "tppo", "sentence": "ppo"}
-
-
 def reward_check_section(run: RunFolder) -> dict[str, Any]:
     """What the template shows of the gate.
 
     Raises:
         UserError: the stage is not finished, or check.json is damaged.
     """
-    path = run.require("check_reward") / "check.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give `--redo check_reward` to make it anew") from None
+    report = _load_json(run.require("check_reward"), "check.json")
+    intervals = []
+    for probe, title in PROBES.items():
+        for kind, colour, _ in REWARD_MODELS:
+            cell = report["models"][kind]["probes"][probe]
+            found = IntervalEstimate(cell["value"], cell["low"], cell["high"])
+            intervals.append(Interval(colour, f"{title} ({kind})", found))
     return {
         "passed": report["passed"],
         "verdicts": gate.verdict_lines(report),
         "cautions": gate.caution_lines(report),
         "data": gate.data_line(report),
         "tables": [table(report) for table in (gate.requirement_table, gate.aside_table, gate.probe_table)],
-        "chart": interval_chart(_intervals(report), "Mean score of a response, % (95% interval)"),
+        "chart": interval_chart(intervals, "Mean score of a response, % (95% interval)"),
         "note": gate.NOTE,
     }
-
-
-def _intervals(report: dict[str, Any]) -> list[Interval]:
-    found = [(model, probe, report["models"][model]["probes"][probe]) for probe in PROBES for model in gate.TITLES]
-    return [
-        Interval(COLOURS[model], f"{PROBES[probe]} ({model})", cell["value"], cell["low"], cell["high"])
-        for model, probe, cell in found
-        if cell["value"] is not None
-    ]

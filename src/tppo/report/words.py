@@ -5,6 +5,7 @@ Verdicts are computed from intervals only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -20,11 +21,12 @@ from tppo.core.show import (
     number,
     p_text,
     signed_number,
+    with_interval,
 )
 from tppo.core.stages import BASELINES, DISPLAY, REFERENCES
 from tppo.core.stats import FEW_USERS, Estimate, estimate, verdict
 from tppo.evaluate.compare import POOLED, Metrics
-from tppo.evaluate.metrics import BY_JUDGE, BY_NAME, CORPUS, FORM, KNOWN, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.metrics import BY_JUDGE, BY_NAME, CORPUS, FORM, KL, KNOWN, RELEVANCE, TRUTH, Metric
 
 SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
@@ -295,6 +297,31 @@ def difference_table(metrics: Metrics, scope: str) -> Table:
         rows.append(cells)
     heads = ["Pair", *(head(BY_NAME[name], "points") for name in names)]
     return Table(heads, rows, f"Differences, {SCOPES[scope]}", series=[pair[0] for pair in pairs])
+
+
+def distance_tables(metrics: Metrics) -> list[Table]:
+    """How far each policy went from "sft", and for what; none where no KL was measured on the evaluation users."""
+    scope, headline = metrics.scopes[0], BY_NAME[metrics.headline]
+    rows = []
+    for model in metrics.policies:
+        kl = metrics.cell(scope, model, KL.name)
+        if kl.value is None:
+            continue
+        gain = metrics.difference(scope, model, "sft", headline.name)
+        rates: list[float | None] = [None, None]
+        if gain.value is not None and kl.value > 0:
+            rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
+        shown = [with_interval(kl, KL.unit), shift(gain, headline), *map(number, rates)]
+        rows.append([DISPLAY[model], *shown, str(kl.examples)])
+    note = (
+        "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
+        "sampled anew at temperature 1; interval over users, and seeds where there are several. The headline's gain "
+        "over SFT beside it, and the gain for a nat, which flatters a policy that stayed near since the first nats are "
+        "the cheapest, and for the square root of the nats, against which Gao et al. (ICML 2023) fit gains."
+    )
+    gained = f"{headline.label}, over SFT"
+    heads = ["Model", KL.label, gained, "Points for a nat", "Points for √nats", "Responses"]
+    return [Table(heads, rows, "Distance from SFT on the evaluation users", note, "distance")] if rows else []
 
 
 def wins_table(metrics: Metrics, scope: str, bars: bool = False) -> Table:

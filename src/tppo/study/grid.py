@@ -11,6 +11,7 @@ stand to the right of the cells that they read, each in a run folder of its own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -92,88 +93,60 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: a seed, a setting or an override that cannot be.
     """
     check_study(recipe)
+    settings = recipe.study.settings
+    variants = {BASE: recipe, **{setting.name: varied(recipe, setting) for setting in settings}}
+    algorithms = {setting.name: setting.algorithms or recipe.algorithms for setting in settings}
+    made = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
     plan = Plan()
-    variants = {BASE: (recipe, recipe.algorithms)}
-    for setting in recipe.study.settings:
-        variants[setting.name] = (varied(recipe, setting), setting.algorithms or recipe.algorithms)
-    made: dict[str, Path] = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
-    for name, (variant, _) in variants.items():
-        _plan_job(plan.shared, made, f"shared/{name}", name, variant, shared_stages(variant))
+    for name, variant in variants.items():
+        job = _job(made, f"shared/{name}", name, variant, shared_stages(variant))
+        if job.stages:
+            plan.shared.append(job)
     cells: dict[str, Job] = {}
-    for seed in recipe.study.seeds:
-        for name, (variant, algorithms) in variants.items():
-            for model in (SFT, *recipe.algorithms):
-                asked = model == SFT or model in algorithms
-                _plan_cell(plan, made, cells, cell_recipe(variant, model, seed), (name, model, seed), asked)
-    _plan_readings({name: variant for name, (variant, _) in variants.items()}, plan)
+    for seed, name, model in itertools.product(recipe.study.seeds, variants, (SFT, *recipe.algorithms)):
+        cell = cell_recipe(variants[name], model, seed)
+        evaluation = stage_key("evaluate", cell)
+        if evaluation not in cells and model in (SFT, *algorithms.get(name, recipe.algorithms)):
+            stages = [*shared_stages(cell), *([] if model == SFT else [rl_stage(model)]), "evaluate"]
+            cells[evaluation] = _job(made, f"cells/{name}-{model}-s{seed}", name, cell, stages, model)
+        if evaluation in cells:
+            plan.cell_of[name, model, seed] = cells[evaluation]
+    plan.cells = list(cells.values())
+    _plan_readings(plan, variants, recipe.study.seeds)
     return plan
 
 
-def _plan_job(
-    jobs: list[Job],
-    made: dict[str, Path],
-    name: str,
-    setting: str,
-    recipe: Recipe,
-    stages: Sequence[str],
-    model: str = "",
-) -> Job | None:
-    """Add a job for those of `stages` that no job makes yet; None when there are none."""
+def _job(made: dict[str, Path], name: str, setting: str, recipe: Recipe, stages: Sequence[str], model: str = "") -> Job:
+    """Makes those of `stages` that no job makes yet, and takes over the others.
+
+    Args:
+        made: where each stage is made, by key; those of this job are added.
+    """
     root = Path(recipe.run_dir) / name
     keys = {stage: stage_key(stage, recipe) for stage in stages}
-    own = [stage for stage in stages if keys[stage] not in made]
-    taken = {stage: str(made[keys[stage]]) for stage in stages if stage not in own}
-    if not own:
-        return None
-    made.update({keys[stage]: root / stage for stage in own})
-    job = Job(name, setting, replace(recipe, run_dir=str(root), stage_dirs=taken), own, model)
-    jobs.append(job)
-    return job
+    taken = {stage: str(made[key]) for stage, key in keys.items() if key in made}
+    own = [stage for stage in stages if stage not in taken]
+    made |= {keys[stage]: root / stage for stage in own}
+    return Job(name, setting, replace(recipe, run_dir=str(root), stage_dirs=taken), own, model)
 
 
-def _plan_cell(
-    plan: Plan,
-    made: dict[str, Path],
-    cells: dict[str, Job],
-    recipe: Recipe,
-    key: tuple[str, str, int],
-    asked: bool,
-) -> None:
-    """Add the cell unless another one is the same; note which cell has the evaluation."""
-    setting, model, seed = key
-    evaluation = stage_key("evaluate", recipe)
-    if evaluation not in cells and asked:
-        stages = [*shared_stages(recipe), *([] if model == SFT else [rl_stage(model)]), "evaluate"]
-        job = _plan_job(plan.cells, made, f"cells/{setting}-{model}-s{seed}", setting, recipe, stages, model)
-        assert job is not None, "a new evaluation is a new stage"
-        cells[evaluation] = job
-    if evaluation in cells:
-        plan.cell_of[key] = cells[evaluation]
-
-
-def _plan_readings(variants: Mapping[str, Recipe], plan: Plan) -> None:
+def _plan_readings(plan: Plan, variants: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
     """Add the job of every reading that a setting's recipe asks for, of all cells of the setting and a seed.
 
     Settings with the same cells and the same questions share the job.
     """
     made: dict[tuple[str, ...], Job] = {}
-    for seed in dict.fromkeys(seed for *_, seed in plan.cell_of):
-        for setting, variant in variants.items():
-            cells = {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
-            for reading in variant.evaluate.readings:
-                # Votes and distances are between models.
-                if SFT not in cells or (reading.reader in ("vote", "distance") and len(cells) < 2):
-                    continue
-                name, stage = f"{reading.reader}/{setting}-s{seed}", f"read_{reading.reader}"
-                recipe = reading_recipe(reading, variant, cells, name)
-                key = (
-                    stage,
-                    *(job.name for job in cells.values()),
-                    json.dumps(stage_config(stage, recipe), default=str),
-                )
-                plan.reading_of[setting, seed, reading.reader] = made.setdefault(
-                    key, Job(name, setting, recipe, [stage])
-                )
+    for seed, (setting, variant) in itertools.product(seeds, variants.items()):
+        cells = {model: job for (name, model, of), job in plan.cell_of.items() if (name, of) == (setting, seed)}
+        for reading in variant.evaluate.readings:
+            # Votes and distances are between models.
+            if SFT not in cells or (reading.reader in ("vote", "distance") and len(cells) < 2):
+                continue
+            name, stage = f"{reading.reader}/{setting}-s{seed}", f"read_{reading.reader}"
+            recipe = reading_recipe(reading, variant, cells, name)
+            asked = json.dumps(stage_config(stage, recipe), default=str)
+            key = (stage, asked, *(job.name for job in cells.values()))
+            plan.reading_of[setting, seed, reading.reader] = made.setdefault(key, Job(name, setting, recipe, [stage]))
 
 
 def reading_recipe(reading: Reading, variant: Recipe, cells: Mapping[str, Job], name: str) -> Recipe:
@@ -252,26 +225,29 @@ def check_study(recipe: Recipe) -> None:
         UserError: names the setting.
     """
     study, names = recipe.study, [setting.name for setting in recipe.study.settings]
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+    if not study.seeds or _repeats(study.seeds):
         raise UserError(f"study.seeds={study.seeds}: give at least one seed, each once")
-    if not recipe.algorithms or len(set(recipe.algorithms)) < len(recipe.algorithms):
+    if not recipe.algorithms or _repeats(recipe.algorithms):
         raise UserError(f"algorithms={recipe.algorithms}: a study needs at least one algorithm, each once")
-    for name in names:
+    for setting in study.settings:
+        name = setting.name
         if name == BASE or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(
                 f"study.settings: {name!r} is no name for a setting: letters, digits, `.`, `_`, `-`; each once; not "
                 f"`{BASE}`, which is the recipe as it stands"
             )
-    for setting in study.settings:
         if unknown := set(setting.algorithms) - set(recipe.algorithms):
-            raise UserError(f"study.settings '{setting.name}': {sorted(unknown)} are none of {recipe.algorithms}")
-    if study.workers < 1:
-        raise UserError(f"study.workers={study.workers}: give at least 1")
-    if study.bootstrap_samples < 1000:
-        raise UserError(f"study.bootstrap_samples={study.bootstrap_samples}: give at least 1000")
+            raise UserError(f"study.settings '{name}': {sorted(unknown)} are none of {recipe.algorithms}")
+    for option, least in (("workers", 1), ("bootstrap_samples", 1000)):
+        if (value := getattr(study, option)) < least:
+            raise UserError(f"study.{option}={value}: give at least {least}")
     if recipe.evaluate.models or recipe.evaluate.answers:
         raise UserError("evaluate.models and evaluate.answers are set by the study: leave them empty")
     check_samples(recipe)
+
+
+def _repeats(values: Sequence[Any]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def describe(plan: Plan) -> list[str]:

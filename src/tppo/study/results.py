@@ -18,18 +18,18 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from tppo.core.common import UserError, stream_seed
+from tppo.core.common import stream_seed
 from tppo.core.config import Rubric
-from tppo.core.files import read_jsonl
 from tppo.core.stages import BASELINES, MODEL_ORDER, REFERENCES, rl_stage
-from tppo.core.stats import SeedMean, SeedUserBootstrap, UserBootstrap, holm, mean_over_seeds
+from tppo.core.stats import SeedUserBootstrap, UserBootstrap, holm
 from tppo.core.tables import field, read_table, write_table
 from tppo.evaluate.answers import ANSWERS
 from tppo.evaluate.compare import Metrics, build_metrics
 from tppo.evaluate.metrics import NO_JUDGE
 from tppo.evaluate.readings import READINGS
+from tppo.report.charts import training_rows
 from tppo.report.page import load_metrics
-from tppo.study.grid import SFT, Job, Plan
+from tppo.study.grid import Job, Plan
 
 RESULTS = pa.schema(
     [
@@ -48,7 +48,6 @@ CURVES = pa.schema(
         field("value", pa.float64(), "its value"),
     ]
 )
-_COUNTERS = ("update", "step")
 MEASURES = {
     "token_relevance": "relevance by the token reward model",
     "sentence_reward_mean": "relevance by the sentence reward model",
@@ -65,7 +64,7 @@ class Collected:
     """Rows of answers.parquet with `setting` and `job`, the name of the cell."""
     readings: pd.DataFrame
     """Rows of readings.parquet with `setting` and `job`."""
-    curves: list[dict[str, Any]]
+    curves: pd.DataFrame
     """Rows of curves.parquet."""
     metrics: dict[str, dict[str, Any]]
     """metrics.json of each cell, by name."""
@@ -76,6 +75,9 @@ class Collected:
         """Answers and readings of every job that stands for this setting, also when it was made for another one."""
         jobs = [job.name for (name, *_), job in [*plan.cell_of.items(), *plan.reading_of.items()] if name == setting]
         return self.answers[self.answers["job"].isin(jobs)], self.readings[self.readings["job"].isin(jobs)]
+
+    def curves_of(self, setting: str) -> pd.DataFrame:
+        return self.curves[self.curves["setting"] == setting]
 
     def means(self, measures: Sequence[str]) -> pd.DataFrame:
         """Mean over the answers of each measure (columns), by job and model; of the first judge where it is one's."""
@@ -94,52 +96,44 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
     """
     wanted = [*plan.cells, *plan.readings]
     finished = [job for job in wanted if job.name not in left_out and job.finished()]
-    frames: dict[str, list[pd.DataFrame]] = {"answers": [], "readings": []}
-    metrics, curves = {}, []
-    for job in finished:
-        folder = job.run.require(job.stages[-1])
-        for name, schema in (("answers", ANSWERS), ("readings", READINGS)):
-            if name == "readings" or job.model:
-                found = read_table(folder / f"{name}.parquet", schema).to_pandas()
-                frames[name].append(found.assign(setting=job.setting, job=job.name))
-        if job.model:
-            metrics[job.name] = load_metrics(folder).data
-            curves += curve_rows(job)
-    columns = {
-        name: [*schema.names, "setting", "job"] for name, schema in (("answers", ANSWERS), ("readings", READINGS))
-    }
-    whole = {
-        name: pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns[name])
-        for name, found in frames.items()
-    }
-    names = {job.name for job in finished}
-    return Collected(**whole, curves=curves, metrics=metrics, missing=[j.name for j in wanted if j.name not in names])
+    cells = [job for job in finished if job.model]
+    curves = [row for job in cells for row in _curve_rows(job)]
+    return Collected(
+        answers=_rows(cells, "answers", ANSWERS),
+        readings=_rows(finished, "readings", READINGS),
+        curves=pd.DataFrame(curves, columns=CURVES.names),
+        metrics={job.name: load_metrics(_last_folder(job)).data for job in cells},
+        missing=[job.name for job in wanted if job not in finished],
+    )
 
 
-def curve_rows(job: Job) -> list[dict[str, Any]]:
-    """The per-update metrics of a cell's own training; none for SFT and for a training taken from another cell."""
-    if job.model == SFT or rl_stage(job.model) not in job.stages:
+def _last_folder(job: Job) -> Path:
+    return job.run.require(job.stages[-1])
+
+
+def _rows(jobs: Sequence[Job], name: str, schema: pa.Schema) -> pd.DataFrame:
+    """A table that each of the jobs has, with `setting` and `job`."""
+    found = [
+        read_table(_last_folder(job) / f"{name}.parquet", schema).to_pandas().assign(setting=job.setting, job=job.name)
+        for job in jobs
+    ]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*schema.names, "setting", "job"])
+
+
+def _curve_rows(job: Job) -> list[dict[str, Any]]:
+    """Of a cell's own training; none for SFT and for a training taken from another cell."""
+    stage = rl_stage(job.model)
+    if stage not in job.stages:
         return []
-    path = job.run.require(rl_stage(job.model)) / "metrics.jsonl"
-    rows = []
-    for line in read_jsonl(path):
-        counter = next((name for name in _COUNTERS if name in line), None)
-        if counter is None:
-            raise UserError(f"{path}: a row without {' or '.join(_COUNTERS)}")
-        own = {"setting": job.setting, "model": job.model, "seed": job.seed, "update": int(line[counter])}
-        rows += [
-            {**own, "metric": name, "value": float(value)}
-            for name, value in line.items()
-            if name not in _COUNTERS and isinstance(value, int | float)
-        ]
-    return rows
+    own = {"setting": job.setting, "model": job.model, "seed": job.seed}
+    return [{**own, **row} for row in training_rows(job.run.require(stage))]
 
 
 def write_tables(collected: Collected, folder: Path) -> None:
     """Write results.parquet and curves.parquet."""
     results = pa.Table.from_pandas(collected.readings[RESULTS.names], preserve_index=False)
     write_table(folder / "results.parquet", results, RESULTS)
-    write_table(folder / "curves.parquet", collected.curves, CURVES)
+    write_table(folder / "curves.parquet", collected.curves.to_dict("records"), CURVES)
 
 
 def study_metrics(
@@ -161,26 +155,22 @@ def study_metrics(
         return SeedUserBootstrap(list(questions["user_id"]), list(questions["seed"]), draws, own_seed)
 
     data = build_metrics(answers, readings, judge=cell["judge"], rubric=rubric, bootstrap_of=bootstrap_of)
-    families: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for row in data["differences"]:
-        measure = f"{row['metric']} {row['reader']}"
-        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(row)
-    for row in data["wins"]:
-        if row["model"] not in REFERENCES:
-            what = f"wins by {row['by']}, {row['rubric']}"
-            families.setdefault((row["scope"], what, row["than"] in BASELINES), []).append(row["net"])
+    tested = [((row["metric"], row["reader"]), row, row) for row in data["differences"]]
+    tested += [((row["by"], row["rubric"]), row, row["net"]) for row in data["wins"] if row["model"] not in REFERENCES]
+    families: dict[tuple[str, tuple[str, str], bool], list[dict[str, Any]]] = {}
+    for measure, row, numbers in tested:
+        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(numbers)
     for family in families.values():
-        for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_holm"] = corrected
-    distinct = answers.drop_duplicates("example_id")["split"]
+        for numbers, corrected in zip(family, holm([numbers["p_value"] for numbers in family]), strict=True):
+            numbers["p_holm"] = corrected
+    split_of = answers.drop_duplicates("example_id")["split"]
+    # All evaluation sets together are a scope, and no split.
+    distinct = {scope: int((split_of == scope).sum()) or len(split_of) for scope in data["scopes"]}
     return Metrics(
         {
             **data,
             "seeds": int(answers["seed"].nunique()),
-            "distinct_examples": {
-                scope: int((distinct == scope).sum()) if scope in set(distinct) else len(distinct)
-                for scope in data["scopes"]
-            },
+            "distinct_examples": distinct,
             "judge_labelled_training": cell["judge_labelled_training"],
         }
     )
@@ -198,12 +188,8 @@ def value_at_kl(kl_T: np.ndarray, values_T: np.ndarray, level: float) -> float |
     reached = np.flatnonzero(kl_T >= level)
     if not len(reached):
         return None
-    after = int(reached[0])
-    if after == 0:
-        return float(values_T[0])
-    before = after - 1
-    part = (level - kl_T[before]) / (kl_T[after] - kl_T[before])
-    return float(values_T[before] + part * (values_T[after] - values_T[before]))
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(level, kl_T[around], values_T[around]))
 
 
 def common_kl(curves: Sequence[np.ndarray]) -> float | None:
@@ -254,106 +240,44 @@ def steadiness(values_ST: np.ndarray) -> Steadiness:
     return Steadiness(between, float((np.diff(values_ST, axis=1).std(axis=1, ddof=1) / np.sqrt(2)).mean()))
 
 
-MEASURES = {
-    "token_relevance": "relevance by the token reward model",
-    "sentence_reward_mean": "relevance by the sentence reward model",
-}
-"""Measures of a rollout that are the same for every RL algorithm, unlike the reward it is paid."""
+def models_with(curves: pd.DataFrame, metric: str) -> list[str]:
+    """Algorithms that have the measure, in the order of comparison."""
+    found = set(curves.loc[curves["metric"] == metric, "model"])
+    return [model for model in MODEL_ORDER if model in found]
 
 
-class Curve(NamedTuple):
-    """One measure of one algorithm over its training, all seeds."""
-
-    updates: np.ndarray
-    """(T)"""
-    values: np.ndarray
-    """(S, T)"""
-
-    @property
-    def mean(self) -> list[float]:
-        return [float(value) for value in self.values.mean(axis=0)]
-
-    @property
-    def spread(self) -> list[float | None]:
-        """Standard deviation between the seeds; None with one seed."""
-        if len(self.values) < 2:
-            return [None] * len(self.updates)
-        return [float(value) for value in self.values.std(axis=0, ddof=1)]
+def trainings(curves: pd.DataFrame, model: str, *metrics: str) -> dict[int, list[np.ndarray]]:
+    """Smoothed measures (T) of each training, by seed, at the updates that have all of them; a value that is none
+    counts as -inf."""
+    found = {}
+    for seed, rows in curves[(curves["model"] == model) & curves["metric"].isin(metrics)].groupby("seed"):
+        whole = rows.groupby("update")["metric"].transform("size") == len(metrics)
+        values = rows[whole].pivot(index="update", columns="metric", values="value")
+        if len(values):
+            found[int(seed)] = [np.nan_to_num(smooth(values[metric]), nan=-np.inf) for metric in metrics]
+    return found
 
 
-class Curves:
-    """Look-ups in the rows of curves.parquet of one setting."""
+def at_equal_kl(curves: pd.DataFrame, measure: str) -> tuple[float, pd.DataFrame] | None:
+    """Compare the algorithms that have a KL and the measure, where their KL is the same.
 
-    def __init__(self, rows: Sequence[dict[str, Any]], setting: str) -> None:
-        self._found: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
-        for row in rows:
-            if row["setting"] == setting:
-                by_seed = self._found.setdefault((row["model"], row["metric"]), {})
-                by_seed.setdefault(row["seed"], {})[row["update"]] = row["value"]
-
-    def models(self, metric: str) -> list[str]:
-        """Algorithms that have the measure, in the order of comparison."""
-        return [model for model in MODEL_ORDER if (model, metric) in self._found]
-
-    def get(self, model: str, metric: str) -> Curve | None:
-        """The updates that all seeds have (a training that `max_kl` halted is shorter than the others)."""
-        by_seed = self._found.get((model, metric))
-        if not by_seed:
-            return None
-        updates = sorted(set.intersection(*(set(values) for values in by_seed.values())))
-        values = [[by_seed[seed][update] for update in updates] for seed in sorted(by_seed)]
-        return Curve(np.array(updates), np.array(values, dtype=float).reshape(len(by_seed), len(updates)))
-
-    def trainings(self, model: str, *metrics: str) -> dict[int, list[np.ndarray]]:
-        """Smoothed measures (T) of each training that has all of them, by seed; a value that is none counts as -inf."""
-        of = [self._found.get((model, metric), {}) for metric in metrics]
-        found = {}
-        for seed in sorted(set.intersection(*(set(by_seed) for by_seed in of))):
-            updates = sorted(set.intersection(*(set(by_seed[seed]) for by_seed in of)))
-            smoothed = [smooth([by_seed[seed][update] for update in updates]) for by_seed in of]
-            found[seed] = [np.nan_to_num(values_T, nan=-np.inf) for values_T in smoothed]
-        return found
-
-
-class EqualKL(NamedTuple):
-    """Algorithms where their KL is the same."""
-
-    kl: float
-    """Nats per response: the largest that every training reaches."""
-    values: dict[str, SeedMean]
-    """By algorithm."""
-    differences: dict[tuple[str, str], SeedMean]
-    """First minus second, paired by seed."""
-
-
-def at_equal_kl(curves: Curves, measure: str) -> EqualKL | None:
-    """Compare the algorithms that have a KL and the measure; None when there is no common KL above 0."""
-    models = [model for model in curves.models(measure) if model in curves.models("kl")]
-    trainings = {model: curves.trainings(model, "kl", measure) for model in models}
-    level = common_kl([kl_T for found in trainings.values() for kl_T, _ in found.values()])
+    Returns:
+        The largest KL (nats per response) that every training reaches, and there the measure (seeds, algorithms), NaN
+        where a training has no value; None when there is no common KL above 0.
+    """
+    of = {model: trainings(curves, model, "kl", measure) for model in models_with(curves, measure)}
+    of = {model: found for model, found in of.items() if found}
+    level = common_kl([kl_T for found in of.values() for kl_T, _ in found.values()])
     if level is None:
         return None
-    values: dict[str, dict[int, float]] = {}
-    for model, seeds in trainings.items():
-        at_level = {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in seeds.items()}
-        values[model] = {seed: value for seed, value in at_level.items() if value is not None and np.isfinite(value)}
-    differences = {
-        (a, b): mean
-        for number, a in enumerate(models)
-        for b in models[number + 1 :]
-        if (mean := mean_over_seeds([values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]]))
+    values = {
+        model: {seed: value_at_kl(kl_T, value_T, level) for seed, (kl_T, value_T) in found.items()}
+        for model, found in of.items()
     }
-    means = {model: mean for model in models if (mean := mean_over_seeds(list(values[model].values())))}
-    return EqualKL(level, means, differences)
+    return level, pd.DataFrame(values, dtype=float).replace([np.inf, -np.inf], np.nan)
 
 
-def reaching(curves: Curves, measure: str, model: str, other: str) -> dict[int, Reached]:
+def reaching(curves: pd.DataFrame, measure: str, model: str, other: str) -> dict[int, Reached]:
     """When `model` first has the best of `other`, by seed."""
-    ours, theirs = curves.trainings(model, measure), curves.trainings(other, measure)
-    return {seed: updates_to_reach(ours[seed][0], theirs[seed][0]) for seed in ours if seed in theirs}
-
-
-def steadiness_of(curves: Curves, measure: str) -> dict[str, Steadiness]:
-    """By algorithm, of those with at least one update that all seeds have."""
-    found = {model: curves.get(model, measure) for model in curves.models(measure)}
-    return {model: steadiness(curve.values) for model, curve in found.items() if curve and len(curve.updates)}
+    ours, theirs = trainings(curves, model, measure), trainings(curves, other, measure)
+    return {seed: updates_to_reach(*ours[seed], *theirs[seed]) for seed in ours if seed in theirs}

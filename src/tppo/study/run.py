@@ -66,8 +66,7 @@ def check_readers(plan: Plan) -> None:
     Raises:
         UserError: names the setting of section `judge`.
     """
-    for job in plan.readings:
-        reader = job.recipe.evaluate.readings[0].reader
+    for (*_, reader), job in plan.reading_of.items():
         try:
             if reader in ("llm", "vote"):
                 LLMJudge(job.recipe.judge)
@@ -82,8 +81,9 @@ def discard(plan: Plan, redo: Sequence[str]) -> None:
         for stage in redo:
             job.run.discard_from(stage)
     for job in plan.readings if redo else ():
-        if job.run.missing_inputs(*job.stages):
-            job.run.discard_from(*job.stages)
+        (stage,) = job.stages
+        if job.run.missing_inputs(stage):
+            job.run.discard_from(stage)
 
 
 def stale_jobs(plan: Plan) -> dict[str, str]:
@@ -132,6 +132,7 @@ def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: in
         free.put(worker)
     processes: set[subprocess.Popen[bytes]] = set()
     futures: dict[Future[None], Job] = {}
+    failed: dict[str, str] = {}
 
     def work(number: int, job: Job, needed: list[Future[None]]) -> None:
         wait(needed)  # submitted earlier, so at work or done: no worker waits for a job behind it
@@ -147,24 +148,19 @@ def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: in
             needed = [future for future, other in futures.items() if job.needs(other)]
             futures[pool.submit(work, number, job, needed)] = job
         try:
-            failed = dict(filter(None, (_failure(futures[future], future) for future in as_completed(futures))))
+            for future in as_completed(futures):
+                name = futures[future].name
+                try:
+                    future.result()
+                except UserError as error:  # any other error is a bug, and raised
+                    failed[name] = str(error)
+                    console.print(f"{name} failed: {error}", style="red", markup=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(processes):
                 process.terminate()
             raise
     return {job.name: failed[job.name] for job in jobs if job.name in failed}
-
-
-def _failure(job: Job, future: Future[None]) -> tuple[str, str] | None:
-    """Name and reason of a failed job; an error that is no UserError is a bug, and raised."""
-    error = future.exception()
-    if error is None:
-        return None
-    if not isinstance(error, UserError):
-        raise error
-    console.print(f"{job.name} failed: {error}", style="red", markup=False, soft_wrap=True)
-    return job.name, str(error)
 
 
 def _call(
@@ -175,20 +171,19 @@ def _call(
     Raises:
         UserError: it stopped; with the last line of its log.
     """
-    log = folder / f"{command[3]}.log"  # python -m tppo STAGE
+    stage = command[3]  # python -m tppo STAGE
+    log = folder / f"{stage}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **worker}, stdout=output, stderr=output, pass_fds=(lock,)
-        )
+        environment = {**os.environ, **worker}
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, pass_fds=(lock,))
     processes.add(process)
     try:
         status = process.wait()
     finally:
         processes.discard(process)
     if status:
-        said = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
-        raise UserError(f"{command[3]} stopped (exit status {status}): {last[:300]} (all of it: {log})")
+        said = log.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)[-1].strip()
+        raise UserError(f"{stage} stopped (exit status {status}): {said[:300] or 'it said nothing'} (all of it: {log})")
     return 0
 
 

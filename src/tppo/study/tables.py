@@ -7,28 +7,31 @@ its answers, anew; what a setting does not concern (DPO and a setting of `rl`) w
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from tppo.core.config import Recipe
 from tppo.core.files import sha256_file
 from tppo.core.run import RunFolder
-from tppo.core.show import NOT_MEASURED, Table, digits, number, p_text, with_interval
+from tppo.core.show import NOT_MEASURED, Table, digits, p_text, with_interval
 from tppo.core.stages import DISPLAY, MODEL_ORDER
-from tppo.core.stats import IntervalEstimate, SeedMean, estimate
-from tppo.evaluate.compare import Metrics, cost_table, model_costs
-from tppo.evaluate.metrics import BY_NAME, KL
+from tppo.core.stats import IntervalEstimate, estimate, mean_over_seeds
+from tppo.evaluate.compare import Cost, Metrics, cost_table, model_costs
+from tppo.evaluate.metrics import BY_NAME
 from tppo.judge.agreement import RESULT
 from tppo.report import words
-from tppo.report.charts import line_chart, seed_line
-from tppo.study.grid import BASE, SFT, Plan, settings_tried, varied
-from tppo.study.results import MEASURES, Collected, Curves, at_equal_kl, reaching, steadiness_of
+from tppo.report.charts import Chart, curve, drawn, seed_line
+from tppo.study.grid import BASE, Plan, settings_tried, varied
+from tppo.study.results import MEASURES, Collected, at_equal_kl, models_with, reaching, steadiness
 
 FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
 """Order in which the first sentences name those the leading model is compared with."""
@@ -36,21 +39,18 @@ FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
 
 def claims(metrics: Metrics, scope: str) -> list[str]:
     """What the leading algorithm gains over each rival: "TPPO minus PPO: +2.4 points [+0.3, +4.5], ..."."""
-    pairs = metrics.pairs(scope)
-    if not pairs:
-        return []
-    headline, leading = metrics.headline, pairs[0][0]
-    rivals = [than for model, than in pairs if model == leading]
-    rivals.sort(key=lambda than: FIRST_RIVALS.index(than) if than in FIRST_RIVALS else len(FIRST_RIVALS))
+    pairs, headline = metrics.pairs(scope), metrics.headline
+    rank = {name: place for place, name in enumerate(FIRST_RIVALS)}
+    leading = [pair for pair in pairs if pair[0] == pairs[0][0]]
     sentences = []
-    for than in rivals:
-        row = metrics.difference_row(scope, leading, than, headline)
-        shift = words.shift(metrics.difference(scope, leading, than, headline), BY_NAME[headline])
+    for pair in sorted(leading, key=lambda pair: rank.get(pair[1], len(rank))):
+        row = metrics.difference_row(scope, *pair, headline)
+        shift = words.shift(estimate(row), BY_NAME[headline])
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
         count = metrics.data["distinct_examples"][scope]
         p = p_text(row["p_holm"])
         p = p if p.startswith("<") else f"= {p}"
-        sentences.append(f"{words.display((leading, than))}: {shift}, corrected p {p}; {seeds}, {count} examples.")
+        sentences.append(f"{words.display(pair)}: {shift}, corrected p {p}; {seeds}, {count} examples.")
     return sentences
 
 
@@ -77,62 +77,41 @@ def corrected_table(metrics: Metrics, scope: str) -> Table:
     return Table(heads, rows, title, note, f"corrected-{scope}")
 
 
-def _mean_text(found: SeedMean, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    if found.low is None or found.high is None:
-        return f"{found.value:{sign}.3f} (one seed)"
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-
-
-def distance_tables(metrics: Metrics) -> list[Table]:
-    """How far each policy went from SFT, and for what; none where no KL was measured on the evaluation users."""
-    scope, headline = metrics.scopes[0], BY_NAME[metrics.headline]
-    rows = []
-    for model in metrics.policies:
-        kl = metrics.cell(scope, model, KL.name)
-        if kl.value is None:
-            continue
-        gain = metrics.difference(scope, model, SFT, headline.name)
-        rates: list[float | None] = [None, None]
-        if gain.value is not None and kl.value > 0:
-            rates = [100 * gain.value / distance for distance in (kl.value, math.sqrt(kl.value))]
-        shown = [with_interval(kl, KL.unit), words.shift(gain, headline), *map(number, rates)]
-        rows.append([DISPLAY[model], *shown, str(kl.examples)])
-    note = (
-        "KL(policy || SFT) in nats per response at the prompts of the evaluation users, mean log ratio of responses "
-        "sampled anew at temperature 1; interval over users and seeds. The headline's gain over SFT beside it, and the "
-        "gain for a nat, which flatters a policy that stayed near since the first nats are the cheapest, and for the "
-        "square root of the nats, against which Gao et al. (ICML 2023) fit gains."
-    )
-    gained = f"{headline.label}, over SFT"
-    heads = ["Model", KL.label, gained, "Points for a nat", "Points for √nats", "Responses"]
-    return [Table(heads, rows, "Distance from SFT on the evaluation users", note, "distance")] if rows else []
-
-
-def equal_kl_table(curves: Curves) -> Table:
+def equal_kl_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         found = at_equal_kl(curves, measure)
         if found is None:
             continue
-        head = f"{label}, at {found.kl:.2f} nats"
-        rows += [[head, DISPLAY[model], _mean_text(value)] for model, value in found.values.items()]
-        rows += [
-            [head, words.display(pair), _mean_text(value, signed=True)] for pair, value in found.differences.items()
-        ]
+        level, values = found
+        head = f"{label}, at {level:.2f} nats"
+        pairs = list(itertools.combinations(values, 2))
+        rows += [[head, DISPLAY[model], _mean_text(values[model])] for model in values]
+        rows += [[head, words.display((a, b)), _mean_text(values[a] - values[b], "+")] for a, b in pairs]
     note = (
         "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
         "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
         "over the seeds."
     )
-    return Table(["Measure", "Model", "Mean over seeds"], rows, "At equal KL", note, "equal-kl")
+    measured = [row for row in rows if row[-1]]
+    return Table(["Measure", "Model", "Mean over seeds"], measured, "At equal KL", note, "equal-kl")
 
 
-def reach_table(curves: Curves) -> Table:
+def _mean_text(values: pd.Series, sign: str = "") -> str:
+    """Mean over the seeds that have a value; empty when none has."""
+    found = mean_over_seeds(values.dropna().tolist())
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f} (one seed)"
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def reach_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in MEASURES.items():
         for other in ("ppo", "ppo_sum"):
-            for seed, found in sorted(reaching(curves, measure, "tppo", other).items()):
+            for seed, found in reaching(curves, measure, "tppo", other).items():
                 reached = "never" if found.update is None else str(found.update)
                 share = NOT_MEASURED if found.share is None else f"{100 * found.share:.0f}"
                 head = f"{DISPLAY[other]}'s best {label}, seed {seed}"
@@ -145,11 +124,13 @@ def reach_table(curves: Curves) -> Table:
     return Table(heads, rows, "Updates to the rivals' best", note, "reach")
 
 
-def steadiness_table(curves: Curves) -> Table:
+def steadiness_table(curves: pd.DataFrame) -> Table:
     rows = []
     for measure, label in {"reward_mean": "reward, in its own coin", **MEASURES}.items():
-        for model, found in steadiness_of(curves, measure).items():
-            rows.append([label, DISPLAY[model], *map(digits, found)])
+        for model in models_with(curves, measure):
+            values = curve(curves, model, measure)
+            if len(values):  # an update that all seeds have
+                rows.append([label, DISPLAY[model], *map(digits, steadiness(values.to_numpy().T))])
     note = (
         "Between seeds: standard deviation at the same update, mean over the updates. Between updates: that of the "
         "change from one update to the next, divided by the root of 2, so that a trend does not count, mean over the "
@@ -197,17 +178,18 @@ def budget_table(plan: Plan) -> Table:
 
 def time_table(plan: Plan) -> Table:
     """Machine time of the finished stages, cells of one model and setting in one row."""
-    groups: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    costs: dict[str, list[dict[str, Any]]] = {}
     for job in plan.jobs:
+        whose = f"{job.setting}, {DISPLAY[job.model] if job.model else 'shared'}"
         for stage in job.stages:
-            manifest = job.run.manifest(stage)
-            if manifest is not None:
-                whose = f"{job.setting}, {DISPLAY[job.model]}" if job.model else f"{job.setting}, shared"
-                groups.setdefault((whose, stage), []).append((manifest["seconds"], manifest["peak_memory_mib"]))
-    total = [cost for found in groups.values() for cost in found]
-    rows = [[f"{whose}: {stage}", *_cost_cells(found)] for (whose, stage), found in groups.items()]
-    if total:
-        rows.append(["All", *_cost_cells(total)])
+            if manifest := job.run.manifest(stage):
+                costs.setdefault(f"{whose}: {stage}", []).append(manifest)
+    if costs:
+        costs["All"] = list(itertools.chain.from_iterable(costs.values()))
+    rows = []
+    for name, found in costs.items():
+        minutes, peak = sum(one["seconds"] for one in found) / 60, max(one["peak_memory_mib"] for one in found)
+        rows.append([name, str(len(found)), f"{minutes:.1f}", str(peak)])
     note = "Of the try that finished each stage: what an interrupted one had spent before is not in it."
     heads = ["Stage", "Times", "Minutes, all", "Peak memory, MiB"]
     return Table(heads, rows, "Machine time", note, "cost")
@@ -216,35 +198,30 @@ def time_table(plan: Plan) -> Table:
 def point_cost_table(plan: Plan, metrics: Metrics) -> Table:
     """What a point of the headline over SFT costs, by model: of the mean cell, and of the gain over all seeds."""
     scope = metrics.scopes[0]
-    costs = []
-    for model in metrics.policies:
-        jobs = [job for (setting, name, _), job in plan.cell_of.items() if (setting, name) == (BASE, model)]
-        done = [job for job in jobs if model != SFT and job.run.manifest("evaluate") is not None]
-        found = [
-            cost for job in done for cost in model_costs(job.recipe, job.run, metrics, scope) if cost.model == model
-        ]
-        if found:
-            seconds, per_answer = (
-                _mean_or_none(values)
-                for values in zip(*((cost.seconds, cost.seconds_per_answer) for cost in found), strict=True)
-            )
-            costs.append(replace(found[0], seconds=seconds, seconds_per_answer=per_answer))
+    by_model: dict[str, list[Cost]] = {model: [] for model in metrics.policies}
+    for (setting, model, _), job in plan.cell_of.items():
+        if setting == BASE and model in by_model and job.run.manifest("evaluate") is not None:
+            found = model_costs(job.recipe, job.run, metrics, scope)
+            by_model[model] += [cost for cost in found if cost.model == model]
+
+    def mean(values: list[Any]) -> float | None:
+        return None if None in values else fmean(values)
+
+    costs = [
+        replace(
+            found[0],
+            seconds=mean([cost.seconds for cost in found]),
+            seconds_per_answer=mean([cost.seconds_per_answer for cost in found]),
+        )
+        for found in by_model.values()
+        if found
+    ]
     note = (
         "All that was made for a model and not for SFT (its training, and the responses, labels and reward models that "
         "it reads, in full for each), mean of the seeds, for a percentage point of the headline over SFT. Intervals: "
         "those of the gain. Minutes are of the threads that the stages ran with."
     )
     return replace(cost_table(costs, note), title="Cost of a point", id="point-cost")
-
-
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _cost_cells(found: Sequence[tuple[float, int]]) -> list[str]:
-    seconds, memory = zip(*found, strict=True)
-    return [str(len(found)), f"{sum(seconds) / 60:.1f}", str(max(memory))]
 
 
 CHANGE_NO_ANSWER = ("evaluate.readings",)
@@ -265,20 +242,15 @@ class Ablation:
 
 
 def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: list[str]) -> list[Ablation]:
-    """The ablations of a study with at least one point beside the recipe's own.
-
-    Args:
-        measures: columns of generations.parquet.
-    """
+    """The ablations of a study with at least one point beside the recipe's own."""
     values: dict[str, dict[str, float]] = {}
     for setting in recipe.study.settings:
-        names = [name for name in setting.overrides if name not in CHANGE_NO_ANSWER]
-        if len(names) != 1:
-            continue
-        (name,) = names
-        own, base = (_number(one, name) for one in (varied(recipe, setting), recipe))
-        if own is not None and base is not None:
-            values.setdefault(name, {BASE: base})[setting.name] = own
+        names = setting.overrides.keys() - CHANGE_NO_ANSWER
+        if len(names) == 1:
+            (name,) = names
+            own, base = (_number(one, name) for one in (varied(recipe, setting), recipe))
+            if own is not None and base is not None:
+                values.setdefault(name, {BASE: base})[setting.name] = own
     found = [Ablation(name, of, _rows(plan, collected, of, measures)) for name, of in values.items()]
     return [ablation for ablation in found if len({row["value"] for row in ablation.rows}) > 1]
 
@@ -295,15 +267,12 @@ def _rows(plan: Plan, collected: Collected, values: Mapping[str, float], measure
     rows = []
     means = collected.means(measures)
     for (setting, model, seed), job in plan.cell_of.items():
-        if setting not in values or model not in MODEL_ORDER or job.name not in means.index:
-            continue
         base = plan.cell_of.get((BASE, model, seed))
         anew = {name for name in values if plan.cell_of.get((name, model, seed)) not in (None, base)}
-        if not anew or setting not in {BASE, *anew}:
-            continue
-        own = {"setting": setting, "value": values[setting], "model": model, "seed": seed}
-        found = means.loc[job.name].loc[model]
-        rows.append({**own, **{name: None if np.isnan(found[name]) else float(found[name]) for name in measures}})
+        if anew and setting in {BASE, *anew} and model in MODEL_ORDER and job.name in means.index:
+            own = {"setting": setting, "value": values[setting], "model": model, "seed": seed}
+            found = means.loc[job.name].loc[model]
+            rows.append({**own, **{name: None if np.isnan(found[name]) else float(found[name]) for name in measures}})
     return rows
 
 
@@ -314,22 +283,16 @@ def ablation_measures(metrics: Metrics) -> list[str]:
 
 def ablation_charts(ablation: Ablation, measures: list[str]) -> list[Markup]:
     """Each measure against the setting's value: mean over the seeds, band of one standard deviation between them."""
+    rows = pd.DataFrame(ablation.rows)
+    models = [model for model in reversed(MODEL_ORDER) if model in set(rows["model"])]
     charts = []
-    models = [model for model in reversed(MODEL_ORDER) if any(row["model"] == model for row in ablation.rows)]
     for name in measures:
-        unit = BY_NAME[name].unit
-        shown = [
-            {**row, name: 100 * row[name] if unit == "rate" else row[name]}
-            for row in ablation.rows
-            if row[name] is not None
-        ]
-        lines = [
-            seed_line(model, DISPLAY[model], [row for row in shown if row["model"] == model], "value", name)
-            for model in models
-        ]
-        title = words.head(BY_NAME[name], "%")
-        charts.append(line_chart([replace(line, marked=True) for line in lines], title, ablation.name))
-    return [chart for chart in charts if chart]
+        scale = 100 if BY_NAME[name].unit == "rate" else 1
+        points = rows.assign(**{name: scale * rows[name].astype(float)})
+        lines = [seed_line(model, DISPLAY[model], points[points["model"] == model], "value", name) for model in models]
+        lines = [replace(line, marked=True) for line in lines]
+        charts.append(Chart(lines, words.head(BY_NAME[name], "%"), ablation.name))
+    return drawn(charts)
 
 
 def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None], measures: list[str]) -> Table:
@@ -339,17 +302,16 @@ def ablation_table(ablation: Ablation, by_setting: Mapping[str, Metrics | None],
         by_setting: metrics of each setting, `BASE` included; None for one without finished cells.
     """
     heads = [ablation.name, "Model", "Seeds", *(words.head(BY_NAME[name], "%") for name in measures)]
+    seeds = Counter((row["setting"], row["model"]) for row in ablation.rows)
     rows = []
     for setting, value in sorted(ablation.values.items(), key=lambda pair: pair[1]):
         metrics = by_setting[setting]
         for model in reversed(MODEL_ORDER):
-            seeds = sum(row["setting"] == setting and row["model"] == model for row in ablation.rows)
-            if metrics is None or not seeds:
-                continue
-            texts = [
-                with_interval(metrics.cell(metrics.scopes[0], model, name), BY_NAME[name].unit) for name in measures
-            ]
-            rows.append([f"{value:g}{' (the recipe)' if setting == BASE else ''}", DISPLAY[model], str(seeds), *texts])
+            if metrics is not None and seeds[setting, model]:
+                shown = [(metrics.cell(metrics.scopes[0], model, name), BY_NAME[name].unit) for name in measures]
+                head = f"{value:g}{' (the recipe)' if setting == BASE else ''}"
+                texts = [with_interval(cell, unit) for cell, unit in shown]
+                rows.append([head, DISPLAY[model], str(seeds[setting, model]), *texts])
     note = (
         f"Settings that change nothing but {ablation.name}; only models that it concerns. Line: mean over the seeds. "
         "Band: one standard deviation between them. Choosing a value here is a choice made on the evaluation sets."
