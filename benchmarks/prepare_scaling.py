@@ -22,12 +22,13 @@ from rich.table import Table
 
 from tppo.core.config import Synthetic
 from tppo.core.run import MANIFEST
+from tppo.logs.prepare import DUCKDB_THREADS
 
 
-def measure(scale: int, memory_limit: str, threads: int, folder: Path) -> dict[str, Any]:
+def measure(scale: int, memory_limit: str, folder: Path) -> dict[str, Any]:
     """Write the log of one size, prepare it, and return the measures of `prepare`."""
     flags = ["--run_dir", str(folder), "--synthetic.users", str(Synthetic().users * scale)]
-    flags += ["--prepare.memory_limit", memory_limit, "--prepare.threads", str(threads)]
+    flags += ["--prepare.memory_limit", memory_limit]
     for stage in ("synthetic", "prepare"):
         subprocess.run([sys.executable, "-m", "tppo", stage, *flags], check=True)
     manifest = json.loads((folder / "prepare" / MANIFEST).read_text(encoding="utf-8"))
@@ -41,7 +42,7 @@ def measure(scale: int, memory_limit: str, threads: int, folder: Path) -> dict[s
         "rows_per_second": facts["rows_per_second"],
         "peak_mib": manifest["peak_memory_mib"],
         "memory_limit": memory_limit,
-        "threads": threads,
+        "threads": DUCKDB_THREADS,
     }
 
 
@@ -49,14 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--memory_limit", default="2GB", help="prepare.memory_limit")
-    parser.add_argument("--threads", type=int, default=2, help="prepare.threads")
     parser.add_argument("--output", type=Path, help="write the measures as JSON")
     arguments = parser.parse_args()
     measures = []
     for scale in arguments.scales:
         with tempfile.TemporaryDirectory() as folder:
-            measures.append(measure(scale, arguments.memory_limit, arguments.threads, Path(folder)))
-    table = Table(title=f"prepare, memory limit {arguments.memory_limit}, {arguments.threads} threads")
+            measures.append(measure(scale, arguments.memory_limit, Path(folder)))
+    table = Table(title=f"prepare, memory limit {arguments.memory_limit}, {DUCKDB_THREADS} threads")
     for name in measures[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in measures:

@@ -23,11 +23,14 @@ from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import PROBES
 from tppo.logs.prepare import check_settings as check_prepare
 from tppo.model_sizes import encoder_size, policy_size
-from tppo.reward.gate import check_settings as check_gate
 from tppo.reward.train import KINDS, settings_for
 from tppo.reward.train import check_settings as check_reward
 from tppo.rl.guards import check_config
 from tppo.tune.trl import check_batch_sizes
+
+UTILISATION = 0.4
+"""Share of the peak speed that is reached: a usual figure for well-tuned training. Where you measured another one, give
+`plan.tflops` the speed you measured, divided by this."""
 
 
 @dataclass
@@ -57,7 +60,6 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     check_batch_sizes(recipe.sft, "sft")
     check_label(recipe.label)
     check_reward(recipe.reward)
-    check_gate(recipe.check_reward)
     check_config(recipe.rl, recipe.task.max_response_tokens)
     if "dpo" in recipe.algorithms:
         check_batch_sizes(recipe.dpo, "dpo")
@@ -105,10 +107,10 @@ class Planner:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe = _on_the_assumed_device(recipe)
         plan = recipe.plan
-        for name in ("tflops", "utilisation", "bandwidth", "device_memory"):
+        for name in ("tflops", "bandwidth", "device_memory"):
             if getattr(plan, name) <= 0:
                 raise UserError(f"plan.{name}={getattr(plan, name)}: give a number above 0")
-        self.machine = Machine(plan.tflops * 1e12 * plan.utilisation, plan.bandwidth * 1e12)
+        self.machine = Machine(plan.tflops * 1e12 * UTILISATION, plan.bandwidth * 1e12)
         self.policy = policy_size(recipe)
         self.encoder = encoder_size(recipe.reward)
         check(recipe, self.policy, self.encoder)
@@ -254,16 +256,14 @@ class Planner:
         does = (
             f"{settings.updates:,} updates x {settings.batch_size} prompts = {rollouts:,} rollouts, {steps:,} steps, "
         )
-        eager = settings.attention == "eager"
-        notes = [f"{stage}: rl.attention=eager keeps attention scores as well, which are not counted"] if eager else []
-        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds, notes)
+        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds)
 
     def evaluate(self) -> StagePlan:
-        settings, precision = self.recipe.evaluate, self.recipe.rl.precision
+        settings, precision, batch = self.recipe.evaluate, self.recipe.rl.precision, self.recipe.sample.batch_size
         found = [self.examples(settings.max_examples, split) for split in settings.splits]
         names = evaluated_models(self.recipe)
         policies = [name for name in names if name not in (*settings.baselines, *REFERENCES)]
-        memory = self._generation_memory(precision, settings.batch_size)
+        memory = self._generation_memory(precision, batch)
         counts = [count for count in found if count is not None]
         if len(counts) < len(found):
             return StagePlan("evaluate", "all evaluation examples: unknown before prepare", memory)
@@ -274,7 +274,7 @@ class Planner:
         if uses_llm_judge("evaluate", self.recipe):
             requests = count * len(names) * len(self.recipe.judge.rubrics)
             notes = [f"evaluate: at most {requests:,} requests to {self.recipe.judge.model}"]
-        return StagePlan("evaluate", does, memory, self._generate(generated, settings.batch_size, precision), notes)
+        return StagePlan("evaluate", does, memory, self._generate(generated, batch, precision), notes)
 
     def read(self, stage: str) -> StagePlan:
         """A reading of the answers of `evaluate`."""
@@ -289,7 +289,7 @@ class Planner:
             asked, does = 2 * len(voted_pairs(names)) * count, f"votes on {count:,} examples"
         elif reading.reader == "distance":
             asked, generated = 0, count * len(self.recipe.algorithms)
-            seconds = self._generate(generated, settings.batch_size, self.recipe.rl.precision)
+            seconds = self._generate(generated, self.recipe.sample.batch_size, self.recipe.rl.precision)
             does = f"{generated:,} responses generated"
         else:
             asked = count * len(names) * len(self.recipe.judge.rubrics) if reading.reader == "llm" else 0
@@ -369,7 +369,7 @@ def plan_text(recipe: Recipe) -> str:
                 lines.append(f"    more than one device of {machine.device_memory:g} GiB: {way_out}")
     lines += ["", *(note for plan in stages for note in plan.notes)]
     lines += [
-        f"Assumed: {machine.tflops:g} TFLOP/s at {machine.utilisation:.0%} (plan.tflops, plan.utilisation), "
+        f"Assumed: {machine.tflops:g} TFLOP/s (plan.tflops) at {UTILISATION:.0%}, "
         f"{machine.bandwidth:g} TB/s (plan.bandwidth), one device; precision: auto counts as bf16.",
         "Time: 6 N per trained token (4 N with LoRA), 2 N per token read, N the parameters; a generated token also",
         "takes at least one reading of weights and cache. Formulas and sources: src/tppo/estimate.py.",

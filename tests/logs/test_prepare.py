@@ -32,7 +32,9 @@ def key(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def small_log(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("log") / "log.tsv"
-    synthetic.write_log(Synthetic(users=40, events_per_user=40), 3, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "EVENTS_PER_USER", 40)
+        synthetic.write_log(Synthetic(users=40), 3, path)
     return path
 
 
@@ -178,7 +180,8 @@ def test_same_log_same_examples_and_another_key_other_users(tmp_path, small_log,
     tables = []
     for name, key in (("a", KEY), ("b", KEY), ("c", KEY[::-1])):
         monkeypatch.setenv("TPPO_HASH_KEY", key)
-        recipe = recipe_for(tmp_path / name, small_log, threads=1 if name == "a" else 2)
+        recipe = recipe_for(tmp_path / name, small_log)
+        monkeypatch.setattr(prepare, "DUCKDB_THREADS", 1 if name == "a" else 2)
         run_prepare(recipe)
         tables.append(pq.read_table(RunFolder(recipe).path("prepare") / "examples.parquet"))
     assert tables[0].equals(tables[1])
@@ -273,9 +276,10 @@ def test_many_files_are_one_log(tmp_path, small_log) -> None:
     assert {reject["file"] for reject in rejects} == {str(path) for path in parts}
 
 
-def test_spills_within_a_small_memory_limit(tmp_path, small_log) -> None:
+def test_spills_within_a_small_memory_limit(tmp_path, small_log, monkeypatch) -> None:
     _, expected, _ = run_prepare(recipe_for(tmp_path / "a", small_log))
-    _, examples, _ = run_prepare(recipe_for(tmp_path / "b", small_log, memory_limit="64MB", threads=1))
+    monkeypatch.setattr(prepare, "DUCKDB_THREADS", 1)
+    _, examples, _ = run_prepare(recipe_for(tmp_path / "b", small_log, memory_limit="64MB"))
     assert examples == expected
 
 

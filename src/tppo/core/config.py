@@ -40,8 +40,6 @@ class Synthetic:
 
     users: int = 400
     """Number of users."""
-    events_per_user: int = 60
-    """Mean number of events of a user."""
     topics: int = 12
     """Topics that users are interested in, of the twelve there are. Fewer make a smaller world, which a small policy
     learns sooner."""
@@ -91,8 +89,6 @@ class Prepare:
     """Longer event texts are rejected (with a reason)."""
     memory_limit: str = "2GB"
     """DuckDB's memory limit; beyond it, it spills to disk. Python and libraries need about 200 MB more."""
-    threads: int = 2
-    """DuckDB threads."""
 
 
 @dataclass
@@ -113,7 +109,23 @@ class Scratch:
 
 
 @dataclass
-class SFT:
+class Training:
+    """How the weights of the policy are trained: `sft`, `rl` and `dpo` have these settings each."""
+
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters, which the saved model has merged. With LoRA the reference of RL and DPO is
+    the model with its adapters off, so it takes no memory of its own."""
+    lora_r: int = 16
+    """LoRA rank (alpha is twice the rank)."""
+    micro_batch_size: int = 16
+    """Examples, responses or pairs (two sequences each) in a forward pass; lower it when memory runs out."""
+    precision: Precision = "auto"
+    """bf16: float32 weights under bf16 autocast, rollouts use a bf16 copy; fp32; auto: bf16 where the device multiplies
+    it faster than fp32. `sample` takes that of `sft`; `evaluate`, `distance` and `serve` that of `rl`."""
+
+
+@dataclass
+class SFT(Training):
     """Supervised fine-tuning on the true next queries (TRL SFTTrainer, loss on the response only)."""
 
     model: str = "smollm2"
@@ -124,22 +136,12 @@ class SFT:
     """Training examples used, drawn with the seed; 0 means all."""
     max_eval_examples: int = 200
     """Examples of the reward_eval users for the evaluation loss; 0 means no evaluation."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters that are merged into the saved model."""
-    lora_r: int = 16
-    """LoRA rank."""
     learning_rate: float = 1e-4
     """Peak learning rate (linear decay with warm-up)."""
     epochs: float = 1.0
     """Passes over the training examples."""
     batch_size: int = 16
     """Examples in an optimiser step."""
-    micro_batch_size: int = 16
-    """Examples in a forward pass; lower it when memory runs out."""
-    warmup_share: float = 0.05
-    """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 50
     """Steps between resumable checkpoints."""
 
@@ -180,8 +182,6 @@ class Label:
     """Constructed responses to label for the reward models to learn from, beside the sampled ones: for each kind (real,
     shuffled, noise, repeated, copied: `tppo.judge.probes`) to how many training examples. The SFT model hardly ever
     copies or repeats, so reward models that saw its responses only may prefer those who do."""
-    batch_size: int = 64
-    """Texts encoded together."""
 
 
 @dataclass
@@ -192,8 +192,6 @@ class JudgeSettings:
     """Endpoint; its chat completions are used."""
     model: str = ""
     """Model name to ask for, as the server knows it. Required by `label.judge: llm`."""
-    api_key_env: str = "TPPO_JUDGE_API_KEY"
-    """Environment variable that holds the API key; on loopback it may be unset."""
     allow_remote: bool = False
     """Send log data to a host that is not this machine. The log's users are people: think before you say true."""
     template: Literal["token", "sentence"] = "token"
@@ -207,8 +205,6 @@ class JudgeSettings:
     """What relevance is judged against; each rubric is a request of its own."""
     temperature: float = 0.0
     """Sampling temperature of the first reply."""
-    retry_temperature: float = 0.5
-    """Temperature of further replies after one that broke the contract: at 0 it would be the same again."""
     max_reply_tokens: int = 1024
     """Token limit of a reply; a reply that reaches it is truncated and counts as broken."""
     response_format: Literal["json_schema", "json_object_schema", "json_object", "none"] = "json_schema"
@@ -216,8 +212,6 @@ class JudgeSettings:
     of llama-cpp-python. Replies are checked in full whichever it is."""
     reply_attempts: int = 3
     """Replies asked for before the judge abstains."""
-    transport_attempts: int = 8
-    """Tries of one request (busy server, time-out, broken connection) before it is listed as failed."""
     timeout: float = 120.0
     """Seconds to wait for a reply."""
     max_concurrency: int = 16
@@ -338,18 +332,12 @@ class CheckReward:
     many reward models cannot tell, which is reported as a caution."""
     min_real_over_copied: float = 0.0
     """The same against the newest searches of the history, word for word."""
-    min_responses: int = 30
-    """Fewest held-out responses, and probed examples, to judge from. Fewer cannot tell, which counts as failed."""
-    min_class_count: int = 5
-    """Fewest held-out words, and responses, of each label (relevant, irrelevant) for an AUC; fewer cannot tell."""
     max_examples: int = 200
     """Examples of held-out users that are probed, drawn with the seed; 0 means all."""
-    bootstrap_samples: int = 1000
-    """Bootstrap resamples of users for the 95% intervals."""
 
 
 @dataclass
-class RL:
+class RL(Training):
     """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum)."""
 
     algorithm: Algorithm = "tppo"
@@ -361,15 +349,8 @@ class RL:
     """Prompts in a rollout."""
     minibatch_size: int = 32
     """Responses in an optimiser step."""
-    micro_batch_size: int = 16
-    """Responses in a forward pass; lower it when memory runs out."""
     ppo_epochs: int = 1
     """Passes over each rollout."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters: the reference is then the model with its adapters off, and the saved
-    model has them merged."""
-    lora_r: int = 16
-    """LoRA rank (alpha is twice the rank)."""
     learning_rate: float = 1e-5
     """Learning rate of the policy (paper: 5e-6)."""
     warmup_updates: int = 2
@@ -447,14 +428,6 @@ class RL:
     `overlong_buffer` tokens before it (soft overlong punishment of DAPO); for any reward function."""
     overlong_buffer: int = 8
     """Tokens before the limit over which `overlong_penalty` rises from 0."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast, rollouts use a bf16 copy; fp32; auto: bf16 where the device multiplies
-    it faster than fp32. `evaluate`, `distance` and `serve` sample in it, too."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """sdpa: torch's fused attention; eager: two matrix products and a softmax, faster on a CPU and short texts, but its
-    memory grows with the square of the length. auto: eager on a CPU up to 512 tokens, else sdpa."""
     save_every: int = 10
     """Updates between resumable checkpoints; 1 makes every update a safe point."""
     keep_checkpoints: int = 1
@@ -465,11 +438,9 @@ class RL:
     trackers: list[Tracker] = field(default_factory=list)
     """Trackers that get the numbers of metrics.jsonl, too; each is a pip package of its name. tensorboard writes into
     the stage's folder; wandb needs WANDB_API_KEY, an earlier `wandb login` or WANDB_MODE=offline, and never asks."""
-    tracker_project: str = "tppo"
-    """Project (mlflow: experiment) that trackers with such a thing log under."""
 
 
-RL_DISPLAY = ("trackers", "tracker_project")
+RL_DISPLAY = ("trackers",)
 """Settings of RL that say where metrics are shown; they may change without making a finished policy stale."""
 
 
@@ -479,35 +450,23 @@ def rl_identity(settings: RL) -> dict[str, Any]:
 
 
 @dataclass
-class DPO:
+class DPO(Training):
     """Direct preference optimisation (TRL DPOTrainer): the paper's baseline without a reward model (App. H)."""
 
     pairs: Literal["sft_output", "judged"] = "sft_output"
     """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H);
     judged: the best and the worst of several sampled responses to one prompt, by the label stage's verdicts
     (needs sample.samples_per_example of at least 2)."""
-    rubric: Rubric = "targets"
-    """Which verdicts order judged pairs; give what reward.rubric has, or the comparison with RL is unfair."""
     beta: float = 0.1
     """How strongly the policy is held to the SFT model (the paper gives none; 0.1 is TRL's and DPO's own)."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters that are merged into the saved model."""
-    lora_r: int = 16
-    """LoRA rank."""
     learning_rate: float = 5e-6
     """Peak learning rate (linear decay with warm-up; the paper's 5e-6)."""
     epochs: float = 2.0
     """Passes over the pairs (the paper's 2)."""
-    max_eval_examples: int = 200
-    """Examples of the reward_eval users whose pairs are measured after each pass; 0 means no evaluation."""
     batch_size: int = 64
     """Pairs in an optimiser step (the paper's 64)."""
     micro_batch_size: int = 8
     """Pairs in a forward pass, two sequences each; lower it when memory runs out."""
-    warmup_share: float = 0.05
-    """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 10
     """Steps between resumable checkpoints."""
 
@@ -534,8 +493,6 @@ class Evaluate:
     """Examples of each set, drawn with the seed; 0 means all."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
-    batch_size: int = 32
-    """Prompts generated together."""
     models: list[str] = field(default_factory=list)
     """Who answers, of all that the recipe has (sft, algorithms, untuned, baselines, references); empty: everybody. A
     study sets it, so that its cells have SFT and the baselines once per seed."""
@@ -596,8 +553,6 @@ class Agreement:
     """labels.parquet of another judge on the same responses."""
     port: int = 8001
     """Port of the page; it listens on this machine only."""
-    bootstrap_samples: int = 2000
-    """Bootstrap resamples of responses for the 95% intervals."""
 
 
 @dataclass
@@ -637,8 +592,6 @@ class Plan:
 
     tflops: float = 312.0
     """Peak speed of one device in 10^12 operations per second (312: bf16 of an A100, by its data sheet)."""
-    utilisation: float = 0.4
-    """Share of the peak that is reached (0.4: a usual figure for well-tuned training; measure yours)."""
     bandwidth: float = 2.0
     """Memory bandwidth of one device in 10^12 bytes per second (2.0: an A100 with 80 GB); it bounds generation."""
     device_memory: float = 80.0
@@ -683,7 +636,15 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
-RETIRED: dict[str, Any] = {"label.injection_probes": 0}
+RETIRED: dict[str, Any] = {
+    "synthetic.events_per_user": 60, "prepare.threads": 2,
+    "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,
+    "label.batch_size": 64, "label.injection_probes": 0,
+    "judge.retry_temperature": 0.5, "judge.transport_attempts": 8, "judge.api_key_env": "TPPO_JUDGE_API_KEY",
+    "check_reward.min_responses": 30, "check_reward.min_class_count": 5, "check_reward.bootstrap_samples": 1000,
+    "rl.max_grad_norm": 1.0, "rl.attention": "auto", "rl.tracker_project": "tppo",
+    "agreement.bootstrap_samples": 2000, "plan.utilisation": 0.4,
+}  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
 REPLACED = {
     **dict.fromkeys(
@@ -692,5 +653,8 @@ REPLACED = {
     ),
     "evaluate.distance_examples": "evaluate.readings",
     "evaluate.tuned_only": "evaluate.models",
+    "evaluate.batch_size": "sample.batch_size",
+    "dpo.rubric": "reward.rubric",
+    "dpo.max_eval_examples": "sft.max_eval_examples",
 }
 """Settings that are asked for in another way now."""

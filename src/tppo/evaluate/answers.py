@@ -151,7 +151,7 @@ def _policy(name: str, recipe: Recipe, run: RunFolder) -> Answerer:
             max_new_tokens=recipe.task.max_response_tokens,
             temperature=recipe.evaluate.temperature,
             seed=stream_seed(recipe.seed, stream, split),
-            batch_size=recipe.evaluate.batch_size,
+            batch_size=recipe.sample.batch_size,
             description=f"evaluate: {name} answers {split}",
         )
         return generations, dropped_events
@@ -192,7 +192,7 @@ def _token_reward_sums(
 
     reward_fn = query_reward(run, replace(recipe.rl, algorithm="tppo"), recipe.task, examples, tokenizer)
     samples = [make_sample(tokenizer, generation, index) for index, generation in enumerate(generations)]
-    size = recipe.evaluate.batch_size
+    size = recipe.sample.batch_size
     chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
     return [
         float(np.sum(rewards))

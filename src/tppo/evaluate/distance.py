@@ -49,10 +49,10 @@ def distances(
             max_new_tokens=recipe.task.max_response_tokens,
             temperature=TEMPERATURE,
             seed=stream_seed(recipe.seed, "distance"),
-            batch_size=recipe.evaluate.batch_size,
+            batch_size=recipe.sample.batch_size,
             description=f"distance: {algorithm} answers",
         )
-        ratios = log_ratios(policy, sft, generations, tokenizer.eos_token_id, recipe.evaluate.batch_size, algorithm)
+        ratios = log_ratios(policy, sft, generations, tokenizer.eos_token_id, recipe.sample.batch_size, algorithm)
         yield algorithm, [(len(g.response_ids), ratio) for g, ratio in zip(generations, ratios, strict=True)]
 
 

@@ -42,6 +42,8 @@ from tppo.core.tables import load_examples
 from tppo.judge.sheet import SHEET, Answer, Rater, SheetKey, export_sheet, make_key, read_judge, read_key, read_person
 
 RESULT = "agreement.json"
+BOOTSTRAP_SAMPLES = 2000
+"""Resamples of responses for the 95% intervals: with these the draw moves their ends by some 2% of the width."""
 CELLS = ("both_relevant", "only_a_relevant", "only_b_relevant", "neither_relevant")
 
 
@@ -218,17 +220,15 @@ def _labels_path(recipe: Recipe, run: RunFolder) -> Path:
 def compare(recipe: Recipe, run: RunFolder, folder: Path) -> None:
     """Compare every pair of raters; prints a table and writes agreement.json."""
     settings = recipe.agreement
-    if settings.bootstrap_samples < 1:
-        raise UserError(f"agreement.bootstrap_samples is {settings.bootstrap_samples}: give at least 1 (2000 is usual)")
     raters = _raters(recipe, _labels_path(recipe, run), folder)
-    pairs = [compare_raters(a, b, settings.bootstrap_samples, recipe.seed) for a, b in combinations(raters, 2)]
+    pairs = [compare_raters(a, b, BOOTSTRAP_SAMPLES, recipe.seed) for a, b in combinations(raters, 2)]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / RESULT,
         {
             "rubric": settings.rubric,
             "seed": recipe.seed,
-            "bootstrap_samples": settings.bootstrap_samples,
+            "bootstrap_samples": BOOTSTRAP_SAMPLES,
             "raters": [{"name": r.name, "kind": r.kind, "source": str(r.source), "sha256": r.sha256} for r in raters],
             "pairs": [asdict(pair) for pair in pairs],
         },

@@ -30,6 +30,8 @@ from tppo.logs.readers import BadRow, RawRow
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
 BATCH_ROWS = 20_000
+DUCKDB_THREADS = 2
+"""Each takes memory of its own, and reading and cleaning rows, in Python, takes one thread in any case."""
 STAGED = pa.schema(
     [
         field("file", pa.int32(), "number of the log file"),
@@ -83,7 +85,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 def check_settings(prepare: Prepare) -> None:
     """UserError for a number out of range."""
-    counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")
+    counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars")
     for name in counts:
         if getattr(prepare, name) < 1:
             raise UserError(f"prepare.{name} is {getattr(prepare, name)}: it must be at least 1")
@@ -112,14 +114,14 @@ def _connect(prepare: Prepare, scratch: Path) -> duckdb.DuckDBPyConnection:
             str(scratch / "log.duckdb"),
             config={
                 "memory_limit": prepare.memory_limit,
-                "threads": prepare.threads,
+                "threads": DUCKDB_THREADS,
                 "temp_directory": str(scratch / "spill"),
                 "preserve_insertion_order": False,
                 "autoinstall_known_extensions": False,
             },
         )
     except duckdb.Error as error:
-        raise UserError(f"prepare.memory_limit={prepare.memory_limit} or .threads is not usable: {error}") from None
+        raise UserError(f"prepare.memory_limit={prepare.memory_limit} is not usable: {error}") from None
 
 
 def _stage_files(

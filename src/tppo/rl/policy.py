@@ -235,10 +235,7 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
                 f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
                 "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
             )
-    attention: str = config.attention
-    if attention == "auto":
-        attention = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
-    lm.set_attn_implementation(attention)
+    lm.set_attn_implementation("eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa")
     rollout_model, reference = frozen_copy(lm).to(generation_dtype(config.precision)), None
     if config.tuning == "lora":
         with torch.random.fork_rng(devices=[]):

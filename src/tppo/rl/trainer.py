@@ -58,6 +58,8 @@ from tppo.rl.policy import (
 from tppo.rl.reward_function import RewardFunction, Sample, TokenRewards, make_sample, score
 from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
 
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping, for the policy and for the value function: the usual value, as in SFT and DPO."""
 Minibatch = tuple[Tensor, ...]
 """The micro-batches of an optimiser step: rows of the rollout, each (B_micro,)."""
 
@@ -362,7 +364,7 @@ class TokenPPOTrainer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if not norm.isfinite():
                 guards.raise_for_gradients(self.policy, self.update + 1, samples)
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, MAX_GRAD_NORM, norm)
             norms.append(norm.item())
         return norms[-1]
 
