@@ -369,7 +369,7 @@ def plan_text(recipe: Recipe) -> str:
                 lines.append(f"    more than one device of {machine.device_memory:g} GiB: {way_out}")
     lines += ["", *(note for plan in stages for note in plan.notes)]
     lines += [
-        f"Assumed: {machine.tflops:g} TFLOP/s (plan.tflops) at {UTILISATION:.0%}, "
+        f"Assumed: {machine.tflops:g} TFLOP/s at {UTILISATION:.0%} (plan.tflops), "
         f"{machine.bandwidth:g} TB/s (plan.bandwidth), one device; precision: auto counts as bf16.",
         "Time: 6 N per trained token (4 N with LoRA), 2 N per token read, N the parameters; a generated token also",
         "takes at least one reading of weights and cache. Formulas and sources: src/tppo/estimate.py.",
