@@ -15,7 +15,7 @@ from tppo.core.config import SFT, Scratch, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.text import render_prompt, render_response
-from tppo.evaluate.readings import check_settings as check_evaluate
+from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.model_sizes import policy_size
 from tppo.tune.scratch import END, check_settings, start_from_scratch
 

@@ -219,7 +219,7 @@ class ValueProbe(nn.Module):
 
 
 EAGER_TOKENS = 512
-"""Longest sequence with eager attention (two matrix products and a softmax), which is faster than torch's fused one on a
+"""Longest sequence with eager attention (two matrix products and a softmax), which is faster than the fused one on a
 CPU and short texts, but whose memory grows with the square of the length: a layer's attention weights of 16 such
 sequences with 9 heads take 150 MB in float32. Everywhere else it is the fused one (sdpa)."""
 _ADAPTER = "default"
