@@ -24,7 +24,7 @@ from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import LABELS, RESPONSES, load_examples, read_table, write_table
 from tppo.core.text import encode_prompt, parse_response
 from tppo.judge.verdict import Verdict, WordVerdict, split_response, verdict_to_row
-from tppo.tune import dpo, trl
+from tppo.tune import dpo
 from tppo.tune.dpo import Pair, make_trainer, trainer_rows
 from tppo.tune.sft import encode_response
 from tppo.tune.trl import ProgressCallback
@@ -124,11 +124,9 @@ def test_accumulated_micro_batches_are_one_batch(tiny_policy, example_factory, t
 
 
 @pytest.fixture
-def recipe_for(prepared_recipe, tiny_policy, tiny_tokenizer, monkeypatch):
+def recipe_for(prepared_recipe, tiny_policy, tiny_tokenizer):
     """A recipe whose SFT, sample and label stages are done: four made-up responses to each prompt, one of them with
     too many queries, and a judge that finds words of an even length relevant."""
-
-    monkeypatch.setattr(trl, "WARMUP_SHARE", 0)
 
     def make(max_response_tokens=32, **settings):
         recipe = prepared_recipe(train=12, reward_eval=4)

@@ -446,8 +446,8 @@ class DPO(Training):
     """Direct preference optimisation (TRL DPOTrainer): the paper's baseline without a reward model (App. H)."""
 
     pairs: Literal["sft_output", "judged"] = "sft_output"
-    """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H);
-    judged: the best and the worst of a prompt's responses by the labels (sample.samples_per_example of 2 or more)."""
+    """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H); judged:
+    the best and the worst of a prompt's responses by the labels (sample.samples_per_example of 2 or more)."""
     beta: float = 0.1
     """How strongly the policy is held to the SFT model (the paper gives none; 0.1 is TRL's and DPO's own)."""
     learning_rate: float = 5e-6
@@ -467,8 +467,8 @@ class Reading:
     """Somebody who reads the answers of a finished evaluation, after the evaluation's own judge."""
 
     reader: Reader = "llm"
-    """llm, embedding: another judge, with numbers of its own; distance: the KL of every tuned policy from SFT, on answers
-    drawn anew; vote: the LLM judge says which of two models' answers is better, in both orders, and which of the true
+    """llm, embedding: another judge, with numbers of its own; distance: the KL of every tuned policy from SFT, on new
+    answers; vote: the LLM judge says which of two models' answers is better, in both orders, and which of the true
     next queries and another user's, which shows what its votes are worth."""
     examples: int = 0
     """Examples of each set that are read, the same for every model; 0 means all. Equal numbers draw equal examples."""
