@@ -446,7 +446,7 @@ class DPO(Training):
     """Direct preference optimisation (TRL DPOTrainer): the paper's baseline without a reward model (App. H)."""
 
     pairs: Literal["sft_output", "judged"] = "sft_output"
-    """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H); judged:
+    """sft_output: chosen are the true next queries, rejected is SFT's first sampled response (App. H); judged:
     the best and the worst of a prompt's responses by the labels (sample.samples_per_example of 2 or more)."""
     beta: float = 0.1
     """How strongly the policy is held to the SFT model (the paper gives none; 0.1 is TRL's and DPO's own)."""
