@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rate_limit", type=float, default=200.0, help="R, requests a second; 0: no limit")
     parser.add_argument("--latency", type=float, default=0.02, help="of the server, in seconds")
     parser.add_argument("--rounds", type=int, default=1, help="most calls of `tppo label`")
-    add_transport_options(parser, concurrency=64, timeout=2.0, transport_attempts=8, reply_attempts=3)
+    add_transport_options(parser, concurrency=64, timeout=2.0, reply_attempts=3)
     arguments = parser.parse_args()
     with workplace(arguments) as folder:
         report("tppo label against a failing server", measure(arguments, folder), arguments)

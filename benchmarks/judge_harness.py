@@ -148,13 +148,12 @@ def check_labels(run_dir: Path) -> dict[str, int]:
 
 
 def add_transport_options(
-    parser: argparse.ArgumentParser, *, concurrency: int, timeout: float, transport_attempts: int, reply_attempts: int
+    parser: argparse.ArgumentParser, *, concurrency: int, timeout: float, reply_attempts: int
 ) -> None:
     """Options of `tppo label` that every judge benchmark has, with defaults of its own."""
     parser.add_argument("--template", choices=["token", "sentence"], default="token", help="judge.template")
     parser.add_argument("--concurrency", type=int, default=concurrency, help="judge.max_concurrency")
     parser.add_argument("--timeout", type=float, default=timeout, help="judge.timeout in seconds")
-    parser.add_argument("--transport_attempts", type=int, default=transport_attempts)
     parser.add_argument("--reply_attempts", type=int, default=reply_attempts)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep logs, ledger and runs here instead of a temporary folder")
@@ -166,7 +165,6 @@ def transport_options(arguments: argparse.Namespace) -> tuple[str, ...]:
         "template": arguments.template,
         "max_concurrency": arguments.concurrency,
         "timeout": arguments.timeout,
-        "transport_attempts": arguments.transport_attempts,
         "reply_attempts": arguments.reply_attempts,
     }
     return tuple(part for name, value in flags.items() for part in (f"--judge.{name}", str(value)))

@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--fault_rate", type=float, default=0.1)
     parser.add_argument("--rate_limit", type=float, default=0.0)
     parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
-    add_transport_options(parser, concurrency=16, timeout=2.0, transport_attempts=8, reply_attempts=3)
+    add_transport_options(parser, concurrency=16, timeout=2.0, reply_attempts=3)
     arguments = parser.parse_args()
     with workplace(arguments) as folder:
         report("kill -9 of tppo label", measure(arguments, folder), arguments)

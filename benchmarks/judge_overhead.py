@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--client", choices=["httpx", "openai"], default="httpx", help="of the load generator")
     parser.add_argument("--generate", type=int, help=argparse.SUPPRESS)  # the load generator's process: a port
     parser.add_argument("--bodies", type=Path, help=argparse.SUPPRESS)
-    add_transport_options(parser, concurrency=16, timeout=60.0, transport_attempts=1, reply_attempts=1)
+    add_transport_options(parser, concurrency=16, timeout=60.0, reply_attempts=1)
     arguments = parser.parse_args()
     if arguments.generate:
         bodies = arguments.bodies.read_bytes().splitlines()

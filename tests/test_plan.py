@@ -114,7 +114,6 @@ def test_lora_takes_less_memory():
         (["--evaluate.splits", "[]"], r"evaluate\.splits"),
         (["--reward.epochs", "0"], r"reward\.epochs=0"),
         (["--reward.sentence_epochs", "0"], r"reward\.sentence_epochs=0"),
-        (["--check_reward.bootstrap_samples", "9"], r"check_reward\.bootstrap_samples=9"),
         (["--reward.to_longformer", "true"], r"reward\.to_longformer: the encoder is of kind longformer"),
         (["--algorithms", "[tppo, tppo]"], r"algorithms=.*twice"),
         (["--sft.model", "nobody/has-this"], r"sft\.model=nobody/has-this"),

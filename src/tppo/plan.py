@@ -38,7 +38,7 @@ from tppo.evaluate.compare import voted_pairs
 from tppo.evaluate.stage import check_settings as check_evaluate
 from tppo.judge import label, llm, probes
 from tppo.logs import prepare
-from tppo.reward import gate, train
+from tppo.reward import train
 from tppo.reward.longformer import to_longformer
 from tppo.reward.models import first_layers
 from tppo.rl.guards import check_config
@@ -326,9 +326,7 @@ class Planner:
         rollouts = settings.updates * batch
         steps = rollouts * settings.ppo_epochs // settings.minibatch_size
         does = f"{settings.updates:,} updates x {batch} prompts = {rollouts:,} rollouts, {steps:,} steps, "
-        note = f"{stage}: rl.attention=eager keeps attention scores as well, which are not counted"
-        notes = [note] if settings.attention == "eager" else []
-        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds, notes)
+        return StagePlan(stage, does + _tokens(rollouts * self.length), memory, seconds)
 
     def evaluate(self, stage: str) -> StagePlan:
         settings, judge, names = self.recipe.evaluate, self.recipe.judge, evaluated_models(self.recipe)
@@ -337,7 +335,7 @@ class Planner:
         policies = [name for name in names if name not in (*settings.baselines, *REFERENCES)]
         count = sum(counts)
         generated = count * (len(policies) + ("best_of_n" in names) * settings.best_of)
-        memory, seconds = self._generation(generated, settings.batch_size, self.recipe.rl.precision)
+        memory, seconds = self._generation(generated, self.recipe.sample.batch_size, self.recipe.rl.precision)
         if len(counts) < len(found):
             return StagePlan(stage, "all evaluation examples: unknown before prepare", memory)
         does = f"{count:,} examples x {len(names)} rows of the tables; {generated:,} responses generated"
@@ -358,7 +356,7 @@ class Planner:
             asked, does = 2 * len(voted_pairs(names)) * count, f"votes on {count:,} examples"
         elif reading.reader == "distance":
             generated = count * len(self.recipe.algorithms)
-            seconds = self._generation(generated, settings.batch_size, self.recipe.rl.precision)[1]
+            seconds = self._generation(generated, self.recipe.sample.batch_size, self.recipe.rl.precision)[1]
             does = f"{generated:,} responses generated"
         else:
             asked = count * len(names) * len(judge.rubrics) if reading.reader == "llm" else 0
@@ -396,7 +394,6 @@ def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     check_batch_sizes(recipe.sft, "sft")
     label.check_settings(recipe.label)
     train.check_settings(reward)
-    gate.check_settings(recipe.check_reward)
     check_config(recipe.rl, task.max_response_tokens)
     if "dpo" in recipe.algorithms:
         check_batch_sizes(recipe.dpo, "dpo")

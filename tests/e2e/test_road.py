@@ -122,7 +122,7 @@ def test_real_weights_with_one_command_and_resume(tmp_path):
         check_reward={"allow_failed": True, "max_examples": 12},
         reward={"epochs": 1, "evals_per_epoch": 1, "encoder_layers": 2},
         rl={"batch_size": 4, "minibatch_size": 4, "micro_batch_size": 4},
-        dpo={"batch_size": 8, "micro_batch_size": 4, "max_eval_examples": 4},
+        dpo={"batch_size": 8, "micro_batch_size": 4},
         evaluate={"max_examples": 4},
     )
     process = subprocess.Popen(

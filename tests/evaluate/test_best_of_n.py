@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from tests.helpers import fake_run
 from tppo.core.common import UserError, stream_seed
-from tppo.core.config import RL, Task
+from tppo.core.config import RL, Sample, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.stages import stage_config, stage_inputs
@@ -37,10 +37,11 @@ def recipe_and_run(tmp_path: Path, tiny_policy: Path, tiny_tokenizer: Any) -> tu
     )
     BertModel(config).save_pretrained(encoder)
     tiny_tokenizer.save_pretrained(encoder)
-    base = fake_run.make_recipe(tmp_path / "run", [], baselines=["best_of_n"], best_of=4, batch_size=3)
+    base = fake_run.make_recipe(tmp_path / "run", [], baselines=["best_of_n"], best_of=4)
     # Rewards that differ between samples whether or not the untrained policy keeps to the task.
     rl = RL(precision="fp32", format_weight=False, bad_format_reward=0.0, suggested_length=12.0)
-    recipe = replace(base, task=Task(max_prompt_tokens=300, max_response_tokens=12), rl=rl)
+    task = Task(max_prompt_tokens=300, max_response_tokens=12)
+    recipe = replace(base, task=task, sample=Sample(batch_size=3), rl=rl)
     run = RunFolder(recipe)
     for stage in ("prepare", "sft", "sample", "label", "reward"):
         with run.stage(stage) as (folder, facts):

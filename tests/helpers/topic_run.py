@@ -44,7 +44,6 @@ def make_topic_run(root: Path, rows: int = 8, held_out: int = 60) -> Recipe:
     recipe = Recipe(run_dir=str(root / "run"))
     recipe.prepare.source = ["log.tsv"]
     recipe.reward.rubric = "history"
-    recipe.check_reward.bootstrap_samples = 200
     finish_until_labels(recipe, examples, labels)
     return recipe
 

@@ -25,7 +25,7 @@ def recipe(prepared_recipe: Any) -> Recipe:
 
 def agreement(recipe: Recipe, action: str, **settings: Any) -> Path:
     """Run the command; returns the agreement folder."""
-    options = {"action": action, "examples": 20, "bootstrap_samples": 200, **settings}
+    options = {"action": action, "examples": 20, **settings}
     arguments = [x for name, value in options.items() for x in (f"--agreement.{name}", str(value))]
     main(["agreement", "--run_dir", recipe.run_dir, *arguments])
     return RunFolder(recipe).path("agreement")
@@ -227,7 +227,6 @@ def test_bad_settings_are_named(recipe: Recipe, tmp_path: Path, capsys: pytest.C
     sheet = RunFolder(recipe).path("agreement") / "sheet.csv"
     assert "names a file twice" in refuse(capsys, recipe, "compare", answers=f"[{sheet}, {sheet}]")
     assert "but a page fills in one" in refuse(capsys, recipe, "page", answers="[a.csv, b.csv]")
-    assert "give at least 1" in refuse(capsys, recipe, "compare", bootstrap_samples=0)
     assert "cannot listen on 127.0.0.1 port 70000" in refuse(capsys, recipe, "page", port=70000)
     own = RunFolder(recipe).path("label") / "labels.parquet"
     assert "is the same file as" in refuse(capsys, recipe, "compare", other=own)

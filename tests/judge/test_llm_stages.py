@@ -16,6 +16,7 @@ from tppo.core.common import UserError
 from tppo.core.config import JudgeSettings
 from tppo.core.run import RunFolder
 from tppo.core.tables import LABELS, load_examples, read_table
+from tppo.judge import llm
 from tppo.judge.label import saved_judge
 from tppo.judge.prompts import judge_question
 from tppo.judge.verdict import JudgeItem
@@ -90,9 +91,10 @@ def test_abstentions_are_labels_of_their_own_kind(run_dir):
     assert shares["sft_responses"]["targets"]["response_count"] == ITEMS - len(abstained)
 
 
-def test_failed_questions_stop_the_stage_and_are_asked_again(run_dir, capsys):
+def test_failed_questions_stop_the_stage_and_are_asked_again(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 1)
     with running(Settings(fault_rate=1, faults="500", seed=0)) as server, pytest.raises(SystemExit) as exit_:
-        label(run_dir, server, "--judge.transport_attempts", "1", "--judge.max_concurrency", "1")
+        label(run_dir, server, "--judge.max_concurrency", "1")
     assert exit_.value.code == 2
     assert "in a row" in capsys.readouterr().err
     assert not (run_dir / "label" / "manifest.json").exists()

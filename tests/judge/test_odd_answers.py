@@ -14,6 +14,7 @@ import pytest
 from tppo.core.common import UserError
 from tppo.core.config import JudgeSettings as Settings
 from tppo.core.text import Event
+from tppo.judge import llm
 from tppo.judge.llm import LLMJudge
 from tppo.judge.verdict import JudgeItem
 
@@ -97,6 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 1)
+
+
 @pytest.fixture
 def server() -> Iterator[Answering]:
     server = Answering(("127.0.0.1", 0), _Handler)
@@ -116,7 +122,6 @@ def outcome(server: Answering, tmp_path: Any) -> str:
         template="sentence",
         ledger=str(tmp_path / "ledger.sqlite"),
         reply_attempts=1,
-        transport_attempts=1,
         timeout=30,
     )
     try:

@@ -108,12 +108,11 @@ def test_an_empty_response_needs_no_question(ledger_path):
         assert server.stats()["requests"] == 0
 
 
-def test_every_fault_is_outlived(ledger_path, short_pauses):
+def test_every_fault_is_outlived(ledger_path, short_pauses, monkeypatch):
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 30)
     asked = items(120)
     with running(Settings(fault_rate=0.5, seed=1)) as server:
-        verdicts = judge(server, ledger_path, timeout=0.3, transport_attempts=30, reply_attempts=30).judge(
-            asked, "targets"
-        )
+        verdicts = judge(server, ledger_path, timeout=0.3, reply_attempts=30).judge(asked, "targets")
         assert set(server.stats()["decisions"]) == {*FAULTS, "ok"}
     for item, verdict in zip(asked, verdicts, strict=True):
         assert ([word.relevant for word in verdict.words], verdict.sentence_relevant) == right(item, "token")
@@ -134,9 +133,10 @@ def test_broken_replies_are_abstained_on_with_the_raw_reply_kept(ledger_path):
         assert all(row["reply"].startswith("{") for row in ledger.attempts())
 
 
-def test_what_cannot_be_brought_to_the_server_is_listed_and_asked_again(ledger_path, short_pauses):
+def test_what_cannot_be_brought_to_the_server_is_listed_and_asked_again(ledger_path, short_pauses, monkeypatch):
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 2)
     with running(Settings(fault_rate=1, faults="500")) as server:
-        broken = judge(server, ledger_path, transport_attempts=2)
+        broken = judge(server, ledger_path)
         with pytest.raises(UserError, match=r"5 of 5 questions .*same command asks only"):
             broken.judge(items(5), "targets")
         assert server.stats()["requests"] == 10
@@ -146,10 +146,11 @@ def test_what_cannot_be_brought_to_the_server_is_listed_and_asked_again(ledger_p
         assert len(judge(server, ledger_path).judge(items(5), "targets")) == 5
 
 
-def test_a_dead_server_ends_the_run(ledger_path, short_pauses):
+def test_a_dead_server_ends_the_run(ledger_path, short_pauses, monkeypatch):
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 2)
     with running(Settings()) as server:
         dead = server.port
-    settings = JudgeSettings(f"http://127.0.0.1:{dead}/v1", MODEL, ledger=str(ledger_path), transport_attempts=2)
+    settings = JudgeSettings(f"http://127.0.0.1:{dead}/v1", MODEL, ledger=str(ledger_path))
     with pytest.raises(UserError, match="in a row"):
         LLMJudge(settings).judge(items(1000), "targets")
 
@@ -291,11 +292,12 @@ def formatted_now() -> float:
     return time.time()
 
 
-def test_retry_after_is_waited_for(ledger_path):
+def test_retry_after_is_waited_for(ledger_path, monkeypatch):
     """Requests of the same item never come back before the time that the server asked for."""
+    monkeypatch.setattr(llm, "TRANSPORT_ATTEMPTS", 20)
     log = ledger_path.with_suffix(".jsonl")
     with running(Settings(fault_rate=0.6, faults="429_retry_after", seed=3, log=str(log))) as server:
-        judge(server, ledger_path, transport_attempts=20).judge(items(6), "targets")
+        judge(server, ledger_path).judge(items(6), "targets")
     last: dict[str, float] = {}
     waits = Counter()
     for request in sorted(read_log(log), key=lambda request: request.arrived):

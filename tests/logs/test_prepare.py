@@ -32,7 +32,9 @@ def key(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def small_log(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("log") / "log.tsv"
-    synthetic.write_log(Synthetic(users=40, events_per_user=40), 3, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "EVENTS_PER_USER", 40)
+        synthetic.write_log(Synthetic(users=40), 3, path)
     return path
 
 

@@ -25,7 +25,7 @@ def test_generator_streams() -> None:
 
 
 def test_events_per_user_kinds_and_times() -> None:
-    rows = list(synthetic.generate_rows(Synthetic(users=300, events_per_user=60), seed=0))
+    rows = list(synthetic.generate_rows(Synthetic(users=300), seed=0))
     assert 50 < len(rows) / 300 < 70
     kinds = [row[2] for row in rows]
     assert all(kinds.count(kind) > 100 for kind in EVENT_KINDS)
@@ -68,7 +68,7 @@ def test_a_word_pays_as_often_as_the_query_holds_it() -> None:
 
 
 def test_written_file_equals_generated_rows(tmp_path) -> None:
-    config = Synthetic(users=4, events_per_user=10)
+    config = Synthetic(users=4)
     count = synthetic.write_log(config, 0, tmp_path / "log.tsv")
     lines = (tmp_path / "log.tsv").read_text().splitlines()
     assert lines[0].split("\t") == list(synthetic.HEADER)

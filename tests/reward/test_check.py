@@ -33,7 +33,6 @@ def settings(tmp_path: Path):
             "run_dir": recipe.run_dir,
             "prepare": {"source": recipe.prepare.source},
             "reward": {"rubric": "history"},
-            "check_reward": {"bootstrap_samples": 200},
             # More room than a demo needs: the tiny policy spells its prompts.
             "task": {"max_prompt_tokens": 400, "max_response_tokens": 12},
         }

@@ -75,8 +75,8 @@ def test_each_requirement_fails_alone_and_says_why(name: str, value: float, sett
     ("found", "told"),
     [
         (Evidence(0.99, 29, 10), "from 29 held-out responses, 10 rows of the rarer label"),
-        (Evidence(0.99, 100, 4), "4 rows of the rarer label (check_reward.min_responses=30, min_class_count=5)"),
-        (Evidence(0.99, 5), "from 5 held-out responses (check"),
+        (Evidence(0.99, 100, 4), "4 rows of the rarer label (it takes 30, and 5 of the rarer label)"),
+        (Evidence(0.99, 5), "from 5 held-out responses (it takes"),
         (Evidence(None, 100), "not defined"),
     ],
 )

@@ -101,8 +101,9 @@ def test_tensorboard_file_holds_every_update_once(make_trainer, tmp_path):
     assert "update" not in events.Tags()["scalars"]
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(make_trainer, tmp_path, file_tracker):
-    rewards = train_with_a_stop(make_trainer, tmp_path / "rl", trackers=["trackio"], tracker_project="mine")
+def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(make_trainer, tmp_path, file_tracker, monkeypatch):
+    monkeypatch.setattr(loop, "PROJECT", "mine")
+    rewards = train_with_a_stop(make_trainer, tmp_path / "rl", trackers=["trackio"])
     assert file_tracker("step") == [1, 2, 3, 4, 5]
     assert file_tracker("reward") == rewards
     first, second = file_tracker("start")
@@ -169,8 +170,8 @@ def test_a_tracker_that_does_not_start_says_so(make_trainer, tmp_path, file_trac
 def test_trackers_may_change_without_making_anything_stale(make_trainer, tmp_path):
     assert RL().trackers == []
     recipe = Recipe()
-    other = replace(recipe, rl=RL(trackers=["wandb"], tracker_project="mine"))
+    other = replace(recipe, rl=RL(trackers=["wandb"]))
     assert stage_config("rl_ppo", recipe) == stage_config("rl_ppo", other)
     assert stage_config("rl_ppo", recipe) != stage_config("rl_ppo", replace(recipe, rl=RL(gamma=0.5)))
     train(make_trainer(**SETTINGS), tmp_path)
-    assert load_newest_checkpoint(make_trainer(**SETTINGS, trackers=["mlflow"], tracker_project="mine"), tmp_path)
+    assert load_newest_checkpoint(make_trainer(**SETTINGS, trackers=["mlflow"]), tmp_path)

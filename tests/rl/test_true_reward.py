@@ -21,7 +21,7 @@ from tppo.rl.stage import QueryReward
 @pytest.fixture
 def setting():
     """The truth about user 0, an example of theirs, and two of their queries that are not in its history."""
-    truth = true_reward.Truth(Synthetic(users=1, events_per_user=60), seed=0)
+    truth = true_reward.Truth(Synthetic(users=1), seed=0)
     (user_id,) = truth.users
     rows = [row for row in synthetic.user_rows(0, Synthetic(), 0) if row[2] == "search" and len(row) == 4]
     known = [r[3] for r in rows if all(synthetic.relevant_words(r[3].split(), truth.possible(user_id)))]

@@ -281,7 +281,7 @@ def test_label_agreement_is_shown_for_the_studys_own_labels_only(tmp_path: Path)
     other = agreement_run.write_labels(
         tmp_path / "other.parquet", agreement_run.label_rows(shared, lambda word, i: False, "never-v1")
     )
-    settings = Agreement(action="compare", other=str(other), bootstrap_samples=200)
+    settings = Agreement(action="compare", other=str(other))
     run_action(replace(shared, agreement=settings))
     asked = [word["label"] for row in rows if row["rubric"] == "targets" for word in row["words"]]
     words, sentences = agreement_table(run).rows

@@ -117,7 +117,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny_policy, example_factory, t
         policy, tokenizer = load_policy(tiny_policy)
         reference, _ = load_policy(tiny_policy)
         rows = tiny_rows(tokenizer, example_factory(8))
-        settings = {"batch_size": 8, "epochs": 3, "warmup_share": 0, "learning_rate": 1e-3}
+        settings = {"batch_size": 8, "epochs": 3, "learning_rate": 1e-3}
         trainer_for(policy, reference, tokenizer, rows, tmp_path, micro_batch_size=micro, **settings).train()
         weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-3)
@@ -137,7 +137,7 @@ def recipe_for(prepared_recipe, tiny_policy, tiny_tokenizer):
         recipe.dpo = DPO(
             **{
                 "precision": "fp32", "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3,
-                "warmup_share": 0, "save_steps": 2, **settings,
+                "save_steps": 2, **settings,
             }
         )  # fmt: skip
 
@@ -222,8 +222,8 @@ def test_stage_learns_and_writes_what_the_contract_says(recipe_for, pairs):
 
 @pytest.mark.parametrize("limit", [0, 3])
 def test_the_held_out_pairs_can_be_fewer_or_none(recipe_for, limit):
-    recipe, path = recipe_for(epochs=1.0, max_eval_examples=limit)
-    cli.main(["dpo", "--config", str(path)])
+    recipe, path = recipe_for(epochs=1.0)
+    cli.main(["dpo", "--config", str(path), "--sft.max_eval_examples", str(limit)])
     facts, rows, _ = results(recipe)
     assert (facts["reward_eval"]["pairs"], facts["reward_eval"]["measured_pairs"]) == (4, limit)
     assert any("eval_loss" in row for row in rows) == bool(limit)

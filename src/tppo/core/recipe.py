@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +173,7 @@ def _way_out(parser: ArgumentParser, message: str) -> str:
     """What to write in place of a setting that there is not: what became of it, or the nearest name."""
     for name in (*RETIRED, *REPLACED):
         section, _, key = name.partition(".")
-        if name in message or f"'{section}' does not accept option '{key}'" in message:
+        if re.search(rf"{re.escape(name)}\b", message) or f"'{section}' does not accept option '{key}'" in message:
             new = f"use {REPLACED[name]}" if name in REPLACED else f"it is {RETIRED[name]!r} for good, so take it out"
             return f"\n{name} is no setting any more: {new}"
     known = [action.dest for action in parser._actions]

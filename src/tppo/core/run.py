@@ -25,7 +25,7 @@ from typing import Any, cast
 import yaml
 
 from tppo.core.common import UserError, console
-from tppo.core.config import RETIRED, Evaluate, Reader, Reading, Recipe
+from tppo.core.config import REPLACED, RETIRED, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
 from tppo.core.stages import (
     STAGES,
@@ -133,7 +133,7 @@ class RunFolder:
         used = (manifest.get("numerics") or {}).get("precision")
         # A setting that there was not yet: its default does what was done without it.
         new = stage_config(stage, self.recipe)
-        old = _without_retired(_with_defaults(manifest["config"], _plain(_default_config(stage))))
+        old = without_retired(_with_defaults(manifest["config"], _plain(_default_config(stage))))
         changed = _differences(old, new, used=used)
         if changed:
             raise UserError(
@@ -210,6 +210,8 @@ class RunFolder:
         started = {"config": stage_config(stage, self.recipe), "inputs": inputs}
         started_path = folder / "started.json"
         before = json.loads(started_path.read_text(encoding="utf-8")) if started_path.exists() else {}
+        if "config" in before:
+            before["config"] = without_retired(before["config"])
         goes_on = {name: before.get(name) for name in started} == _plain(started)
         if folder.exists() and not goes_on:
             shutil.rmtree(folder)
@@ -255,8 +257,9 @@ def _default_config(stage: str) -> dict[str, Any]:
     return stage_config(stage, Recipe(evaluate=Evaluate(readings=readings)))
 
 
-def _without_retired(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings that are constants today, where they had that value."""
+def without_retired(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by section, as files of before hold them, without those that are constants today, where they had that
+    value."""
     return {
         section: {
             name: value
@@ -294,7 +297,8 @@ def _differences(old: Any, new: Any, prefix: str = "", *, used: str | None = Non
         ]
     if prefix.rpartition(".")[2] == "precision" and (new == "auto" or (old == "auto" and new == used)):
         return []
-    return [] if old == _plain(new) else [f"{prefix}: {old!r} -> {new!r}"]
+    # A stage may note a setting of another section under the name it had in its own.
+    return [] if old == _plain(new) else [f"{REPLACED.get(prefix, prefix)}: {old!r} -> {new!r}"]
 
 
 def write_recipe(run: RunFolder) -> Path:

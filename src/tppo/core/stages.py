@@ -70,13 +70,19 @@ def _rl(algorithm: str, recipe: Recipe) -> dict[str, Any]:
     return {"rl": rl_identity(recipe.rl) | {"algorithm": algorithm}}
 
 
+def _dpo(recipe: Recipe) -> dict[str, Any]:
+    """Judged pairs are ordered by the verdicts that the reward models learn; held-out pairs are as many as SFT's."""
+    shared = {"rubric": recipe.reward.rubric, "max_eval_examples": recipe.sft.max_eval_examples}
+    return {"dpo": asdict(recipe.dpo) | shared}
+
+
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     """The readings change no answer and no verdict of the first judge. `shared_seed` chooses the examples; `seed` draws
     the answers."""
     own = _without(recipe.evaluate, "readings", "answers")
     models = evaluated_models(recipe)
     return {
-        "evaluate": own,
+        "evaluate": own | {"batch_size": recipe.sample.batch_size},
         "shared_seed": recipe.shared_seed,
         **_judged_by(uses_llm_judge("evaluate", recipe), recipe),
         # It chooses by TPPO's reward, whatever algorithm the section names.
@@ -165,6 +171,7 @@ STAGES = {
             "tppo.tune.dpo",
             "policy + pairs of responses -> tuned policy (direct preference optimisation, no reward model)",
             inputs=lambda recipe: ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])],
+            settings=_dpo,
             precision="dpo",
             shared=False,
         ),

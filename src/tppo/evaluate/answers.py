@@ -107,7 +107,7 @@ def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | 
     source: str | Path = recipe.sft.model
     if name != "untuned":
         source = run.require("sft" if name in ("sft", "best_of_n") else rl_stage(name)) / "model"
-    policy = Policy.load(source, recipe.task, recipe.rl.precision, recipe.evaluate.batch_size)
+    policy = Policy.load(source, recipe.task, recipe.rl.precision, recipe.sample.batch_size)
     if name == "best_of_n":
         config = replace(recipe.rl, algorithm="tppo")
         reward_of = partial(query_reward, run, config, recipe.task, tokenizer=policy.tokenizer)
@@ -188,7 +188,7 @@ def _best_of_n(
 ) -> Answerer:
     """Of `evaluate.best_of` samples for each example the one with TPPO's largest return without KL: the sum of the
     rewards that RL pays, format terms included."""
-    times, size = settings.best_of, settings.batch_size
+    times, size = settings.best_of, policy.batch_size
 
     def answer(split: str, examples: Sequence[Example]) -> Answers:
         repeated = [example for example in examples for _ in range(times)]

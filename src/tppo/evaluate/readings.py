@@ -221,7 +221,7 @@ def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
     policies: dict[str, Path] = {name: run.require(rl_stage(name)) / "model" for name in recipe.algorithms}
 
     def load(folder: Path) -> Policy:
-        return Policy.load(folder, recipe.task, recipe.rl.precision, recipe.evaluate.batch_size)
+        return Policy.load(folder, recipe.task, recipe.rl.precision, recipe.sample.batch_size)
 
     for model, found in distances(policies, sft, examples, load, recipe.seed):
         for example, (tokens, ratio) in zip(examples, found, strict=True):

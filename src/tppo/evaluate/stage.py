@@ -134,7 +134,6 @@ def check_settings(recipe: Recipe) -> None:
     wrong = [
         (not settings.splits, "splits is empty: name eval1, eval2 or both"),
         (settings.bootstrap_samples < 100, f"bootstrap_samples={settings.bootstrap_samples}: give at least 100"),
-        (settings.batch_size < 1, f"batch_size={settings.batch_size}: give at least 1"),
         (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
         (
             "best_of_n" in settings.baselines and settings.best_of < 2,
@@ -156,6 +155,8 @@ def check_settings(recipe: Recipe) -> None:
     for is_wrong, words in wrong:
         if is_wrong:
             raise UserError(f"evaluate.{words}")
+    if recipe.sample.batch_size < 1:
+        raise UserError(f"sample.batch_size={recipe.sample.batch_size}: give at least 1")
     if settings.untuned and recipe.sft.model == SCRATCH:
         raise UserError(f"evaluate.untuned asks for answers of random weights (sft.model={SCRATCH}): leave it out")
 

@@ -48,6 +48,8 @@ from tppo.judge.sheet import (
 )
 
 RESULT = "agreement.json"
+BOOTSTRAP_SAMPLES = 2000
+"""Resamples of responses for the 95% intervals: with these the draw moves their ends by some 2% of the width."""
 CELLS = ("both_relevant", "only_a_relevant", "only_b_relevant", "neither_relevant")
 
 
@@ -204,9 +206,7 @@ def run_action(recipe: Recipe) -> None:
 
 def compare(settings: Agreement, seed: int, labels: Path, folder: Path) -> None:
     """Compare every pair of raters; prints a table and writes agreement.json."""
-    draws = settings.bootstrap_samples
-    if draws < 1:
-        raise UserError(f"agreement.bootstrap_samples is {draws}: give at least 1 (2000 is usual)")
+    draws = BOOTSTRAP_SAMPLES
     raters = _raters(settings, labels, folder)
     pairs = [compare_raters(a, b, draws, seed) for a, b in combinations(raters, 2)]
     folder.mkdir(parents=True, exist_ok=True)

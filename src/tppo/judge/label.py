@@ -15,7 +15,7 @@ import numpy as np
 
 from tppo.core.common import UserError, rng
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Recipe, Rubric, judge_identity
-from tppo.core.run import RunFolder
+from tppo.core.run import RunFolder, without_retired
 from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.core.text import render_response
 from tppo.judge.llm import LLMJudge
@@ -146,7 +146,7 @@ def make_judge(
         return LLMJudge(judge), {"settings": judge_identity(judge)}
     from tppo.judge.embedding import EmbeddingJudge  # here: an LLM judge need not wait for torch to load
 
-    made = EmbeddingJudge(label.encoder, {}, repeats_irrelevant=label.repeats_irrelevant, batch_size=label.batch_size)
+    made = EmbeddingJudge(label.encoder, {}, repeats_irrelevant=label.repeats_irrelevant)
     drawn = draw_examples(train, label.calibration_examples, seed)
     return made, {"thresholds": made.calibrate(drawn, label.null_quantile, seed, "calibrating the judge")}
 
@@ -167,7 +167,8 @@ def saved_judge(label_folder: Path, settings: JudgeSettings) -> Judge:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no saved judge ({error!r}): run `tppo label` first") from None
     if kind == "llm":
-        if saved.get("settings") != judge_identity(settings):
+        made_with = without_retired({"judge": saved.get("settings") or {}})["judge"]
+        if made_with != judge_identity(settings):
             raise UserError(f"{path} was made with other settings of section `judge`: give `--redo label`")
         return LLMJudge(settings)
     raise UserError(f"{path} names a judge of kind {kind!r}; this version knows embedding and llm")

@@ -5,7 +5,7 @@ Questions that the ledger knows are answered from it, the rest are put to the se
 - a reply that keeps the contract: the verdict;
 - a reply that does not: asked again, `reply_attempts` times in all, then the judge abstains, and that stays;
 - busy (429, 503), other 5xx, 408, 409, time-out, broken connection or body: tried again after Retry-After or an
-  exponential pause with jitter, `transport_attempts` times in all, then listed as failed;
+  exponential pause with jitter, `TRANSPORT_ATTEMPTS` times in all, then listed as failed;
 - any other status (400, 401, 403, 404 ...): everybody would get it, so the run stops with the server's words.
 
 Failed questions stop the stage at the end, with everything else kept, so that labels never silently lack rows. A server
@@ -54,6 +54,13 @@ TOLERATED_REFUSALS = 0.15
 """Share of refusals in a round that is no reason to ask less."""
 MOST_FAILURES_IN_A_ROW = 20
 LONGEST_RETRY_AFTER = 600.0
+TRANSPORT_ATTEMPTS = 8
+"""Tries of one request (busy server, time-out, broken connection) before it is listed as failed, with pauses of
+up to 8 s between them. What failed is asked again by the next run; more tries would only hide a server that is down."""
+RETRY_TEMPERATURE = 0.5
+"""Least temperature of a reply after one that broke the contract: at 0 it would be the same again."""
+API_KEY_ENV = "TPPO_JUDGE_API_KEY"
+"""Environment variable that holds the API key; on loopback it may be unset."""
 """Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
 RETRY_AFTER_JITTER = 0.5
 """A server tells everybody the same whole second: coming back together, most would be refused again."""
@@ -138,7 +145,7 @@ def _checked_endpoint(settings: JudgeSettings) -> str:
         raise UserError("judge.model is empty: name the model as the server at judge.base_url knows it")
     if not settings.rubrics:
         raise UserError("judge.rubrics is empty: name targets, history or both")
-    for name in ("reply_attempts", "transport_attempts", "max_concurrency", "max_reply_tokens", "timeout"):
+    for name in ("reply_attempts", "max_concurrency", "max_reply_tokens", "timeout"):
         if getattr(settings, name) <= 0:
             raise UserError(f"judge.{name}={getattr(settings, name)} has to be positive")
     if settings.cost_budget and not settings.prompt_price + settings.reply_price:
@@ -155,9 +162,9 @@ def _checked_endpoint(settings: JudgeSettings) -> str:
             f"judge.base_url sends users' log data to {url.hostname}, which is not this machine: give "
             "--judge.allow_remote true if that is allowed"
         )
-    key = os.environ.get(settings.api_key_env, "")
+    key = os.environ.get(API_KEY_ENV, "")
     if not key and not local:
-        raise UserError(f"{url.hostname} needs an API key: put it into the environment variable {settings.api_key_env}")
+        raise UserError(f"{url.hostname} needs an API key: put it into the environment variable {API_KEY_ENV}")
     return key or "none"  # the client library insists on one
 
 
@@ -343,7 +350,7 @@ class Asker:
                 outcome = Outcome("abstained", None, problem)
         except TryAgain as error:
             result, problem = error.outcome, error.problem
-            if send_number == settings.transport_attempts or (error.retry_after or 0) > LONGEST_RETRY_AFTER:
+            if send_number == TRANSPORT_ATTEMPTS or (error.retry_after or 0) > LONGEST_RETRY_AFTER:
                 outcome = Outcome("failed", None, str(error))
             else:
                 raised = error
@@ -368,7 +375,7 @@ class Asker:
             answer = await self.client.chat.completions.with_raw_response.create(
                 model=settings.model,
                 messages=question.messages,  # type: ignore[arg-type]
-                temperature=settings.temperature if reply_number == 1 else settings.retry_temperature,
+                temperature=max(settings.temperature, RETRY_TEMPERATURE if reply_number > 1 else 0),
                 max_tokens=settings.max_reply_tokens,
                 response_format=_response_format(settings.response_format, question.template),
                 logprobs=True if question.with_probability else openai.omit,
@@ -394,7 +401,7 @@ class Asker:
             return TryAgain(f"http_{code}", words[:300], retry_after(error.response.headers.get("retry-after")))
         return UserError(
             f"{self.settings.base_url} refused the judge's request with status {code}: {words}\n"
-            f"Check judge.base_url, judge.model ({self.settings.model!r}), the key in ${self.settings.api_key_env} and "
+            f"Check judge.base_url, judge.model ({self.settings.model!r}), the key in ${API_KEY_ENV} and "
             f"judge.response_format ({self.settings.response_format}). Finished verdicts are kept"
         )
 

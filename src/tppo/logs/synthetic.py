@@ -34,6 +34,8 @@ from tppo.core.run import RunFolder
 HEADER = ("user_id", "time", "kind", "text")
 START = datetime(2026, 1, 5)
 DAYS = 90
+EVENTS_PER_USER = 60
+"""Mean number of events of a user: a history and several windows for each. For a larger log ask for more users."""
 _Event = tuple[str, str]
 """Kind and text."""
 _NAVIGATIONAL = ["google", "yahoo mail", "ebay", "www.facebook.com", "youtube.com", "mapquest", "weather"]
@@ -86,8 +88,8 @@ def write_log(config: Synthetic, seed: int, path: Path) -> int:
 
 def generate_rows(config: Synthetic, seed: int) -> Iterator[tuple[str, ...]]:
     """Rows (user_id, time, kind, text) of all users, streaming; a few are broken on purpose."""
-    if config.users < 1 or config.events_per_user < 1:
-        raise UserError("synthetic.users and synthetic.events_per_user must be at least 1")
+    if config.users < 1:
+        raise UserError(f"synthetic.users={config.users} must be at least 1")
     if not 1 <= config.topics <= len(TOPICS):
         raise UserError(f"synthetic.topics={config.topics} must be between 1 and {len(TOPICS)}")
     for user in track(range(config.users), "synthetic users"):
@@ -162,7 +164,7 @@ def _draw_user(random: Random, config: Synthetic) -> tuple[int, list[_Interest]]
     """Number of events and interests of a user: the first draws of their stream."""
     # One user in 25 hardly shows up; the mean of the others makes up for it.
     rare = random.random() < 0.04
-    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, config.events_per_user / 4))
+    count = random.randint(1, 4) if rare else 1 + round(random.gammavariate(4, EVENTS_PER_USER / 4))
     names = random.sample(sorted(TOPICS)[: config.topics], min(random.choice((1, 2, 2, 3)), config.topics))
     return count, [_Interest(random, TOPICS[name]) for name in names]
 

@@ -11,7 +11,7 @@ from itertools import chain
 
 from tppo.core.config import Synthetic
 from tppo.core.files import sha256_file
-from tppo.core.run import MANIFEST, RunFolder
+from tppo.core.run import MANIFEST, RunFolder, without_retired
 from tppo.core.tables import Example
 from tppo.core.text import ParsedResponse, Word, parse_response, repeated_queries
 from tppo.logs.clean import hash_user
@@ -72,4 +72,5 @@ def known_truth(run: RunFolder) -> Truth | None:
         return None
     if prepared["inputs"].get("synthetic") != sha256_file(run.path("synthetic") / MANIFEST):
         return None
-    return Truth(Synthetic(**made["config"]["synthetic"]), made["config"]["seed"])
+    config = without_retired(made["config"])
+    return Truth(Synthetic(**config["synthetic"]), config["seed"])

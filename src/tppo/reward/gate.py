@@ -64,6 +64,13 @@ AGAINST = ("shuffled", "noise", "repeated", "copied")
 """Probes that the user's real next queries should win against."""
 MEASURES = ("token_auc", "weighted_auc", "token_f1", "token_ece", "sentence_auc", "sentence_f1", "sentence_ece")
 HELD_OUT = "reward_eval"
+MIN_RESPONSES = 30
+"""Fewest held-out responses, and probed examples, to judge from; fewer cannot tell, which counts as failed: an AUC of
+30 responses has a standard error of about 0.1, as large as what the gate tells apart."""
+MIN_CLASS_COUNT = 5
+"""Fewest held-out words, and responses, of each label (relevant, irrelevant) for an AUC; fewer cannot tell."""
+BOOTSTRAP_SAMPLES = 1000
+"""Resamples of users for the 95% intervals, which are shown; the thresholds are for the values."""
 TIE = 0.05
 """Scores (from 0 to 1) closer than this are a tie: where real queries and a probe are both as good as worthless, which
 of two numbers near 0 is the larger is nothing that RL could live on."""
@@ -119,7 +126,6 @@ def require_passed(recipe: Recipe, run: RunFolder, config: RL) -> dict[str, Any]
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Measure both reward models, of one rubric; the stage finishes whether they pass or not."""
     settings = recipe.check_reward
-    check_settings(settings)
     reward_folder = run.require("reward")
     models = {kind.kind: kind.load(reward_folder / kind.kind) for kind in KINDS}
     rubrics = {name: model.info.get("rubric") for name, model in models.items()}
@@ -130,7 +136,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         )
     held_out, abstained = load_held_out(run, rubric, settings.max_examples, recipe.task.num_queries, recipe.seed)
     users = [example.user_id for example in held_out.examples]
-    bootstrap = UserBootstrap(users, settings.bootstrap_samples, stream_seed(recipe.seed, "check_reward"))
+    bootstrap = UserBootstrap(users, BOOTSTRAP_SAMPLES, stream_seed(recipe.seed, "check_reward"))
     counts = {**_counts(held_out), "abstained": abstained}
     measured = {name: measure(model, held_out, bootstrap, recipe.reward) for name, model in models.items()}
     report = {"rubric": rubric, "judge": run.facts("label")["judge"], **build_report(measured, counts, settings)}
@@ -145,12 +151,6 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         **{part: {name: found[part] for name, found in report["models"].items()} for part in ("reasons", "cautions")},
         "counts": counts,
     }
-
-
-def check_settings(settings: CheckReward) -> None:
-    """Raise UserError for a number out of range."""
-    if settings.bootstrap_samples < 100:
-        raise UserError(f"check_reward.bootstrap_samples={settings.bootstrap_samples}: give at least 100")
 
 
 def load_held_out(
@@ -298,7 +298,7 @@ def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> 
         if name in NOT_ASKED[model]:
             continue
         found, limit = evidence[name], getattr(settings, setting)
-        status, why = _judge(found, setting, limit, settings)
+        status, why = _judge(found, setting, limit)
         checks.append(
             {
                 **{"model": model, "name": name, "value": found.value, "low": found.low, "high": found.high},
@@ -309,16 +309,16 @@ def assess(model: str, evidence: dict[str, Evidence], settings: CheckReward) -> 
     return checks
 
 
-def _judge(found: Evidence, setting: str, limit: float, settings: CheckReward) -> tuple[Status, str | None]:
+def _judge(found: Evidence, setting: str, limit: float) -> tuple[Status, str | None]:
     at_least = setting.startswith("min_")
     if limit <= 0 if at_least else limit >= _MOST:
         return "not required", None
-    few = found.responses < settings.min_responses
-    if few or (found.smallest_class is not None and found.smallest_class < settings.min_class_count):
+    few = found.responses < MIN_RESPONSES
+    if few or (found.smallest_class is not None and found.smallest_class < MIN_CLASS_COUNT):
         rarer = "" if found.smallest_class is None else f", {found.smallest_class} rows of the rarer label"
         return "cannot be told", (
             f"cannot be told from {found.responses} held-out responses{rarer} "
-            f"(check_reward.min_responses={settings.min_responses}, min_class_count={settings.min_class_count})"
+            f"(it takes {MIN_RESPONSES}, and {MIN_CLASS_COUNT} of the rarer label)"
         )
     if found.value is None:
         return "cannot be told", "not defined, since all its rewards (or all lengths, or all labels) are equal"

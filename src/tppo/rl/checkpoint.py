@@ -26,6 +26,7 @@ from torch import Tensor
 from tppo.core.common import UserError, console
 from tppo.core.config import RL_DISPLAY
 from tppo.core.files import sha256_file, write_json
+from tppo.core.run import without_retired
 from tppo.rl.guards import KeptPolicy
 from tppo.rl.policy import load_training_state, training_state
 from tppo.rl.trainer import TokenPPOTrainer
@@ -33,8 +34,8 @@ from tppo.rl.trainer import TokenPPOTrainer
 _PREFIX = "checkpoint-"
 _TEMPORARY = "tmp-"
 _CHECKSUMS = "checksums.json"
-_MAY_CHANGE = ("updates", "save_every", "keep_checkpoints", *RL_DISPLAY)
-"""Settings that do not change what an update does."""
+_MAY_CHANGE = ("updates", "save_every", "keep_checkpoints", "tracker_project", *RL_DISPLAY)
+"""Settings, of today or of before, that do not change what an update does."""
 
 
 def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
@@ -176,11 +177,11 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     now = {"seed": trainer.seed, **asdict(trainer.config)}
-    then = {"seed": state["seed"], **state["config"]}
+    then = {"seed": state["seed"], **without_retired({"rl": state["config"]})["rl"]}
     changed = [
-        f"{name}: {then.get(name)!r} -> {value!r}"
-        for name, value in now.items()
-        if name not in _MAY_CHANGE and value != then.get(name)
+        f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
+        for name in now | then
+        if name not in _MAY_CHANGE and now.get(name) != then.get(name)
     ]
     if changed:
         raise UserError(f"{path} was made with other settings ({'; '.join(changed)}): give them, or another folder")

@@ -126,6 +126,9 @@ def progress_line(name: str, metrics: dict[str, float], config: RL) -> str:
 
 
 NOTES = "trackers.json"
+PROJECT = "tppo"
+"""Project (mlflow: experiment) that runs are logged under, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, the
+trackers' own variables, say otherwise."""
 _WAY_OUT = {"wandb": ". Set WANDB_API_KEY, run `wandb login` once, or set WANDB_MODE=offline"}
 
 
@@ -185,12 +188,18 @@ def _start_tracker(name: str, config: RL, folder: Path, notes: dict[str, dict[st
     """Start the run that the tracker's note tells of, or go on in it."""
     new = name not in notes
     note = notes.setdefault(name, {"logged": 0, "run": secrets.token_hex(4)})
-    project, shown = config.tracker_project, f"{folder.resolve().parent.name}-{folder.name}"
+    shown = f"{folder.resolve().parent.name}-{folder.name}"
     arguments: dict[str, dict[str, Any]] = {
         "tensorboard": {"run_name": name, "logging_dir": str(folder), "purge_step": note["logged"] + 1},
-        "wandb": {"run_name": project, "name": shown, "id": note["run"], "resume": "allow", "dir": str(folder)},
-        "trackio": {"run_name": project, "name": f"{shown}-{note['run']}", "resume": "allow"},
-        "mlflow": {"experiment_name": project, "run_name": shown, "run_id": None if new else note["run"]},
+        "wandb": {
+            "run_name": os.environ.get("WANDB_PROJECT", PROJECT),
+            "name": shown,
+            "id": note["run"],
+            "resume": "allow",
+            "dir": str(folder),
+        },
+        "trackio": {"run_name": PROJECT, "name": f"{shown}-{note['run']}", "resume": "allow"},
+        "mlflow": {"experiment_name": PROJECT, "run_name": shown, "run_id": None if new else note["run"]},
     }
     PartialState()  # accelerate's trackers log through it
     tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])

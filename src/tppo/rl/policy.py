@@ -218,7 +218,10 @@ class ValueProbe(nn.Module):
         return {"gram": gram, "moment": moment, "errors": errors, "weights": weights}
 
 
-EAGER_TOKENS = 512  # a layer's attention weights of 16 such sequences with 9 heads take 150 MB in float32
+EAGER_TOKENS = 512
+"""Longest sequence with eager attention (two matrix products and a softmax), which is faster than the fused one on a
+CPU and short texts, but whose memory grows with the square of the length: a layer's attention weights of 16 such
+sequences with 9 heads take 150 MB in float32. Everywhere else it is the fused one (sdpa)."""
 _ADAPTER = "default"
 
 
@@ -235,10 +238,7 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
                 f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
                 "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
             )
-    attention: str = config.attention
-    if attention == "auto":
-        attention = "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa"
-    lm.set_attn_implementation(attention)
+    lm.set_attn_implementation("eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa")
     rollout_model, reference = frozen_copy(lm).to(generation_dtype(config.precision)), None
     if config.tuning == "lora":
         with torch.random.fork_rng(devices=[]):

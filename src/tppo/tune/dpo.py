@@ -26,13 +26,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from trl import DPOConfig, DPOTrainer
 
 from tppo.core.common import UserError, draw, stream_seed
-from tppo.core.config import DPO, Recipe, Task
+from tppo.core.config import DPO, Recipe, Rubric, Task
 from tppo.core.models import load_policy, lora_config
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
@@ -82,18 +82,18 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: settings that cannot be, or no pair is left to train on.
     """
-    settings = recipe.dpo
+    settings, rubric = recipe.dpo, recipe.reward.rubric
     check_batch_sizes(settings, "dpo")
     check_samples(recipe)
     sft_folder = run.require("sft") / "model"
     model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
-    rows, facts = make_pairs(run, settings, recipe.task, tokenizer, "train")
-    held_out, held_out_facts = make_pairs(run, settings, recipe.task, tokenizer, "reward_eval")
+    rows, facts = make_pairs(run, settings.pairs, rubric, recipe.task, tokenizer, "train")
+    held_out, held_out_facts = make_pairs(run, settings.pairs, rubric, recipe.task, tokenizer, "reward_eval")
     if not rows:
         raise UserError(
             f"no pair is left to train on ({facts}): raise sample.train_examples or sample.samples_per_example"
         )
-    measured = draw(held_out, settings.max_eval_examples, recipe.data_seed, "dpo", "eval")
+    measured = draw(held_out, recipe.sft.max_eval_examples, recipe.data_seed, "dpo", "eval")
     reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
     seed = stream_seed(recipe.seed, "dpo")
     trainer = make_trainer(model, reference, tokenizer, rows, measured, settings, seed, folder / "checkpoints")
@@ -103,7 +103,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return {
         "algorithm": "dpo",
         "pairs": settings.pairs,
-        "rubric": settings.rubric if settings.pairs == "judged" else None,
+        "rubric": rubric if settings.pairs == "judged" else None,
         "train": facts,
         "reward_eval": {**held_out_facts, "measured_pairs": len(measured)},
         "steps": result.global_step,
@@ -114,7 +114,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def make_pairs(
-    run: RunFolder, settings: DPO, task: Task, tokenizer: Any, split: str
+    run: RunFolder, kind: Literal["sft_output", "judged"], rubric: Rubric, task: Task, tokenizer: Any, split: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Pairs of a split from the sample stage's responses, with the very prompt ids they were sampled from.
 
@@ -129,14 +129,14 @@ def make_pairs(
             f"responses.parquet has {len(unknown)} responses to {split} examples that examples.parquet lacks (first: "
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
-    if settings.pairs == "sft_output":
+    if kind == "sft_output":
         limit = task.max_response_tokens
         pairs, dropped = sft_output_pairs(
             responses, examples, lambda queries: encode_response(tokenizer, queries), limit
         )
     else:
         labels = _rows_of(run.require("label") / "labels.parquet", LABELS, split)
-        labels = [row for row in labels if row["rubric"] == settings.rubric]
+        labels = [row for row in labels if row["rubric"] == rubric]
         facts["abstained_responses"] = sum(row["status"] == "abstained" for row in labels)
         pairs, dropped = judged_pairs(responses, labels)
     prompts, dropped_events = encode_examples(tokenizer, [examples[pair.example_id] for pair in pairs], task)

@@ -23,6 +23,11 @@ from tppo.core.config import DPO, SFT
 from tppo.core.device import resolved, trainer_device
 from tppo.core.models import save_model
 
+WARMUP_SHARE = 0.05
+"""Share of the steps over which the learning rate rises: enough for Adam's averages to settle, whatever the rate."""
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping, as in RL."""
+
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Metrics = Sequence[Mapping[str, str]]
 """Kinds of rows of metrics.jsonl; each maps the columns of a row, beside `step`, to the trainer's names."""
@@ -67,9 +72,9 @@ def trainer_config(
             gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=round(settings.warmup_share * planned_steps(settings, examples)),
+            warmup_steps=round(WARMUP_SHARE * planned_steps(settings, examples)),
             weight_decay=0.0,
-            max_grad_norm=1.0,
+            max_grad_norm=MAX_GRAD_NORM,
             seed=seed % 2**31,
             data_seed=seed % 2**31,
             gradient_checkpointing=False,
