@@ -54,14 +54,12 @@ TOLERATED_REFUSALS = 0.15
 """Share of refusals in a round that is no reason to ask less."""
 MOST_FAILURES_IN_A_ROW = 20
 LONGEST_RETRY_AFTER = 600.0
+"""Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
 TRANSPORT_ATTEMPTS = 8
-"""Tries of one request (busy server, time-out, broken connection) before it is listed as failed, with pauses of
-up to 8 s between them. What failed is asked again by the next run; more tries would only hide a server that is down."""
+"""Tries of one request before it is listed as failed: the next run asks again, and more would hide a dead server."""
 RETRY_TEMPERATURE = 0.5
 """Least temperature of a reply after one that broke the contract: at 0 it would be the same again."""
-API_KEY_ENV = "TPPO_JUDGE_API_KEY"
-"""Environment variable that holds the API key; on loopback it may be unset."""
-"""Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
+API_KEY_ENV = "TPPO_JUDGE_API_KEY"  # on loopback it may be unset
 RETRY_AFTER_JITTER = 0.5
 """A server tells everybody the same whole second: coming back together, most would be refused again."""
 CHAT_FORMAT_TOKENS = 64
