@@ -209,7 +209,7 @@ def test_help_and_print_config(capsys):
             cli.main([command, "--help"])
         assert stopped.value.code == 0
         text = capsys.readouterr().out
-        assert cli.COMMANDS[command].split(":")[0].split("(")[0][:20] in text
+        assert cli.COMMANDS[command].help.split(":")[0].split("(")[0][:20] in text
         assert "example:" in text
     with pytest.raises(SystemExit):
         cli.main(["run", "--print_config"])
