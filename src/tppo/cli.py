@@ -31,7 +31,7 @@ def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) ->
 
     >>> import tempfile
     >>> from tppo.core.config import Synthetic
-    >>> recipe = Recipe(run_dir=tempfile.mkdtemp(), synthetic=Synthetic(users=60, events_per_user=40))
+    >>> recipe = Recipe(run_dir=tempfile.mkdtemp(), synthetic=Synthetic(users=60))
     >>> run(recipe, ["synthetic", "prepare"])
     >>> RunFolder(recipe).facts("prepare")["rows_read"] > 1000
     True
