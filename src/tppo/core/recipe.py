@@ -185,8 +185,11 @@ def _way_out(parser: ArgumentParser, message: str) -> str:
     return ""
 
 
-def check_readings(evaluate: Evaluate, judge: JudgeSettings) -> None:
+def check_readings(evaluate: Evaluate, judge: JudgeSettings | None = None) -> None:
     """Refuse, before anything runs, readings that nobody could make.
+
+    Args:
+        judge: None where the judge is checked elsewhere.
 
     Raises:
         UserError: names the setting and what it has to be.
@@ -196,7 +199,10 @@ def check_readings(evaluate: Evaluate, judge: JudgeSettings) -> None:
     wrong = [
         (len(set(readers)) < len(readers), f"names a reader twice: {readers}"),
         (any(reading.examples < 0 for reading in evaluate.readings), "examples: give 0 (all) or more"),
-        (by_model and not judge.model, f"{by_model} ask the LLM judge, but judge.model is empty: name it"),
+        (
+            by_model and judge is not None and not judge.model,
+            f"{by_model} ask the LLM judge, but judge.model is empty: name it",
+        ),
         (
             "distance" in readers and evaluate.answers,
             "distance reads policies, not answers: leave evaluate.answers empty, and name the policies' stages in "

@@ -140,8 +140,8 @@ class RunFolder:
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
             )
-        if STAGES[split_stage(stage)[0]].derived and manifest["inputs"] != self.input_hashes(stage):
-            return False
+        if STAGES[split_stage(stage)[0]].derived:
+            return manifest["inputs"] == self.input_hashes(stage)
         self.require_current(stage)
         return True
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tppo.core.common import UserError
 from tppo.core.config import Reader, Reading, Recipe, Setting, Study, TuningAlgorithm
-from tppo.core.recipe import check_recipe, check_samples
+from tppo.core.recipe import check_readings, check_recipe, check_samples
 from tppo.core.run import RunFolder
 from tppo.core.stages import REFERENCES, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
@@ -99,6 +99,7 @@ def make_plan(recipe: Recipe) -> Plan:
     made = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
     plan = Plan()
     for name, variant in variants.items():
+        check_readings(variant.evaluate)
         job = _job(made, f"shared/{name}", name, variant, shared_stages(variant))
         if job.stages:
             plan.shared.append(job)
