@@ -13,6 +13,7 @@ from typing import Any
 
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
+from tppo.core.processes import Stopped, ended_by_signals, locked
 from tppo.core.recipe import COMMANDS, check_readings, check_samples, parse_recipe
 from tppo.core.run import RunFolder, run_stage, run_stages
 from tppo.core.stages import STAGES, all_stages, read_stages, rl_stage, split_stage
@@ -43,14 +44,12 @@ def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) ->
     Raises:
         UserError: a stage that the recipe does not have, one that stopped, or one finished with other settings.
     """
-    folder, known = RunFolder(recipe), all_stages(recipe)
-    for name, asked in (("--redo", redo), ("stages", stages)):
-        if unknown := set(asked) - set(known):
-            raise UserError(f"{name} {sorted(unknown)}: this recipe's stages are {known}")
+    known = all_stages(recipe)
+    _check_names("stages", stages, known)
+    _check_names("--redo", redo, known)
     check_samples(recipe)
     check_readings(recipe.evaluate, recipe.judge)
-    _discard(folder, redo)
-    run_stages(recipe, [stage for stage in known if not stages or stage in stages])
+    run_stages(recipe, [stage for stage in known if not stages or stage in stages], redo=redo)
 
 
 def _run_all(recipe: Recipe, redo: Sequence[str]) -> None:
@@ -65,11 +64,9 @@ def _run_all(recipe: Recipe, redo: Sequence[str]) -> None:
     console.print(f"serve:  tppo serve --config {folder.root / 'recipe.yaml'}", soft_wrap=True)
 
 
-def _discard(folder: RunFolder, redo: Sequence[str]) -> None:
-    for stage in redo:
-        folder.check_own(stage)
-    for stage in redo:
-        folder.discard_from(stage)
+def _check_names(name: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := sorted(set(asked) - set(known)):
+        raise UserError(f"{name} {unknown}: this recipe's stages are {list(known)}")
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> None:
@@ -100,10 +97,16 @@ def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
         stages = read_stages(recipe)
         if not stages:
             raise UserError("evaluate.readings is empty: say who reads, as `--evaluate.readings '[{reader: vote}]'`")
-    _discard(RunFolder(recipe), redo)
+    run = RunFolder(recipe)
+    _check_names("--redo", redo, [*all_stages(recipe), *stages])
+    run.check_left(stages, redo)
+    run.check(stages, redo)
+    if redo:
+        with locked(run.root):  # nobody may be at work on what follows
+            run.discard_from(*redo)
     for stage in stages:
         if not run_one(recipe, stage):
-            print(f"{RunFolder(recipe).path(stage)} is finished already; --redo {stage} makes it anew")
+            print(f"{run.path(stage)} is finished already; --redo {stage} makes it anew")
 
 
 def help_text() -> str:
@@ -133,13 +136,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             close = [new] if (new := RENAMED.get(command)) else difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean `tppo {close[0]}`?" if close else ""
             raise UserError(f"there is no command {command!r}{hint}\n\n{help_text()}")
-        dispatch(command, arguments)
+        with ended_by_signals():
+            dispatch(command, arguments)
     except UserError as error:
         _fail(str(error), 2)
     except OSError as error:
         if error.errno is None:
             raise
         _fail(f"{error.filename or 'the system'}: {os.strerror(error.errno)}. Finished stages stay valid", 3)
+    except Stopped as stopped:
+        _fail(f"stopped by {stopped}; give the same command again to go on", 128 + stopped.number)
     except KeyboardInterrupt:
         _fail("interrupted; give the same command again to go on", 130)
 

@@ -31,19 +31,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from tppo.core.common import UserError
 from tppo.core.config import DPO, RL, SFT, Recipe, Reward
 from tppo.core.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
-from tppo.core.recipe import check_samples
-from tppo.core.run import RunFolder
+from tppo.core.run import RunFolder, check_sections
 from tppo.core.stages import REFERENCES, all_stages, evaluated_models, of_variant, split_stage, uses_llm_judge
 from tppo.evaluate.compare import voted_pairs
-from tppo.evaluate.stage import check_settings as check_evaluate
-from tppo.judge import label, llm, probes
-from tppo.logs import prepare
+from tppo.judge import probes
 from tppo.reward import train
 from tppo.reward.longformer import to_longformer
 from tppo.reward.models import first_layers
 from tppo.rl.guards import check_config
 from tppo.tune import scratch
-from tppo.tune.trl import check_batch_sizes
 
 ADAM_BYTES, FLOAT32 = 8, 4
 WIDTH = {"fp32": FLOAT32, "bf16": 2, "auto": 2}
@@ -389,36 +385,16 @@ def _tokens(count: float) -> str:
 
 def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     """Every check of settings that needs no data."""
-    task, reward, judge = recipe.task, recipe.reward, recipe.judge
-    prepare.check_settings(recipe.prepare)
-    check_batch_sizes(recipe.sft, "sft")
-    label.check_settings(recipe.label)
-    train.check_settings(reward)
-    check_config(recipe.rl, task.max_response_tokens)
-    if "dpo" in recipe.algorithms:
-        check_batch_sizes(recipe.dpo, "dpo")
-    check_samples(recipe)
-    check_evaluate(recipe)
-    asked = any(reading.reader in ("llm", "vote") for reading in recipe.evaluate.readings)
-    if asked or any(uses_llm_judge(stage, recipe) for stage in ("label", "evaluate")):
-        llm.LLMJudge(judge)
-    length, by_llm = task.max_prompt_tokens + task.max_response_tokens, recipe.label.judge == "llm"
-    wrong = ""
-    if task.num_queries < 1:
-        wrong = f"task.num_queries={task.num_queries}: ask for at least 1"
-    elif len(set(recipe.algorithms)) < len(recipe.algorithms):
-        wrong = f"algorithms={recipe.algorithms} names one twice"
-    elif 0 < policy.positions < length:
+    task, reward = recipe.task, recipe.reward
+    check_sections(recipe, all_stages(recipe))
+    check_config(recipe.rl, task.max_response_tokens)  # the section's own algorithm is trained by `tppo rl`
+    length, wrong = task.max_prompt_tokens + task.max_response_tokens, ""
+    if 0 < policy.positions < length:
         wrong = f"task.max_prompt_tokens + task.max_response_tokens is {length}, more than the {policy.positions} "
         wrong += f"positions of sft.model={recipe.sft.model}"
     elif 0 < encoder.positions < reward.max_length:
         wrong = f"reward.max_length={reward.max_length} is more than the {encoder.positions} positions of "
         wrong += f"reward.encoder={reward.encoder} (reward.to_longformer gives it more)"
-    elif by_llm and reward.rubric not in judge.rubrics:
-        wrong = f"reward.rubric={reward.rubric} is not among judge.rubrics={judge.rubrics}: nobody would label it"
-    elif by_llm and judge.template == "sentence":
-        wrong = "judge.template=sentence gives no word labels, which the token-level reward model learns from: "
-        wrong += "use token"
     if wrong:
         raise UserError(wrong)
 

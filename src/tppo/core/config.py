@@ -645,6 +645,11 @@ RETIRED: dict[str, Any] = {
     "agreement.bootstrap_samples": 2000,
 }  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
+ADDED: dict[str, Any] = {}
+"""For a setting that is newer than the first release, as `section.name`: the value that does what was done before there
+was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is
+compared by its default, so one whose default changes what a stage does needs its entry; `tests/core/settings.txt` lists
+those that are not newer, and a test holds every other one against this table."""
 REPLACED = {
     **dict.fromkeys(
         ("evaluate.second_judge", "evaluate.second_judge_examples", "evaluate.vote", "evaluate.vote_examples"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,54 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+ALWAYS_HASHED = 4 * 2**20
+"""Bytes of a file that is cheaper to read than to reason about."""
+
+
+def file_mark(path: Path) -> dict[str, Any]:
+    """What tells later whether a file is still the same: size, times and hash."""
+    return {**_stamp(path), "sha256": sha256_file(path)}
+
+
+def has_mark(path: Path, mark: dict[str, Any]) -> bool:
+    """Whether a file still has the content it had when it was marked.
+
+    The content decides, never a time alone. A large file that was not touched since is not read again: a change of its
+    content changes its ctime, too, whatever is done to its mtime.
+    """
+    if not path.is_file():
+        return False
+    now = _stamp(path)
+    if now["size"] != mark.get("size", now["size"]):
+        return False
+    if now["size"] <= ALWAYS_HASHED:
+        return sha256_file(path) == mark["sha256"]
+    return all(mark.get(name) == value for name, value in now.items()) or _hash_as_of(path, **now) == mark["sha256"]
+
+
+@lru_cache(maxsize=256)
+def _hash_as_of(path: Path, **stamp: int) -> str:
+    """The hash of a large file, read once for as long as nothing touches it."""
+    return sha256_file(path)
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+
+
+def peak_memory_mib() -> int:
+    """The most memory that this process has held."""
+    if sys.platform == "win32":
+        import psutil  # here: elsewhere the system's own call is enough
+
+        return psutil.Process().memory_info().peak_wset >> 20
+    import resource  # here: there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak >> 10  # macOS counts bytes, the others KiB
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,13 +8,16 @@ reads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo.core.common import UserError
@@ -138,7 +141,7 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[Recipe, list[s
     try:
         namespace = parser.parse_args(arguments)
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{error}{_way_out(parser, str(error))}") from None
+        raise UserError(f"{error}{_way_out(parser, str(error), _named(arguments))}") from None
     redo = namespace.get("redo") or []
     redo = [redo] if isinstance(redo, str) else redo
     return _instantiate(parser, namespace), redo
@@ -154,7 +157,7 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return _instantiate(parser, parser.parse_object(values))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{error}{_way_out(parser, str(error))}") from None
+        raise UserError(f"{error}{_way_out(parser, str(error), _dotted(values))}") from None
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Recipe:
@@ -169,13 +172,41 @@ def _without(namespace: Namespace, *keys: str) -> Namespace:
     return namespace
 
 
-def _way_out(parser: ArgumentParser, message: str) -> str:
-    """What to write in place of a setting that there is not: what became of it, or the nearest name."""
+def _dotted(values: Any) -> set[str]:
+    """`section.name` of every setting in nested values."""
+    sections = values.items() if isinstance(values, dict) else ()
+    return {f"{section}.{name}" for section, given in sections if isinstance(given, dict) for name in given}
+
+
+def _named(arguments: Sequence[str]) -> set[str]:
+    """`section.name` of every setting that flags and recipe files give, as far as the files can be read."""
+    names, files = set(), []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, value = argument.partition("=")
+        names.add(flag.removeprefix("--"))
+        if flag == "--config":
+            files.append(value or following)
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            names |= _dotted(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    return names
+
+
+def _way_out(parser: ArgumentParser, message: str, given: set[str]) -> str:
+    """What to write in place of settings that there are not: what became of them, of all at once; or the nearest name.
+
+    Args:
+        given: `section.name` of what was given.
+    """
+    gone = []
     for name in (*RETIRED, *REPLACED):
         section, _, key = name.partition(".")
-        if re.search(rf"{re.escape(name)}\b", message) or f"'{section}' does not accept option '{key}'" in message:
+        told = re.search(rf"{re.escape(name)}\b", message) or f"'{section}' does not accept option '{key}'" in message
+        if told or name in given:
             new = f"use {REPLACED[name]}" if name in REPLACED else f"it is {RETIRED[name]!r} for good, so take it out"
-            return f"\n{name} is no setting any more: {new}"
+            gone.append(f"\n{name} is no setting any more: {new}")
+    if gone:
+        return "".join(gone)
     known = [action.dest for action in parser._actions]
     for word in message.replace("'", " ").replace('"', " ").replace("--", " ").replace("=", " ").split():
         if "_" in word or "." in word or word.isalpha():
@@ -212,6 +243,18 @@ def check_readings(evaluate: Evaluate, judge: JudgeSettings | None = None) -> No
     for is_wrong, words in wrong:
         if is_wrong:
             raise UserError(f"evaluate.readings: {words}")
+
+
+def check_shared(recipe: Recipe) -> None:
+    """Refuse what no stage could make sense of.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if recipe.task.num_queries < 1:
+        raise UserError(f"task.num_queries={recipe.task.num_queries}: ask for at least 1")
+    if len(set(recipe.algorithms)) < len(recipe.algorithms):
+        raise UserError(f"algorithms={recipe.algorithms} names one twice")
 
 
 def check_samples(recipe: Recipe) -> None:

@@ -1,44 +1,53 @@
 """The run folder: one folder per stage, a manifest written last, and which stages are done.
 
-A stage reads only folders to its left (`stage_inputs`). A folder without `manifest.json` is unfinished: it
-is resumed or redone. A finished stage whose config or inputs have changed is never silently reused or
-overwritten: the error names what changed and the way out.
+A stage reads only folders to its left (`stage_inputs`). A folder without `manifest.json` is unfinished: it is resumed.
+A stage, finished or not, whose settings, inputs, or what it read outside the run folder (`tppo.core.outside`) have
+changed is never silently reused or overwritten, nor is one whose files are not as it wrote them: the error names what
+changed and the way out. Everything is checked before anything is written, and nothing is deleted that no stage has made
+(`tppo.core.folders`).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import platform
-import resource
 import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
+from tppo.core import folders, outside
+from tppo.core.changes import changed_settings, plain, resolved, without_retired
 from tppo.core.common import UserError, console
-from tppo.core.config import REPLACED, RETIRED, Evaluate, Reader, Reading, Recipe
-from tppo.core.files import sha256_file, write_json, write_text
+from tppo.core.config import Recipe
+from tppo.core.files import peak_memory_mib, sha256_file, write_json, write_text
+from tppo.core.folders import MANIFEST, STARTED, read_record
+from tppo.core.processes import FOLDER, check_free, locked
+from tppo.core.recipe import check_recipe, check_samples, check_shared
 from tppo.core.stages import (
     STAGES,
     all_stages,
+    of_variant,
     precision_section,
     split_stage,
     stage_command,
     stage_config,
     stage_inputs,
+    stage_outside,
+    stage_seed,
 )
 
-MANIFEST = "manifest.json"
+__all__ = ["RunFolder", "check_sections", "run_stage", "run_stages", "without_retired", "write_recipe"]
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
+_RECIPE_HEAD = "# Every setting of the run in this folder, written by tppo; a copy of yours is kept beside it.\n"
 
 
 class RunFolder:
@@ -53,14 +62,12 @@ class RunFolder:
         return Path(taken) if taken else self.root / stage
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, or None."""
-        path = self.path(stage) / MANIFEST
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error}): delete it and run the stage again") from None
+        """The manifest of a finished stage, or None.
+
+        Raises:
+            UserError: it is damaged, or of a newer version.
+        """
+        return read_record(self.path(stage) / MANIFEST)
 
     def require(self, stage: str) -> Path:
         """Folder of a finished stage.
@@ -98,10 +105,10 @@ class RunFolder:
 
     def _inputs(self, stage: str) -> dict[str, Path]:
         """Folders that a stage reads, finished or not: its stages to the left, and the evaluations it is given."""
-        folders = {name: self.path(name) for name in stage_inputs(stage, self.recipe)}
+        found = {name: self.path(name) for name in stage_inputs(stage, self.recipe)}
         if split_stage(stage)[0] == "read" and stage != "read_distance":
-            folders |= {f"answers of {model}": folder for model, folder in self.answers().items()}
-        return folders
+            found |= {f"answers of {model}": folder for model, folder in self.answers().items()}
+        return found
 
     def missing_inputs(self, stage: str) -> list[str]:
         """What a stage reads and is not finished."""
@@ -111,37 +118,41 @@ class RunFolder:
         """Hashes of the manifests of what a stage reads.
 
         Raises:
-            UserError: something of it is not finished.
+            UserError: something of it is not finished, or not as its stage wrote it any more.
         """
-        folders = self._inputs(stage)
+        found = self._inputs(stage)
         for name in self.missing_inputs(stage):
             if name.startswith("answers of "):
-                raise UserError(f"evaluate.answers: {folders[name]} holds no finished evaluation")
+                raise UserError(f"evaluate.answers: {found[name]} holds no finished evaluation")
             self.require(name)
-        return {name: sha256_file(folder / MANIFEST) for name, folder in folders.items()}
+        for name, folder in found.items():
+            folders.check_outputs(folder, name, self._way_out(name))
+        return {name: sha256_file(folder / MANIFEST) for name, folder in found.items()}
+
+    def _way_out(self, stage: str) -> str:
+        own = stage not in self.recipe.stage_dirs and not stage.startswith("answers of ")
+        return f"give `--redo {stage}` to make it and what follows anew" if own else "make that stage anew there"
 
     def is_done(self, stage: str) -> bool:
-        """True when the stage is finished with this very config and these very inputs; a derived stage with other
-        inputs is not, and is made anew.
+        """True when the stage is finished with this very config, these very inputs and outputs; a derived stage with
+        other inputs is not, and is made anew.
 
         Raises:
-            UserError: it is finished, but with other settings or from other inputs.
+            UserError: it is finished or unfinished, but with other settings, from other inputs or from other things
+                outside, or its files have changed; or its folder holds what no stage has made.
         """
         manifest = self.manifest(stage)
         if manifest is None:
+            self._check_unfinished(stage)
             return False
-        used = (manifest.get("numerics") or {}).get("precision")
-        # A setting that there was not yet: its default does what was done without it.
-        new = stage_config(stage, self.recipe)
-        old = without_retired(_with_defaults(manifest["config"], _plain(_default_config(stage))))
-        changed = _differences(old, new, used=used)
-        if changed:
+        if changed := self._changes(stage, manifest):
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
             )
+        folders.check_outputs(self.path(stage), stage, self._way_out(stage))
         if STAGES[split_stage(stage)[0]].derived:
-            return manifest["inputs"] == self.input_hashes(stage)
+            return not self.missing_inputs(stage) and manifest["inputs"] == self.input_hashes(stage)
         self.require_current(stage)
         return True
 
@@ -152,21 +163,117 @@ class RunFolder:
             UserError: not finished, or its inputs have been made anew since.
         """
         manifest = self.manifest(stage)
-        if manifest is not None and manifest["inputs"] != self.input_hashes(stage):
+        if manifest is not None and not self._same_inputs(stage, manifest):
             raise UserError(
                 f"{self.path(stage)} was made from other inputs than {self.root} now holds. "
                 f"Give `--redo {stage}` to make it and what follows anew"
             )
         return self.require(stage)
 
-    def discard_from(self, stage: str) -> None:
-        """Delete a stage and every stage that reads it, directly or not; stages taken from elsewhere stay."""
-        stale = {stage}
-        for name in all_stages(self.recipe):
+    def _same_inputs(self, stage: str, record: dict[str, Any]) -> bool:
+        """An input that is to be made yet will be another one than that which was read."""
+        return not self.missing_inputs(stage) and record["inputs"] == self.input_hashes(stage)
+
+    def _changes(self, stage: str, record: dict[str, Any]) -> list[str]:
+        """Settings, and things outside, that are not as in the stage's manifest or started.json, in words."""
+        if "config" not in record:
+            raise UserError(f"{self.path(stage)} holds no manifest of a tppo stage: give another --run_dir")
+        used = (record.get("numerics") or {}).get("precision")
+        read, noted = stage_outside(stage, self.recipe), record.get("outside", {})
+        for setting in outside.not_here(read, noted):
+            console.print(
+                f"{stage}: what {setting} names is not here any more; taken as it was when the stage was made",
+                soft_wrap=True,
+                markup=False,
+            )
+        return changed_settings(stage, record["config"], self.recipe, used) + outside.changes(read, noted)
+
+    def _check_unfinished(self, stage: str) -> None:
+        """Refuse to go on in a folder that is somebody else's, or that holds work begun otherwise than it would be now.
+
+        A derived stage has nothing to lose: it is begun anew.
+        """
+        folders.check_ours(self.path(stage), stage)
+        started = read_record(self.path(stage) / STARTED)
+        if started is None or STAGES[split_stage(stage)[0]].derived:
+            return
+        changed = self._changes(stage, started)
+        if not self._same_inputs(stage, started):
+            changed.append("the stages that it reads have been made anew")
+        if changed:
+            raise UserError(
+                f"{self.path(stage)} is unfinished and was started with other settings ({'; '.join(changed)}). "
+                f"Give `--redo {stage}` to start it anew, without what it has done so far, or another --run_dir"
+            )
+
+    def check(self, stages: Sequence[str], redo: Collection[str] = (), *, wait: bool = False) -> list[str]:
+        """Those of `stages` that are to be made, once all that can be refused has been checked; writes nothing.
+
+        Args:
+            redo: stages to make anew, with what follows from them.
+            wait: for a process that works on one of the stages, instead of refusing.
+
+        Raises:
+            UserError: names what stands in the way.
+        """
+        for stage in redo:
+            self.check_own(stage)
+        doomed = self.followers(redo)
+        for stage in doomed:
+            folders.check_removable(self.path(stage), stage)
+        to_make = [stage for stage in stages if stage in doomed or not self.is_done(stage)]
+        for stage in to_make:
+            check_free(self.root, stage, wait=wait)
+            missing = [f"{setting}: {words}" for setting, thing in stage_outside(stage, self.recipe).items()
+                       if (words := thing.missing())]  # fmt: skip
+            if missing:
+                raise UserError(missing[0])
+        check_sections(self.recipe, to_make)
+        return to_make
+
+    def check_left(self, stages: Sequence[str], redo: Collection[str] = ()) -> None:
+        """What `stages` read is finished, and what the recipe says: all stages to their left that are this run's own.
+
+        Raises:
+            UserError: names the stage and the setting.
+        """
+        doomed, left = self.followers(redo), list(stages)
+        for stage in left:  # grows as it goes
+            own = stage == stages[0] or stage not in self.recipe.stage_dirs
+            left += [name for name in stage_inputs(stage, self.recipe) if own and name not in left]
+        for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
+            if stage in doomed:
+                raise UserError(f"--redo {stage}: this command does not make it, give it to `tppo run`")
+            self.require(stage)
+            if stage not in self.recipe.stage_dirs:
+                self.is_done(stage)
+
+    def followers(self, stages: Collection[str]) -> list[str]:
+        """Stages, and those that read them, directly or not, left to right; stages taken from elsewhere are none."""
+        stale = set(stages)
+        known = all_stages(self.recipe)
+        for name in known:
             if stale & set(stage_inputs(name, self.recipe)):
                 stale.add(name)
-        for name in stale - self.recipe.stage_dirs.keys():
-            shutil.rmtree(self.path(name), ignore_errors=True)
+        ordered = [*known, *(name for name in stages if name not in known)]
+        return [name for name in ordered if name in stale and name not in self.recipe.stage_dirs]
+
+    def discard_from(self, *stages: str) -> None:
+        """Delete stages and every stage that reads them, directly or not; stages taken from elsewhere stay.
+
+        Raises:
+            UserError: a folder of theirs holds what no stage has made, or somebody is at work in it; nothing is
+                deleted then.
+        """
+        doomed = [name for name in self.followers(stages) if self.path(name).exists()]
+        for name in doomed:
+            folders.check_removable(self.path(name), name)
+        with ExitStack() as held:
+            for name in doomed:
+                held.enter_context(locked(self.root, name))
+            # From the right: what is left after a stop on the way has all that it reads.
+            for name in reversed(doomed):
+                folders.remove(self.path(name), name)
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
@@ -179,60 +286,80 @@ class RunFolder:
         return asdict(choose(getattr(self.recipe, section).precision, stage_device(stage)))
 
     def settled_recipe(self, stage: str) -> Recipe:
-        """The recipe as a started stage reads it: its precision is the one fixed when it started. Says which it is."""
-        started = json.loads((self.path(stage) / "started.json").read_text(encoding="utf-8"))
+        """The recipe as a started stage reads it: with the seed and the precision that its manifest says. Says which
+        precision it is."""
+        recipe = replace(self.recipe, seed=stage_seed(stage, self.recipe))
+        started = json.loads((self.path(stage) / STARTED).read_text(encoding="utf-8"))
         if not started["numerics"]:
-            return self.recipe
-        from tppo.core.common import console
+            return recipe
         from tppo.core.device import Numerics, warn_of_slow_bf16
 
         numerics, section = Numerics(**started["numerics"]), precision_section(stage)
         console.print(f"{stage}: {numerics}", soft_wrap=True, markup=False, highlight=False)
         if warning := warn_of_slow_bf16(numerics, f"{section}.precision"):
             console.print(f"[bold red]WARNING[/]: {warning}", soft_wrap=True, highlight=False)
-        settings = replace(getattr(self.recipe, section), precision=numerics.precision)
-        return replace(self.recipe, **{section: settings})
+        settings = replace(getattr(recipe, section), precision=numerics.precision)
+        return replace(recipe, **{section: settings})
 
     @contextmanager
     def stage(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Do a stage's work inside: yields its folder and a dict of facts for the manifest.
 
-        On a clean exit the manifest is written, last; on an error the folder stays without one. A folder left
-        by an unfinished stage is kept when it was started with the same settings and inputs (the stage may
-        resume from it) and emptied otherwise.
+        On a clean exit the manifest is written, last; on an error the folder stays without one. A folder left by an
+        unfinished stage is kept: the stage may resume from it.
 
         Raises:
-            UserError: the stage is taken from another run.
+            UserError: the stage is taken from another run, another process is at work on it, or it was started with
+                other settings or inputs.
         """
         self.check_own(stage)
-        inputs = self.input_hashes(stage)
-        folder = self.path(stage)
-        started = {"config": stage_config(stage, self.recipe), "inputs": inputs}
-        started_path = folder / "started.json"
-        before = json.loads(started_path.read_text(encoding="utf-8")) if started_path.exists() else {}
-        if "config" in before:
-            before["config"] = without_retired(before["config"])
-        goes_on = {name: before.get(name) for name in started} == _plain(started)
-        if folder.exists() and not goes_on:
-            shutil.rmtree(folder)
-        # Fixed when the stage starts: one that is resumed on another machine must not change its arithmetic halfway.
-        numerics = before["numerics"] if goes_on and "numerics" in before else self._choose_numerics(stage)
+        self.input_hashes(stage)  # an input that is missing is said before anything is written
+        with locked(self.root, stage):
+            folder, started = self._start(stage)
+            facts: dict[str, Any] = {}
+            start = time.monotonic()
+            yield folder, facts
+            self._finish(stage, started, facts, time.monotonic() - start)
+
+    def _start(self, stage: str) -> tuple[Path, dict[str, Any]]:
+        """Fix what the stage is made with, and make its folder."""
+        folder, derived = self.path(stage), STAGES[split_stage(stage)[0]].derived
+        if derived:
+            folders.remove(folder, stage)
+        else:
+            self.is_done(stage)
+            (folder / MANIFEST).unlink(missing_ok=True)
+        before = read_record(folder / STARTED) or {}
+        read = stage_outside(stage, self.recipe)
+        started = {
+            "format": folders.FORMAT,
+            "stage": stage,
+            "config": stage_config(stage, self.recipe),
+            "inputs": self.input_hashes(stage),
+            "outside": before.get("outside") or outside.notes_at_start(read),
+            # One that is resumed on another machine must not change its arithmetic halfway.
+            "numerics": before["numerics"] if "numerics" in before else self._choose_numerics(stage),
+            "foreign": folders.unknown_names(folder, stage) if folder.exists() else [],
+        }
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(started_path, {**started, "numerics": numerics})
-        facts: dict[str, Any] = {}
-        start = time.monotonic()
-        yield folder, facts
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, "started.json"))
+        write_json(folder / STARTED, started)
+        return folder, started
+
+    def _finish(self, stage: str, started: dict[str, Any], facts: dict[str, Any], seconds: float) -> None:
+        """Write the manifest."""
+        folder, foreign = self.path(stage), started.pop("foreign")
+        made = folders.outputs(folder, foreign)
+        # Which commit of a hub's model was read is known by now.
+        started["outside"] = outside.notes_at_end(stage_outside(stage, self.recipe), started["outside"])
         write_json(
             folder / MANIFEST,
             {
-                "stage": stage,
                 **started,
-                "numerics": numerics,
                 "facts": facts,
-                "outputs": {str(p.relative_to(folder)): sha256_file(p) for p in files},
-                "seconds": round(time.monotonic() - start, 1),
-                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "outputs": {name: mark.pop("sha256") for name, mark in made.items()},
+                "stamps": made,
+                "seconds": round(seconds, 1),
+                "peak_memory_mib": peak_memory_mib(),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "python": platform.python_version(),
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
@@ -250,92 +377,86 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
     return True
 
 
-def _default_config(stage: str) -> dict[str, Any]:
-    """What a stage depends on when nothing is set."""
-    name, variant = split_stage(stage)
-    readings = [Reading(cast(Reader, variant))] if name == "read" else []
-    return stage_config(stage, Recipe(evaluate=Evaluate(readings=readings)))
+def check_sections(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Every check of the settings of these stages that needs no data: the one that every command makes first.
 
-
-def without_retired(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section, as files of before hold them, without those that are constants today, where they had that
-    value."""
-    return {
-        section: {
-            name: value
-            for name, value in values.items()
-            if f"{section}.{name}" not in RETIRED or value != RETIRED[f"{section}.{name}"]
-        }
-        if isinstance(values, dict)
-        else values
-        for section, values in config.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _with_defaults(old: Any, defaults: Any) -> Any:
-    """`old` with what only `defaults` have, section by section."""
-    if not isinstance(old, dict) or not isinstance(defaults, dict):
-        return old
-    return defaults | {name: _with_defaults(value, defaults.get(name)) for name, value in old.items()}
-
-
-def _differences(old: Any, new: Any, prefix: str = "", *, used: str | None = None) -> list[str]:
-    """Settings that differ, as "name: old -> new".
-
-    Args:
-        used: the precision that a stage was made in. `auto` agrees with whatever was chosen, on whichever machine.
+    Raises:
+        UserError: names the setting.
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for key in sorted(old.keys() | new.keys())
-            for difference in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key, used=used)
-        ]
-    if prefix.rpartition(".")[2] == "precision" and (new == "auto" or (old == "auto" and new == used)):
-        return []
-    # A stage may note a setting of another section under the name it had in its own.
-    return [] if old == _plain(new) else [f"{REPLACED.get(prefix, prefix)}: {old!r} -> {new!r}"]
+    check_shared(recipe)
+    if "rl_dpo" in stages:
+        check_samples(recipe)
+    for stage in stages:
+        module = importlib.import_module(STAGES[split_stage(stage)[0]].module)
+        if check := getattr(module, "check", None):
+            check(of_variant(stage, recipe))
 
 
 def write_recipe(run: RunFolder) -> Path:
-    """Write the resolved recipe into the run folder: what its stages are called with."""
+    """Write the resolved recipe into the run folder, for commands to come. A recipe.yaml that says the same stays as it
+    is; one that tppo has not written is kept beside it."""
     path = run.root / "recipe.yaml"
     run.root.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(asdict(run.recipe), sort_keys=False))
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if _says(text, run.recipe):
+            return path
+        if not text.startswith(_RECIPE_HEAD):
+            numbers = (number for number in range(1, sys.maxsize))
+            path.rename(next(old for n in numbers if not (old := path.with_name(f"recipe.{n}.yaml")).exists()))
+    write_text(path, _RECIPE_HEAD + yaml.safe_dump(resolved(run.recipe), sort_keys=False))
     return path
+
+
+def _says(text: str, recipe: Recipe) -> bool:
+    """Whether a recipe file resolves to this recipe."""
+    try:
+        return resolved(check_recipe(yaml.safe_load(text))) == resolved(recipe)
+    except (UserError, yaml.YAMLError, TypeError, AttributeError, ValueError):
+        return False
 
 
 def run_stages(
     recipe: Recipe,
     stages: Sequence[str],
-    call: Callable[[list[str]], int] = subprocess.call,
+    call: Callable[[list[str]], int] | None = None,
     name: str = "",
+    redo: Sequence[str] = (),
+    *,
+    wait: bool = False,
 ) -> None:
     """Run the stages that are not finished, each in a process of its own, so that memory returns to the machine and
-    peaks can be told apart.
+    peaks can be told apart. They end with this process, and read the recipe as it is now, whatever becomes of
+    recipe.yaml.
 
     Args:
         call: runs a command line and returns its exit status.
         name: shown before each stage.
+        redo: stages to make anew first, with all that follows from them.
+        wait: for another process that is at work in the folder, instead of refusing.
 
     Raises:
-        UserError: a stage stopped, or was finished with other settings.
+        UserError: a stage stopped, was made with other settings, or cannot be made; or the folder is in use.
     """
     run = RunFolder(recipe)
-    path = write_recipe(run)
-    for number, stage in enumerate(stages, start=1):
-        head = f"{name}[{number}/{len(stages)}] {stage}"
-        if run.is_done(stage):
-            console.print(f"{head}: done before, skipped", markup=False, soft_wrap=True)
-            continue
-        console.rule(head.replace("[", "\\["))
-        command, flags = stage_command(stage, recipe)
-        start = time.monotonic()
-        status = call([sys.executable, "-m", "tppo", command, "--config", str(path), *flags])
-        if status:
-            raise UserError(f"stage {stage} stopped (exit status {status}); mend it and give the same command again")
-        console.print(f"{head}: {time.monotonic() - start:.0f} s", markup=False, soft_wrap=True)
+    run.check(stages, redo, wait=wait)
+    with locked(run.root, wait=wait) as children:
+        run.check(stages, redo, wait=wait)  # again, now that nobody else can change anything
+        run.discard_from(*redo)
+        write_recipe(run)
+        fixed = run.root / FOLDER / "recipe.yaml"
+        write_text(fixed, yaml.safe_dump(resolved(recipe), sort_keys=False))
+        for number, stage in enumerate(stages, start=1):
+            head = f"{name}[{number}/{len(stages)}] {stage}"
+            if run.is_done(stage):
+                console.print(f"{head}: done before, skipped", markup=False, soft_wrap=True)
+                continue
+            console.rule(head.replace("[", "\\["))
+            command, flags = stage_command(stage, recipe)
+            start = time.monotonic()
+            status = (call or children.call)([sys.executable, "-m", "tppo", command, "--config", str(fixed), *flags])
+            if status:
+                raise UserError(
+                    f"stage {stage} stopped (exit status {status}); mend it and give the same command again"
+                )
+            console.print(f"{head}: {time.monotonic() - start:.0f} s", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from tppo.core.common import UserError
 from tppo.core.config import Algorithm, Recipe, judge_identity, rl_identity
+from tppo.core.outside import Log, Model, Outside
 
 # Each model is compared with those after it, the farthest (SFT) first.
 MODEL_ORDER = ("tppo", "ppo_sum", "ppo", "dpo", "sft")
@@ -57,6 +58,10 @@ class Stage:
     """Section whose `precision` its matrix products have; empty: it has no choice."""
     derived: bool = False
     """Made anew whenever what it reads has changed, without being asked: a matter of seconds, with nothing to lose."""
+    outside: Callable[[Recipe], dict[str, Outside]] = lambda recipe: {}
+    """What it reads from outside the run folder, by setting."""
+    writes: tuple[str, ...] = ()
+    """Names in its folder, as patterns, beside those that any stage may leave unfinished (`LEFTOVERS`)."""
     shared: bool = True
     """Before the tuning of policies: `shared_seed` is its seed where there is one, and one of them serves many
     tunings."""
@@ -106,19 +111,45 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     return depends
 
 
+def _judge_encoder(stage: str, recipe: Recipe) -> dict[str, Outside]:
+    """The encoder of the offline judge, where that is who judges; no other stage loads it."""
+    return {} if uses_llm_judge(stage, recipe) else {"label.encoder": Model(recipe.label.encoder)}
+
+
+def _read_outside(recipe: Recipe) -> dict[str, Outside]:
+    (reading,) = recipe.evaluate.readings
+    return {"label.encoder": Model(recipe.label.encoder)} if reading.reader == "embedding" else {}
+
+
+def _start_model(recipe: Recipe) -> dict[str, Outside]:
+    return {} if recipe.sft.model == "scratch" else {"sft.model": Model(recipe.sft.model)}
+
+
 def _tuned(recipe: Recipe) -> list[str]:
     return [rl_stage(algorithm) for algorithm in recipe.algorithms]
 
 
+LEFTOVERS = (
+    *("*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", ".model-????????", ".token-????????", ".sentence-????????"),
+    *("scratch", "parts", "checkpoints", "checkpoint-*"),
+)
+"""Names, as patterns, of what a stage that was stopped may leave in its folder: half a file, half a model, work kept to
+go on from."""
+_TRACKED = ("tensorboard", "events.out.tfevents.*", "wandb", "mlruns", "mlflow.db", ".trackio")
+
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("synthetic", "tppo.logs.synthetic", "write the seeded synthetic log"),
+        Stage("synthetic", "tppo.logs.synthetic", "write the seeded synthetic log", writes=("log.tsv",)),
         Stage(
             "prepare",
             "tppo.logs.prepare",
             "interaction log -> examples (history, next queries), with every rejected row accounted for",
             inputs=lambda recipe: ["synthetic"] if recipe.prepare.source == ["synthetic"] else [],
+            outside=lambda recipe: (
+                {} if recipe.prepare.source == ["synthetic"] else {"prepare.source": Log(tuple(recipe.prepare.source))}
+            ),
+            writes=("examples.parquet", "rejects.parquet"),
         ),
         Stage(
             "sft",
@@ -126,6 +157,8 @@ STAGES = {
             "examples -> a language model fine-tuned on the true next queries",
             inputs=lambda recipe: ["prepare"],
             precision="sft",
+            outside=_start_model,
+            writes=("model", "metrics.jsonl"),
         ),
         Stage(
             "sample",
@@ -133,6 +166,7 @@ STAGES = {
             "draw query lists from the SFT model: the responses to be labelled",
             inputs=lambda recipe: ["prepare", "sft"],
             precision="sft",
+            writes=("responses.parquet",),
         ),
         Stage(
             "label",
@@ -141,6 +175,8 @@ STAGES = {
             inputs=lambda recipe: ["prepare", "sample"],
             settings=lambda recipe: _judged_by(uses_llm_judge("label", recipe), recipe),
             sections=("judge",),
+            outside=lambda recipe: _judge_encoder("label", recipe),
+            writes=("labels.parquet", "constructed.parquet", "judge.json"),
         ),
         Stage(
             "reward",
@@ -148,6 +184,8 @@ STAGES = {
             "labels -> token-level reward model and its sentence-level rival",
             inputs=lambda recipe: ["prepare", "label"],
             precision="reward",
+            outside=lambda recipe: {"reward.encoder": Model(recipe.reward.encoder)},
+            writes=("token", "sentence", "metrics.jsonl"),
         ),
         Stage(
             "check_reward",
@@ -156,6 +194,7 @@ STAGES = {
             inputs=lambda recipe: ["prepare", "label", "reward"],
             # What RL does with the verdict is no part of it: the check is the same either way.
             settings=lambda recipe: {"check_reward": _without(recipe.check_reward, "allow_failed")},
+            writes=("check.json", "README.md"),
         ),
         Stage(
             "rl",
@@ -164,6 +203,7 @@ STAGES = {
             inputs=lambda recipe: ["prepare", "sft", "sample", "reward"],
             settings=lambda recipe: _rl(recipe.rl.algorithm, recipe),
             precision="rl",
+            writes=("model", "metrics.jsonl", "samples.jsonl", "run.json", "trackers.json", *_TRACKED),
             shared=False,
         ),
         Stage(
@@ -173,6 +213,7 @@ STAGES = {
             inputs=lambda recipe: ["prepare", "sft", "sample", *(["label"] if recipe.dpo.pairs == "judged" else [])],
             settings=_dpo,
             precision="dpo",
+            writes=("model", "metrics.jsonl"),
             shared=False,
         ),
         Stage(
@@ -187,6 +228,12 @@ STAGES = {
             settings=_evaluate,
             sections=("judge",),
             precision="rl",
+            outside=lambda recipe: {
+                "evaluate.encoder": Model(recipe.evaluate.encoder),
+                **_judge_encoder("evaluate", recipe),
+                **(_start_model(recipe) if "untuned" in evaluated_models(recipe) else {}),
+            },
+            writes=("answers.parquet", "readings.parquet", "metrics.json"),
             shared=False,
         ),
         Stage(
@@ -206,6 +253,8 @@ STAGES = {
             settings=_read,
             sections=("evaluate", "judge"),
             precision="rl",
+            outside=_read_outside,
+            writes=("readings.parquet",),
             shared=False,
         ),
         Stage(
@@ -219,6 +268,7 @@ STAGES = {
                 *read_stages(recipe),
             ],
             derived=True,
+            writes=("report.html", "summary.md", "metrics.json"),
             shared=False,
         ),
     )
@@ -278,6 +328,16 @@ def stage_inputs(stage: str, recipe: Recipe) -> list[str]:
     return list(STAGES[split_stage(stage)[0]].inputs(of_variant(stage, recipe)))
 
 
+def stage_outside(stage: str, recipe: Recipe) -> dict[str, Outside]:
+    """What a stage reads from outside the run folder, by setting."""
+    return STAGES[split_stage(stage)[0]].outside(of_variant(stage, recipe))
+
+
+def stage_seed(stage: str, recipe: Recipe) -> int:
+    """The seed that a stage's work has."""
+    return recipe.data_seed if STAGES[split_stage(stage)[0]].shared else recipe.seed
+
+
 def precision_section(stage: str) -> str:
     """The section whose `precision` a stage's matrix products have; empty for a stage that has no choice."""
     name, variant = split_stage(stage)
@@ -308,9 +368,8 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The settings a stage depends on: its own section, the task and the seed."""
     name, _ = split_stage(stage)
     recipe = of_variant(stage, recipe)
-    seed = recipe.data_seed if STAGES[name].shared else recipe.seed
     section = {name: asdict(getattr(recipe, name))} if hasattr(recipe, name) else {}
-    return {"seed": seed, "task": asdict(recipe.task), **section, **STAGES[name].settings(recipe)}
+    return {"seed": stage_seed(stage, recipe), "task": asdict(recipe.task), **section, **STAGES[name].settings(recipe)}
 
 
 def uses_llm_judge(stage: str, recipe: Recipe) -> bool:

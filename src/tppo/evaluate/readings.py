@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
+from tppo.core.recipe import check_readings
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
 from tppo.core.tables import Example, field, load_examples, write_table
@@ -184,6 +185,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     console.print(f"{reading.reader}: {facts}", markup=False, soft_wrap=True)
     console.print(f"written to {folder / 'readings.parquet'}; `tppo report` shows it beside the others", soft_wrap=True)
     return facts
+
+
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_readings(recipe.evaluate, recipe.judge)
+    if any(reading.reader in ("llm", "vote") for reading in recipe.evaluate.readings):
+        LLMJudge(recipe.judge)
 
 
 def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]:

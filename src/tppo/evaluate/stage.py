@@ -25,13 +25,14 @@ from tppo.core.config import Recipe
 from tppo.core.files import write_json
 from tppo.core.models import SCRATCH
 from tppo.core.run import RunFolder
-from tppo.core.stages import evaluated_models
+from tppo.core.stages import evaluated_models, uses_llm_judge
 from tppo.core.tables import Example, load_examples, read_table, write_table
 from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer
 from tppo.evaluate.compare import build_metrics, user_bootstrap
 from tppo.evaluate.readings import READINGS, judge_readings, text_readings, truth_readings
 from tppo.judge.embedding import Encoder
 from tppo.judge.label import make_judge, saved_judge
+from tppo.judge.llm import LLMJudge
 from tppo.judge.verdict import Judge
 from tppo.logs.truth import known_truth
 
@@ -121,6 +122,13 @@ def _write_parts(
 
 def _part(parts: Path, split: str, model: str, name: str) -> Path:
     return parts / f"{split}.{model}.{name}.parquet"
+
+
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_settings(recipe)
+    if uses_llm_judge("evaluate", recipe):
+        LLMJudge(recipe.judge)
 
 
 def check_settings(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from tppo.core.common import UserError, rng
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Recipe, Rubric, judge_identity
 from tppo.core.run import RunFolder, without_retired
+from tppo.core.stages import uses_llm_judge
 from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.core.text import render_response
 from tppo.judge.llm import LLMJudge
@@ -66,6 +67,21 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         **facts,
         "relevant_share": shares,
     }
+
+
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_settings(recipe.label)
+    judge, rubric = recipe.judge, recipe.reward.rubric
+    if not uses_llm_judge("label", recipe):
+        return
+    LLMJudge(judge)
+    if rubric not in judge.rubrics:
+        raise UserError(f"reward.rubric={rubric} is not among judge.rubrics={judge.rubrics}: nobody would label it")
+    if judge.template == "sentence":
+        raise UserError(
+            "judge.template=sentence gives no word labels, which the token-level reward model learns from: use token"
+        )
 
 
 def check_settings(settings: Label) -> None:

@@ -177,7 +177,7 @@ def hash_key() -> bytes:
             file.flush()
             with suppress(FileExistsError):  # Another process was first; its key counts.
                 os.link(file.name, path)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:  # Windows has no such modes
         raise UserError(f"{path} can be read by others: run `chmod 600 {path}`")
     key = path.read_bytes().strip()
     if len(key) < MIN_KEY_CHARS:

@@ -81,6 +81,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_settings(recipe.prepare)
+
+
 def check_settings(prepare: Prepare) -> None:
     """UserError for a number out of range."""
     counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")

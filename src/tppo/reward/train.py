@@ -125,6 +125,11 @@ def load_labels(run: RunFolder, settings: Reward) -> Labels:
     return labels
 
 
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_settings(recipe.reward)
+
+
 def check_settings(settings: Reward) -> None:
     """Raises a UserError that names the setting when a number is out of range."""
     rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (

@@ -34,6 +34,7 @@ from tppo.reward.gate import require_passed
 from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.rl.checkpoint import remove_checkpoints
+from tppo.rl.guards import check_config
 from tppo.rl.loop import train
 from tppo.rl.reward_function import Sample, Scores
 from tppo.rl.rewards import FormatReward, RewardScale, masked_mean, token_level_rewards
@@ -82,6 +83,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "last": rows[-1],
         "seconds_per_update": sum(row["seconds"] for row in rows) / len(rows),
     }
+
+
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_config(recipe.rl, recipe.task.max_response_tokens)
 
 
 def query_reward(run: RunFolder, config: RL, task: Task, examples: list[Example], tokenizer: Any) -> QueryReward:

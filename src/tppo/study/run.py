@@ -1,25 +1,24 @@
 """`tppo study`: make what is not made yet, one job after the other or several at a time, then collect and report.
 
 Resumable at any point: a stage folder is finished or taken up again (see `tppo.core.run`), so the same command goes on.
-The lock on the study's folder is inherited by the stages' processes: when only the study itself was killed, the next
-one waits for the stage still at work instead of writing beside it.
+When only the study itself was killed, the next one waits for the stage still at work instead of writing beside it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import queue
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe
-from tppo.core.run import RunFolder, run_stages, write_recipe
+from tppo.core.folders import check_removable
+from tppo.core.processes import Children, locked
+from tppo.core.run import RunFolder, check_sections, run_stages, write_recipe
+from tppo.core.stages import all_stages
 from tppo.judge.llm import LLMJudge
 from tppo.study.grid import BASE, Job, Plan, describe, make_plan
 
@@ -42,12 +41,14 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         return
     if recipe.study.action == "run":
         check_readers(plan)
+        # A setting's own mistakes fail its own cells.
+        check_sections(recipe, [name for name in all_stages(recipe) if name not in recipe.stage_dirs])
         workers = worker_environments(recipe.study.workers)
-        with locked(Path(recipe.run_dir)) as lock:
-            write_recipe(RunFolder(recipe))
+        with locked(Path(recipe.run_dir), wait=True) as children:
             check_taken(recipe)
             discard(plan, redo)
-            failed = run_plan(plan, workers, lock)
+            write_recipe(RunFolder(recipe))
+            failed = run_plan(plan, workers, children)
     else:
         failed = stale_jobs(plan)
     from tppo.study.report import write_report  # here: training needs no charts
@@ -76,10 +77,16 @@ def check_readers(plan: Plan) -> None:
 
 
 def discard(plan: Plan, redo: Sequence[str]) -> None:
-    """Delete these stages in every run folder of the study, and all that follows from them."""
-    for job in plan.jobs:
-        for stage in redo:
-            job.run.discard_from(stage)
+    """Delete these stages in every run folder of the study, and all that follows from them.
+
+    Raises:
+        UserError: one of the folders holds what no stage has made; nothing is deleted then.
+    """
+    for job in plan.jobs if redo else ():
+        for name in job.run.followers(redo):
+            check_removable(job.run.path(name), name)
+    for job in plan.jobs if redo else ():
+        job.run.discard_from(*redo)
     for job in plan.readings if redo else ():
         (stage,) = job.stages
         if job.run.missing_inputs(stage):
@@ -109,28 +116,27 @@ def check_taken(recipe: Recipe) -> None:
             run.check_own(stage)
 
 
-def run_plan(plan: Plan, workers: Sequence[Mapping[str, str]], lock: int) -> dict[str, str]:
+def run_plan(plan: Plan, workers: Sequence[Mapping[str, str]], children: Children) -> dict[str, str]:
     """Run all jobs, `len(workers)` at a time; returns why those failed that did, by name.
 
     Args:
         workers: what each worker's processes have in their environment beside this one's (`worker_environments`).
-        lock: file descriptor for the stages to hold.
+        children: of the study; they end with it.
 
     Raises:
         UserError: the shared stages of the recipe itself failed, on which everything rests.
     """
     first = [job for job in plan.shared if job.setting == BASE]
-    for name, reason in run_jobs(first, workers, lock).items():
+    for name, reason in run_jobs(first, workers, children).items():
         raise UserError(f"{name}: {reason}")
-    return run_jobs([job for job in plan.jobs if job not in first], workers, lock)
+    return run_jobs([job for job in plan.jobs if job not in first], workers, children)
 
 
-def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: int) -> dict[str, str]:
+def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], children: Children) -> dict[str, str]:
     """Run jobs, each after those it needs; returns why those failed that did, by name."""
     free: queue.Queue[Mapping[str, str]] = queue.Queue()
     for worker in workers:
         free.put(worker)
-    processes: set[subprocess.Popen[bytes]] = set()
     futures: dict[Future[None], Job] = {}
     failed: dict[str, str] = {}
 
@@ -138,8 +144,8 @@ def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: in
         wait(needed)  # submitted earlier, so at work or done: no worker waits for a job behind it
         worker = free.get()
         try:
-            call = partial(_call, processes, Path(job.recipe.run_dir), worker, lock)
-            run_stages(job.recipe, job.stages, call, f"{number}/{len(jobs)} {job.name} ")
+            call = partial(_call, children, Path(job.recipe.run_dir), worker)
+            run_stages(job.recipe, job.stages, call, f"{number}/{len(jobs)} {job.name} ", wait=True)
         finally:
             free.put(worker)
 
@@ -157,16 +163,13 @@ def run_jobs(jobs: Sequence[Job], workers: Sequence[Mapping[str, str]], lock: in
                     console.print(f"{name} failed: {error}", style="red", markup=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(processes):
-                process.terminate()
+            children.stop()
             raise
     return {job.name: failed[job.name] for job in jobs if job.name in failed}
 
 
-def _call(
-    processes: set[subprocess.Popen[bytes]], folder: Path, worker: Mapping[str, str], lock: int, command: list[str]
-) -> int:
-    """Run a stage with its output in a log of the job's folder; it holds the lock for as long as it lives.
+def _call(children: Children, folder: Path, worker: Mapping[str, str], command: list[str]) -> int:
+    """Run a stage with its output in a log of the job's folder.
 
     Raises:
         UserError: it stopped; with the last line of its log.
@@ -174,33 +177,11 @@ def _call(
     stage = command[3]  # python -m tppo STAGE
     log = folder / f"{stage}.log"
     with log.open("wb") as output:
-        environment = {**os.environ, **worker}
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, pass_fds=(lock,))
-    processes.add(process)
-    try:
-        status = process.wait()
-    finally:
-        processes.discard(process)
+        status = children.call(command, env={**os.environ, **worker}, stdout=output, stderr=output)
     if status:
         said = log.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)[-1].strip()
         raise UserError(f"{stage} stopped (exit status {status}): {said[:300] or 'it said nothing'} (all of it: {log})")
     return 0
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[int]:
-    """Hold the study's folder; waits for another study, or a stage that outlived one, to end."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "study.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(
-                f"another study, or a stage that a stopped one left at work, still writes to {root}: waiting for it",
-                soft_wrap=True,
-            )
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:

@@ -113,6 +113,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     }
 
 
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_batch_sizes(recipe.dpo, "dpo")
+
+
 def make_pairs(
     run: RunFolder, kind: Literal["sft_output", "judged"], rubric: Rubric, task: Task, tokenizer: Any, split: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:

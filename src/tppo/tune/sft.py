@@ -37,6 +37,7 @@ from tppo.core.run import RunFolder
 from tppo.core.tables import Example, load_examples
 from tppo.core.text import render_response
 from tppo.generate.engine import encode_examples
+from tppo.tune.scratch import check_settings as check_scratch
 from tppo.tune.scratch import start_from_scratch
 from tppo.tune.trl import ReadyRows, check_batch_sizes, planned_steps, save_trained, train, trainer_config
 
@@ -117,6 +118,13 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         # Evaluation and checkpoints included.
         "tokens_per_second": round(tokens * settings.epochs * trained_share / result.metrics["train_runtime"], 1),
     }
+
+
+def check(recipe: Recipe) -> None:
+    """Every check of the stage's settings that needs no data."""
+    check_batch_sizes(recipe.sft, "sft")
+    if recipe.sft.model == SCRATCH:
+        check_scratch(recipe.sft.scratch)
 
 
 def _start_model(settings: SFT, examples: Sequence[Example], task: Task, seed: int) -> tuple[Any, Any]:
