@@ -10,10 +10,13 @@ import shutil
 import pytest
 import torch
 
+from tests.helpers.letters import PROMPTS
+from tests.rl.conftest import dense, make_lm
 from tppo.core.common import UserError
 from tppo.rl import checkpoint
-from tppo.rl.checkpoint import cut_rows_after, load_newest_checkpoint, save_checkpoint
+from tppo.rl.checkpoint import append_rows, cut_rows_after, load_newest_checkpoint, save_checkpoint
 from tppo.rl.loop import train
+from tppo.rl.trainer import TokenPPOTrainer
 
 SETTINGS = {"updates": 2, "save_every": 1, "keep_checkpoints": 2, "batch_size": 8, "minibatch_size": 4}
 SETTINGS |= {"micro_batch_size": 4, "kl_target": 0.05, "kl_horizon": 32, "max_kl": 50.0, "best_metric": "good"}
@@ -190,3 +193,92 @@ def test_a_failure_inside_safetensors_is_an_os_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
+
+
+class TestWhoseFolder:
+    """`train` goes on in its own folder only, and deletes nothing else there."""
+
+    def make(self, make_trainer, prompts=None, limit=8, **settings):
+        trainer = make_trainer(**SETTINGS | settings)
+        return TokenPPOTrainer(
+            make_lm(),
+            trainer.reward_fn,
+            PROMPTS if prompts is None else prompts,
+            trainer.config,
+            tokenizer=trainer.tokenizer,
+            max_response_tokens=limit,
+            seed=trainer.seed,
+        )
+
+    @pytest.mark.parametrize("tuning", ["full", "lora"])
+    def test_another_run_is_refused_with_what_differs(self, make_trainer, tmp_path, tuning):
+        folder = tmp_path / "run"
+        lora = {"tuning": tuning, "lora_r": 4}
+        train(self.make(make_trainer, **lora), folder)
+        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        others = {
+            "other prompts": self.make(make_trainer, prompts=PROMPTS[1:], **lora),
+            "max_response_tokens: 8 -> 9": self.make(make_trainer, limit=9, **lora),
+            "clip_range: 0.2 -> 0.1": self.make(make_trainer, clip_range=0.1, **lora),
+        }
+        weights = self.make(make_trainer, **lora)
+        frozen = weights.policy if weights.reference is None else weights.reference
+        with torch.no_grad():
+            next(p for p in frozen.parameters() if weights.reference is not None or not p.requires_grad).mul_(1.01)
+        for words, trainer in {**others, "other start weights": weights}.items():
+            with pytest.raises(UserError, match=words):
+                train(trainer, folder)
+            with pytest.raises(UserError, match=words):
+                load_newest_checkpoint(trainer, folder)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+        train(self.make(make_trainer, **lora, updates=3), folder)
+
+    def test_before_its_first_checkpoint_too(self, make_trainer, tmp_path):
+        folder = tmp_path / "run"
+        trainer = self.make(make_trainer, save_every=2)
+        trainer.reward_fn = lambda samples: [] if trainer.update else dense(samples)
+        with pytest.raises(UserError):
+            train(trainer, folder)
+        rows = (folder / "metrics.jsonl").read_text()
+        assert rows
+        with pytest.raises(UserError, match="other prompts"):
+            train(self.make(make_trainer, prompts=PROMPTS[1:], save_every=2), folder)
+        assert (folder / "metrics.jsonl").read_text() == rows
+
+    @pytest.mark.parametrize("name", ["tmp-notes", "tmp-checkpoint-x", ".model-of-mine"])
+    def test_what_only_looks_like_a_leftover_stays(self, make_trainer, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+        train(self.make(make_trainer), tmp_path)
+        checkpoint.remove_checkpoints(tmp_path)
+        assert (tmp_path / name / "mine.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["checkpoint-1", "checkpoint-99", "tmp-checkpoint-1", "metrics.jsonl"])
+    def test_what_would_be_written_over_is_named_first(self, make_trainer, tmp_path, name):
+        path = tmp_path / name
+        if "checkpoint" in name:
+            path.mkdir()
+            path = path / "trainer_state.json"
+        path.write_text('{"update": 1}\n')
+        with pytest.raises(UserError, match=name):
+            train(self.make(make_trainer), tmp_path)
+        assert path.read_text() == '{"update": 1}\n'
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+    def test_a_checkpoint_of_before_goes_on(self, make_trainer, tmp_path, weights, assert_same):
+        """It neither says what it started from nor has a setting that is new since."""
+        first, straight = self.make(make_trainer), self.make(make_trainer)
+        first.step()
+        path = save_checkpoint(first, tmp_path)
+        state = json.loads((path / "state.json").read_text())
+        del state["start"], state["config"]["dual_clip"]
+        (path / "state.json").write_text(json.dumps(state))
+        sums = {file.name: checkpoint.sha256_file(file) for file in path.iterdir() if file.name != "checksums.json"}
+        (path / "checksums.json").write_text(json.dumps(sums))
+        append_rows(tmp_path / "metrics.jsonl", [{"update": 1}])
+        append_rows(tmp_path / "samples.jsonl", [{"update": 1}])
+        resumed = self.make(make_trainer)
+        train(resumed, tmp_path)
+        straight.step()
+        straight.step()
+        assert_same(weights(resumed), weights(straight))

@@ -8,6 +8,7 @@ failure there is a `UserError` that says what to do. Weights are safetensors, re
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ SMOLLM2 = "smollm2"
 MINILM = "minilm"
 SCRATCH = "scratch"
 """`sft.model: scratch` is made by `tppo.tune.scratch`, not loaded."""
+SAVED = ".tppo-saved.json"
+"""In a folder that `save_model` wrote: the names of its files."""
 _WAY_OUT = f"give a local Hugging Face folder, or the bundled '{SMOLLM2}' (policy) or '{MINILM}' (encoder)"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_PROBE_SECONDS = 10
@@ -74,26 +77,48 @@ def lora_config(rank: int) -> LoraConfig:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str, extra: dict[str, Any] | None = None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, config, model card): whole or not at all.
+    """Write a Hugging Face folder (safetensors, tokenizer, config, model card): whole or not at all. It replaces one
+    that was written so before.
 
     Args:
         extra: further JSON files, by name.
+
+    Raises:
+        UserError: the folder holds something else.
     """
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        write_json(temporary / SAVED, [])  # first, so that what a kill leaves is known
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for name, content in (extra or {}).items():
             write_json(temporary / name, content)
+        write_json(temporary / SAVED, sorted(path.name for path in temporary.iterdir()))
         # mkdtemp's folders are private; a model folder is an ordinary folder.
         temporary.chmod(0o755)
+        _check_replaceable(folder)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise UserError for a folder with anything in it that `save_model` has not written."""
+    if not folder.exists():
+        return
+    mark = folder / SAVED
+    saved = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else []
+    others = [] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - {*saved, SAVED})
+    if others or not folder.is_dir():
+        raise UserError(
+            f"{folder} is where a model is to be saved, but {folder.joinpath(*others[:1])} was put there by somebody "
+            "else: move it elsewhere, or give another folder"
+        )
 
 
 def load_encoder_path(name_or_path: str | Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from tppo.core import folders, outside
-from tppo.core.changes import changed_settings, plain, resolved, without_retired
+from tppo.core.changes import changed_settings, resolved, without_retired
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe
 from tppo.core.files import peak_memory_mib, sha256_file, write_json, write_text
@@ -145,16 +145,20 @@ class RunFolder:
         if manifest is None:
             self._check_unfinished(stage)
             return False
+        self._check_made(stage, manifest)
+        if STAGES[split_stage(stage)[0]].derived:
+            return not self.missing_inputs(stage) and manifest["inputs"] == self.input_hashes(stage)
+        self.require_current(stage)
+        return True
+
+    def _check_made(self, stage: str, manifest: dict[str, Any]) -> None:
+        """Refuse a finished stage that would not be made so now, or whose files have changed."""
         if changed := self._changes(stage, manifest):
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to make it and what follows anew, or another --run_dir"
             )
         folders.check_outputs(self.path(stage), stage, self._way_out(stage))
-        if STAGES[split_stage(stage)[0]].derived:
-            return not self.missing_inputs(stage) and manifest["inputs"] == self.input_hashes(stage)
-        self.require_current(stage)
-        return True
 
     def require_current(self, stage: str) -> Path:
         """Folder of a finished stage that was made from the inputs the run holds now.
@@ -232,21 +236,28 @@ class RunFolder:
         return to_make
 
     def check_left(self, stages: Sequence[str], redo: Collection[str] = ()) -> None:
-        """What `stages` read is finished, and what the recipe says: all stages to their left that are this run's own.
+        """What `stages` read is finished, and so is what the recipe says of all stages to their left that are this
+        run's own. Of those farther left a folder that is gone is no matter.
 
         Raises:
             UserError: names the stage and the setting.
         """
         doomed, left = self.followers(redo), list(stages)
         for stage in left:  # grows as it goes
-            own = stage == stages[0] or stage not in self.recipe.stage_dirs
+            own = stage in stages or stage not in self.recipe.stage_dirs
             left += [name for name in stage_inputs(stage, self.recipe) if own and name not in left]
-        for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
+        for stage in left[len(stages) :]:
             if stage in doomed:
-                raise UserError(f"--redo {stage}: this command does not make it, give it to `tppo run`")
-            self.require(stage)
-            if stage not in self.recipe.stage_dirs:
-                self.is_done(stage)
+                raise UserError(f"--redo {stage}: this command does not make it anew, `tppo run` does")
+        for stage in stages:
+            for name in self.missing_inputs(stage):
+                if name not in stages:
+                    self.input_hashes(stage)  # says what is missing
+        for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
+            if stage not in self.recipe.stage_dirs and (manifest := self.manifest(stage)):
+                self._check_made(stage, manifest)
+                if not self.missing_inputs(stage):
+                    self.require_current(stage)
 
     def followers(self, stages: Collection[str]) -> list[str]:
         """Stages, and those that read them, directly or not, left to right; stages taken from elsewhere are none."""
@@ -399,9 +410,9 @@ def write_recipe(run: RunFolder) -> Path:
     run.root.mkdir(parents=True, exist_ok=True)
     if path.exists():
         text = path.read_text(encoding="utf-8", errors="replace")
-        if _says(text, run.recipe):
-            return path
         if not text.startswith(_RECIPE_HEAD):
+            if _says(text, run.recipe):
+                return path
             numbers = (number for number in range(1, sys.maxsize))
             path.rename(next(old for n in numbers if not (old := path.with_name(f"recipe.{n}.yaml")).exists()))
     write_text(path, _RECIPE_HEAD + yaml.safe_dump(resolved(run.recipe), sort_keys=False))
@@ -456,7 +467,6 @@ def run_stages(
             start = time.monotonic()
             status = (call or children.call)([sys.executable, "-m", "tppo", command, "--config", str(fixed), *flags])
             if status:
-                raise UserError(
-                    f"stage {stage} stopped (exit status {status}); mend it and give the same command again"
-                )
+                told = "mend it and give the same command again"
+                raise UserError(f"stage {stage} stopped (exit status {status}); {told}")
             console.print(f"{head}: {time.monotonic() - start:.0f} s", markup=False, soft_wrap=True)

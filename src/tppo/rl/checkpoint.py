@@ -10,6 +10,7 @@ pickles the optimizer, and neither fsyncs nor renames.)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,14 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tppo.core.changes import of_before, without_retired
 from tppo.core.common import UserError, console
 from tppo.core.config import RL_DISPLAY
 from tppo.core.files import sha256_file, write_json
-from tppo.core.run import without_retired
+from tppo.core.models import SAVED
 from tppo.rl.guards import KeptPolicy
 from tppo.rl.policy import load_training_state, training_state
 from tppo.rl.trainer import TokenPPOTrainer
@@ -34,6 +38,12 @@ from tppo.rl.trainer import TokenPPOTrainer
 _PREFIX = "checkpoint-"
 _TEMPORARY = "tmp-"
 _CHECKSUMS = "checksums.json"
+_FILES = re.compile(r"(policy|optimizer|best|last_good)\.safetensors|(state|checksums)\.json(\.tmp)?")
+"""Of a checkpoint, whole or half: a folder with any other file in it is somebody else's."""
+RUN = "run.json"
+"""What the run in a folder is: seed, settings, prompts, start weights."""
+_SAMPLED = 256
+"""Numbers of each weight matrix that tell one start model from another."""
 _MAY_CHANGE = ("updates", "save_every", "keep_checkpoints", "tracker_project", *RL_DISPLAY)
 """Settings, of today or of before, that do not change what an update does."""
 
@@ -55,8 +65,7 @@ def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
     state = {
         "update": trainer.update,
         "kl_coef": trainer.kl_coef,
-        "seed": trainer.seed,
-        "config": asdict(trainer.config),
+        **run_identity(trainer),
         "kept": {name: {"update": kept.update, "value": kept.value} for name, kept in trainer.kept.items()},
     }
     write_json(temporary / "state.json", state)
@@ -86,9 +95,13 @@ def load_newest_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left: half a checkpoint, half a saved model."""
-    for pattern in (f"{_TEMPORARY}*", ".model-*"):
+    """Delete what a killed writer left: half a checkpoint, half a saved model. Whatever else has such a name stays."""
+    for pattern in (f"{_TEMPORARY}{_PREFIX}*", f"{_TEMPORARY}old-{_PREFIX}*"):
         for path in folder.glob(pattern):
+            if _number(path.name.removeprefix(_TEMPORARY).removeprefix("old-")) is not None and _is_ours(path):
+                shutil.rmtree(path)
+    for path in folder.glob(".model-*"):
+        if path.is_dir() and ((path / SAVED).exists() or not any(path.iterdir())):
             shutil.rmtree(path)
 
 
@@ -101,6 +114,8 @@ def remove_checkpoints(folder: Path, keep: int = 0) -> None:
 
 def fsync(path: Path) -> None:
     """Bring a file, or the entries of a folder, to the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,9 +157,76 @@ def cut_rows_after(path: Path, update: int) -> None:
         )
 
 
+def claim(trainer: TokenPPOTrainer, folder: Path) -> None:
+    """Make a folder this run's, or see that it is: before anything in it is written or cut.
+
+    Raises:
+        UserError: another run, or something else that this run would write over, is there.
+    """
+    for path in folder.glob(f"*{_PREFIX}*"):
+        name = path.name.removeprefix(_TEMPORARY).removeprefix("old-")
+        if _number(name) is not None and not _is_ours(path):
+            raise UserError(f"{path} is no checkpoint of this package: move it elsewhere, or give another folder")
+    mark = folder / RUN
+    if mark.exists():
+        try:
+            then = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{mark} is damaged ({error}): give another folder") from None
+        _check_same_run(trainer, then, folder)
+        return
+    rows = [path for name in ("metrics.jsonl", "samples.jsonl") if (path := folder / name).exists()]
+    if not _newest_first(folder) and any(path.stat().st_size for path in rows):
+        raise UserError(
+            f"{rows[0]} is of another run, of which there is no checkpoint: give another folder, or move it"
+        )
+    if not _newest_first(folder):  # else its checkpoints say what it is
+        write_json(mark, run_identity(trainer))
+
+
+def run_identity(trainer: TokenPPOTrainer) -> dict[str, Any]:
+    """What makes a run another one, as JSON: its seed and settings, its prompts, limits and start weights."""
+    prompts = hashlib.sha256()
+    for prompt in trainer.prompts:
+        prompts.update(np.asarray([len(prompt), *prompt], dtype=np.int64).tobytes())
+    start = {"prompts": prompts.hexdigest(), "max_response_tokens": trainer.max_response_tokens}
+    return {
+        "seed": trainer.seed,
+        "config": asdict(trainer.config),
+        "start": {**start, "start_weights": _start_weights(trainer)},
+    }
+
+
+@torch.no_grad()
+def _start_weights(trainer: TokenPPOTrainer) -> str:
+    """A digest of the frozen model that training started from: names, shapes, and some numbers of every tensor, which
+    another training, another seed or another model all change."""
+    # With LoRA there is no reference: the policy's own frozen weights are it.
+    lora = trainer.reference is None
+    model = trainer.policy if trainer.reference is None else trainer.reference
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not (lora and weight.requires_grad):
+            flat = weight.reshape(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu().numpy()
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + some.tobytes())
+    return digest.hexdigest()
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+    found = [path for path in folder.glob(f"{_PREFIX}*") if _number(path.name) is not None and _is_ours(path)]
+    return sorted(found, key=lambda path: -(_number(path.name) or 0))
+
+
+def _number(name: str) -> int | None:
+    """Of the checkpoint called `checkpoint-<number>`."""
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds nothing but the files of a checkpoint."""
+    return path.is_dir() and all(_FILES.fullmatch(child.name) for child in path.iterdir())
 
 
 def _doom(checkpoint: Path) -> None:
@@ -174,22 +256,37 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     fsync(path)
 
 
-def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    now = {"seed": trainer.seed, **asdict(trainer.config)}
-    then = {"seed": state["seed"], **without_retired({"rl": state["config"]})["rl"]}
+def _check_same_run(trainer: TokenPPOTrainer, record: dict[str, Any], path: Path) -> None:
+    """Raise UserError when a record of `run_identity` is another run's than this trainer's."""
+    before = of_before("rl_tppo")["rl"]
+    now, then = (
+        {"seed": r["seed"], **before, **without_retired({"rl": r["config"]})["rl"], **r.get("start", {})}
+        for r in (run_identity(trainer), record)
+    )
+    # What a checkpoint of before does not say of its start is not compared.
+    names = [name for name in now | then if name not in _MAY_CHANGE and (name in then or name not in _START)]
     changed = [
-        f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
-        for name in now | then
-        if name not in _MAY_CHANGE and now.get(name) != then.get(name)
+        _START.get(name) or f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
+        for name in names
+        if now.get(name) != then.get(name)
     ]
     if changed:
         raise UserError(f"{path} was made with other settings ({'; '.join(changed)}): give them, or another folder")
+
+
+_START = {"prompts": "other prompts", "start_weights": "other start weights", "max_response_tokens": ""}
+"""Of `run_identity`, beside the settings, and what to say of a difference."""
+
+
+def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    _check_same_run(trainer, {name: state[name] for name in ("seed", "config")}, path)
     saved = {name: load_file(path / f"{name}.safetensors") for name in ("policy", "optimizer")}
     live = training_state(trainer.policy, trainer.optimizer)
     shapes, expected = ({n: t.shape for n, t in state["policy"].items()} for state in (saved, live))
     if shapes != expected:
         raise UserError(f"{path} belongs to another model than the policy: give another folder, or delete it")
+    _check_same_run(trainer, state, path)
     load_training_state(trainer.policy, trainer.optimizer, saved)
     for name, facts in state["kept"].items():
         trainer.kept[name] = KeptPolicy(**facts, weights=load_file(path / f"{name}.safetensors"))

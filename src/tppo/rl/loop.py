@@ -34,7 +34,14 @@ from rich.text import Text
 from tppo.core.common import UserError, console, progress_bar
 from tppo.core.config import RL
 from tppo.core.files import read_jsonl, write_json
-from tppo.rl.checkpoint import append_rows, cut_rows_after, load_newest_checkpoint, remove_leftovers, save_checkpoint
+from tppo.rl.checkpoint import (
+    append_rows,
+    claim,
+    cut_rows_after,
+    load_newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
 from tppo.rl.guards import MaxKLExceeded
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
 
@@ -57,11 +64,12 @@ def train(
         example_ids: names of the prompts in samples.jsonl; their numbers by default.
 
     Raises:
-        UserError: the folder holds another run, a tracker is missing, or an update was stopped by a guard. Call again
-            to go on.
+        UserError: the folder holds another run (other settings, prompts, limits or start weights) or what no run has
+            made, a tracker is missing, or an update was stopped by a guard. Call again to go on.
     """
     folder, config = Path(folder), trainer.config
     folder.mkdir(parents=True, exist_ok=True)
+    claim(trainer, folder)
     remove_leftovers(folder)
     if load_newest_checkpoint(trainer, folder):
         console.print(f"resuming {folder.name} after update {trainer.update}")
