@@ -1,14 +1,20 @@
 """The run folder: which stages are done, and what a changed input does."""
 
+import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tppo import cli
 from tppo.core.common import UserError
 from tppo.core.config import Evaluate, Reading, Recipe
-from tppo.core.run import RunFolder
-from tppo.core.stages import all_stages, of_variant, stage_command, stage_inputs
+from tppo.core.files import peak_memory_mib
+from tppo.core.recipe import parse_recipe
+from tppo.core.run import RunFolder, run_stage
+from tppo.core.stages import all_stages, of_variant, shared_stages, stage_command, stage_inputs
 
 VOTED = Evaluate(readings=[Reading("vote", 5), Reading("distance")])
 
@@ -56,3 +62,88 @@ def test_a_variant_is_in_the_stages_name():
     assert stage_inputs("read_distance", recipe) == ["prepare", "sft", "rl_tppo", "rl_dpo"]
     with pytest.raises(UserError, match=r"has to name the reader llm once"):
         of_variant("read_llm", recipe)
+
+
+def test_the_manifest_says_the_seed_that_was_used(tmp_path: Path):
+    """Of every stage, also when the stages before tuning have a seed of their own."""
+    recipe = Recipe(run_dir=str(tmp_path), algorithms=["tppo", "dpo"], seed=1, shared_seed=0, evaluate=VOTED)
+    used = {}
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        used[folder.name] = recipe.seed
+        return {}
+
+    stages = all_stages(recipe)
+    for stage in stages:
+        run_stage(recipe, stage, work)
+    assert used == {stage: RunFolder(recipe).manifest(stage)["config"]["seed"] for stage in stages}
+    assert {stage for stage, seed in used.items() if seed == 0} == set(shared_stages(recipe))
+    assert {stage for stage, seed in used.items() if seed == 1} == set(stages) - set(shared_stages(recipe))
+
+
+def test_a_run_of_before_stays_done(tmp_path: Path):
+    """Its manifests have no format, no notes of what is outside and no times of outputs; hashes they have."""
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        (folder / "out.txt").write_text("made")
+        return {}
+
+    recipe = Recipe(run_dir=str(tmp_path))
+    for stage in ("synthetic", "prepare"):
+        run_stage(recipe, stage, work)
+        for name in ("manifest.json", "started.json"):
+            path = tmp_path / stage / name
+            record = json.loads(path.read_text())
+            for new in ("format", "outside", "stamps", "foreign"):
+                record.pop(new, None)
+            path.write_text(json.dumps(record))
+        if stage == "synthetic":
+            assert RunFolder(recipe).is_done("synthetic")
+    with pytest.raises(UserError, match="other inputs"):
+        RunFolder(recipe).is_done("prepare")  # its input was touched up above
+    (tmp_path / "synthetic" / "out.txt").write_text("edit")
+    with pytest.raises(UserError, match=r"out.txt has changed since stage 'synthetic' wrote it: put .*--redo synth"):
+        RunFolder(recipe).is_done("synthetic")
+
+
+def test_peak_memory_is_in_mib_everywhere(monkeypatch: pytest.MonkeyPatch):
+    peak = peak_memory_mib()
+    assert 10 < peak < 100_000
+    usage = type("Usage", (), {"ru_maxrss": 300 * 2**20})
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_memory_mib() == 300
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert peak_memory_mib() == 300 * 2**10
+
+
+def test_nothing_imports_what_only_posix_has_at_its_top():
+    """Windows has no fcntl and no resource."""
+    import tppo
+
+    for path in Path(tppo.__file__).parent.rglob("*.py"):
+        assert not re.search(r"^(import|from) (fcntl|resource|pwd|grp|termios)\b", path.read_text(), re.M), path
+
+
+@pytest.mark.parametrize("command", ["run", "sft", "plan", "study"])
+def test_every_command_checks_the_settings_of_all_it_makes_first(tmp_path: Path, command: str, capsys):
+    """The same check; nothing is written."""
+    run_dir = tmp_path / "run"
+    flags = ["--run_dir", str(run_dir), "--sft.batch_size", "10", "--sft.micro_batch_size", "4"]
+    if command == "sft":
+        make_run(run_dir, ["synthetic", "prepare"])
+    before = {path for path in tmp_path.rglob("*") if ".tppo" not in path.parts}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, *flags, *(["--redo", "prepare"] if command == "run" else [])])
+    assert stopped.value.code == 2
+    assert "sft.batch_size=10 has to be a multiple of sft.micro_batch_size=4" in capsys.readouterr().err
+    assert {path for path in tmp_path.rglob("*") if ".tppo" not in path.parts} == before
+
+
+def test_all_settings_that_are_gone_are_named_at_once(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("rl:\n  attention: auto\nlabel:\n  batch_size: 64\nevaluate:\n  vote: true\n")
+    with pytest.raises(UserError) as told:
+        parse_recipe("run", [str(path), "--synthetic.events_per_user", "60"])
+    for name in ("rl.attention", "label.batch_size", "evaluate.vote", "synthetic.events_per_user"):
+        assert f"{name} is no setting any more" in str(told.value)

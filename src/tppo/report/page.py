@@ -87,7 +87,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         ("examples", str(counted.examples)),
         ("users", str(counted.users)),
         *judge_facts(metrics),
-        ("seed", str(recipe.seed)),
+        ("seed", f"{recipe.seed}" + (f", shared stages {recipe.data_seed}" if recipe.data_seed != recipe.seed else "")),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
     ]
     reward_facts = run.facts("reward")
