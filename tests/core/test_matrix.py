@@ -72,8 +72,6 @@ def as_module(work: Callable[[Recipe, RunFolder, Path], Any]) -> types.ModuleTyp
         path = folder / MAIN[work.__name__]
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(work(recipe, run, folder)))
-        if (folder / "stop").exists():
-            raise KeyboardInterrupt
         return {}
 
     module = types.ModuleType(f"tiny_{work.__name__}")

@@ -156,7 +156,8 @@ def _marked(folder: Path) -> bool:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
             except ValueError:
                 return True
-            return isinstance(record, dict) and "config" in record
+            if isinstance(record, dict) and "config" in record:
+                return True
     return False
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -373,9 +374,14 @@ class RunFolder:
                 "peak_memory_mib": peak_memory_mib(),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "python": platform.python_version(),
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+                "versions": _versions(),
             },
         )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
 def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Path], dict[str, Any]]) -> bool:

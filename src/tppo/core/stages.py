@@ -131,7 +131,7 @@ def _tuned(recipe: Recipe) -> list[str]:
 
 LEFTOVERS = (
     *("*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", ".model-????????", ".token-????????", ".sentence-????????"),
-    *("scratch", "parts", "checkpoints", "checkpoint-*"),
+    *("scratch", "parts", "checkpoints", "checkpoint-*", "facts.json"),
 )
 """Names, as patterns, of what a stage that was stopped may leave in its folder: half a file, half a model, work kept to
 go on from."""
