@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import date
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,9 +22,9 @@ from tppo.core.encode import control_tokens, encode_text
 
 _USER, _ANSWER = "\ue000user\ue001", "\ue000answer\ue001"
 _TRIAL = "search: cheap flights to rome 2024\nsearch: rome hotels\nnext searches:"
-_TODAY = date(2024, 7, 26)
-"""For templates that write the date: a prompt is the same whenever it is made. It is Llama 3's own date for want of
-one."""
+_TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Put before a template that writes the date, so that a prompt is the same whenever it is made. The date is the one
+that Llama 3's template takes for want of a clock."""
 _WAY_OUT = "use task.prompt=plain, or a model whose template does"
 
 
@@ -74,7 +73,8 @@ def end_with_turn(tokenizer: Any) -> None:
         UserError: as `chat_format`, or the template's own text depends on the end-of-sequence token.
     """
     end, before = chat_format(tokenizer).end, _rendered(tokenizer, _TRIAL)
-    tokenizer.eos_token = end
+    # Not by the attribute: only this also makes the token a special one, which decoding leaves out.
+    tokenizer.add_special_tokens({"eos_token": end})
     if _rendered(tokenizer, _TRIAL) != before:
         raise UserError(
             f"task.prompt=chat: the chat template writes the end-of-sequence token elsewhere than {end!r}, which ends "
@@ -112,8 +112,10 @@ def _rendered(tokenizer: Any, message: str, answer: str | None = None) -> str:
     messages = [{"role": "user", "content": message}]
     messages += [] if answer is None else [{"role": "assistant", "content": answer}]
     try:
+        template = tokenizer.get_chat_template()
+        template = _TODAY + template if "strftime_now" in template else template
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None, strftime_now=_TODAY.strftime
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answer is None
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -160,10 +160,14 @@ class _Plain:
     control: frozenset[int]
     byte_ids: frozenset[int]
     """Ids of <0x00> to <0xFF>, where the model falls back to them."""
+    missing: frozenset[int]
+    """Bytes that a byte-level model has no token for, and drops without a word (SmolLM2: parts of rare characters)."""
     start: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         assert self.backend is not None
+        if not self.missing.isdisjoint(text.encode()):
+            text = "".join(c if self.missing.isdisjoint(c.encode()) else self.stand_in for c in text)
         encoding = self.backend.encode(text, add_special_tokens=False)
         for _ in range(_ROUNDS):
             trouble = self._trouble(encoding, text)
@@ -193,7 +197,7 @@ class _Plain:
         """Whether the tokenizer has tokens for a text."""
         assert self.backend is not None
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return bool(ids) and self.unknown not in ids
+        return bool(ids) and self.unknown not in ids and self.missing.isdisjoint(text.encode())
 
     @cached_property
     def stand_in(self) -> str:
@@ -233,13 +237,24 @@ def _make_plain(tokenizer: Any) -> _Plain:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = tuple(id for id in _before_a_text(tokenizer) if id == bos or id != eos)
     if not getattr(tokenizer, "is_fast", False):
-        return _Plain(None, None, frozenset(control.values()), frozenset(), start)
+        return _Plain(None, None, frozenset(control.values()), frozenset(), frozenset(), start)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     unknown = _without_spellings(content, control)
     backend = Tokenizer.from_str(json.dumps(content))
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] if content["model"].get("byte_fallback") else []
     byte_ids = frozenset(id for piece in pieces if (id := backend.token_to_id(piece)) is not None)
-    return _Plain(backend, unknown, frozenset(control.values()), byte_ids, start)
+    return _Plain(backend, unknown, frozenset(control.values()), byte_ids, _missing_bytes(backend), start)
+
+
+def _missing_bytes(backend: Tokenizer) -> frozenset[int]:
+    """Bytes without a token; none for a model that does not spell in bytes."""
+    if "ByteLevel" not in str(backend.decoder):
+        return frozenset()
+    # GPT-2's alphabet: a byte is the Latin-1 character it is, or, where that cannot be seen, one from U+0100 on.
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unseen = iter(range(0x100, 0x200))
+    alphabet = [chr(byte if byte in seen else next(unseen)) for byte in range(0x100)]
+    return frozenset(byte for byte, symbol in enumerate(alphabet) if backend.token_to_id(symbol) is None)
 
 
 def _before_a_text(tokenizer: Any) -> list[int]:
