@@ -13,6 +13,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 """auto: bf16 where the device multiplies it faster than fp32, else fp32 (`tppo.core.device`)."""
 JudgeKind = Literal["embedding", "llm"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+PromptStyle = Literal["plain", "chat"]
 Pooling = Literal["mean", "cls", "max"]
 GlobalAttention = Literal["history", "response", "cls", "none"]
 Baseline = Literal["frequent_next", "repeat_last", "repeat_recent", "nearest", "best_of_n"]
@@ -32,6 +33,9 @@ class Task:
     """Prompt budget in policy tokens; the oldest events are dropped first, and how often is reported."""
     max_response_tokens: int = 32
     """Response budget in policy tokens, end-of-sequence included (paper: 400 for 10 queries)."""
+    prompt: PromptStyle = "plain"
+    """plain: the prompt's text, begun as the tokenizer begins a text (BOS, where it adds one); chat: the same text as a
+    user's message in the model's chat template, which takes tokens of `max_prompt_tokens` and ends the response."""
 
 
 @dataclass
@@ -635,6 +639,10 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
+ADDED: dict[str, Any] = {
+    "task.prompt": "plain",
+}
+"""Settings that came later, and the value that does what was done before there was a choice."""
 RETIRED: dict[str, Any] = {
     "synthetic.events_per_user": 60,
     "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,

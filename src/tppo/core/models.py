@@ -21,8 +21,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from tppo.core.chat import end_with_turn
 from tppo.core.common import UserError, console
+from tppo.core.config import Task
+from tppo.core.encode import check_round_trip
 from tppo.core.files import cache_dir, write_json
+from tppo.core.text import Event, render_prompt, render_response
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
@@ -33,11 +37,33 @@ SAVED = ".tppo-saved.json"
 _WAY_OUT = f"give a local Hugging Face folder, or the bundled '{SMOLLM2}' (policy) or '{MINILM}' (encoder)"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_PROBE_SECONDS = 10
+_TASK_TEXTS = (
+    render_prompt([Event("search", "cheap flights to rome 2024"), Event("click", "rome hotels")], 3),
+    render_response(["rome metro map", "vatican tickets", "2 day trips from rome"]),
+)
+"""What a policy's tokenizer has to bring back, whatever the log."""
+_SCRIPTS = (
+    "b&b's: don't panic! (50% off) \"a_b-c\", d+e=f; www.example.com/x?y=1#z @home *new* [1] {2} ~3 $4",
+    "naïve café in münchen, smörgåsbord, œuvre\nłódź, čeština, tiếng việt, straße",
+    "дешёвые билеты\nпогода завтра",
+    "φθηνά εισιτήρια\nκαιρός αύριο",
+    "طيران رخيص\nحالة الطقس",
+    "טיסות זולות\nמזג אוויר",
+    "सस्ती उड़ानें\nमौसम कल",
+    "ตั๋วเครื่องบินราคาถูก\nอากาศพรุ่งนี้",
+    "便宜的机票\n天气 明天",
+    "格安航空券 ホテル\n天気 あした",
+    "저렴한 항공권\n내일 날씨",
+    "weather 😀\n👩‍👩‍👧 family ❤️",
+)
+"""What it has to bring back if it knows the characters."""
 # Stages show their own bars; one for every load of a small model would drown them.
 transformers_logging.disable_progress_bar()
 
 
-def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_policy(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, task: Task | None = None
+) -> tuple[Any, Any]:
     """A causal language model (in eval mode, on the CPU) and its tokenizer (left padding, pad token set).
 
     >>> policy, tokenizer = load_policy("smollm2")  # bundled; converted once
@@ -47,10 +73,13 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
     Args:
         name_or_path: `smollm2`, a local folder, or a hub name.
         dtype: dtype of the weights in memory, whatever the file holds.
+        task: what it is to be used for: its prompts and responses have to fit the model, and with `task.prompt`
+            "chat" a response ends with the token that the chat template ends it with.
 
     Raises:
-        UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without
-            end-of-sequence token or with more tokens than the model has embeddings.
+        UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without end-of-sequence
+            token, with more tokens than the model has embeddings, or that loses line breaks, spaces or characters; a
+            task that does not fit.
     """
     if str(name_or_path) == SCRATCH:
         raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
@@ -68,7 +97,49 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
             f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
             "embeddings: they do not belong together; save the tokenizer the model was trained with there"
         )
+    check_round_trip(tokenizer, source, _TASK_TEXTS, _SCRIPTS)
+    if task is not None:
+        limits = f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_response_tokens"
+        check_positions(model.config, task.max_prompt_tokens, task.max_response_tokens, limits, source)
+        if task.prompt == "chat":
+            end_with_turn(tokenizer)
     return model.eval(), tokenizer
+
+
+def check_positions(config: Any, prompt: int, response: int, limits: str, name: str) -> None:
+    """Refuse prompts and responses that together are longer than what the model was made to read.
+
+    Beyond it a table of positions ends with an IndexError, and rotary positions go on to ones never trained on, which
+    no error tells.
+
+    Args:
+        config: the model's.
+        prompt, response: most tokens of each.
+        limits: what they are called, `response` last.
+        name: of the model.
+
+    Raises:
+        UserError: gives the numbers.
+    """
+    limit = position_limit(config)
+    if limit is not None and prompt + response > limit:
+        raise UserError(
+            f"{limits}={response} make {prompt + response} tokens, but the model '{name}' has {limit} positions "
+            "(max_position_embeddings of its config.json): lower them, or take a model that reads more"
+        )
+
+
+def position_limit(config: Any) -> int | None:
+    """Longest sequence that a model was made to read; None where it has no such limit (ALiBi, recurrent models)."""
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some configs declare the length before scaling (Qwen's YaRN), some the one after (Llama 3): the longer is right.
+    original = rope.get("original_max_position_embeddings") or limit
+    stretched = original * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 0
+    return max(limit, int(stretched))
 
 
 def lora_config(rank: int) -> LoraConfig:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tppo.core.chat import chat_format
 from tppo.core.common import UserError
+from tppo.core.config import PromptStyle
+from tppo.core.encode import encode_text, start_ids
 
 EventKind = Literal["search", "click", "purchase", "visit"]
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
@@ -126,17 +130,33 @@ def repeated_queries(history: Sequence[Event], queries: Sequence[str]) -> set[in
     return repeated
 
 
-def encode_prompt(tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int) -> tuple[list[int], int]:
+def encode_prompt(
+    tokenizer: Any, history: Sequence[Event], num_queries: int, max_tokens: int, style: PromptStyle = "plain"
+) -> tuple[list[int], int]:
     """Token ids of the prompt and the number of oldest events dropped to fit into `max_tokens`.
 
-    Prompt and response are always tokenised apart and joined as ids, so training and sampling see the
-    same boundary.
+    A plain prompt begins as the tokenizer begins a text (BOS, where it adds one); with `style` "chat" it is the user's
+    message in the model's chat template. No part of an event becomes a control token (`tppo.core.encode`). Prompt and
+    response are always tokenised apart and joined as ids, so training and sampling see the same boundary.
+
+    Raises:
+        UserError: not even a prompt without history fits, or there is no chat template that could be followed.
     """
-    for dropped in range(len(history) + 1):
-        ids = tokenizer(render_prompt(history[dropped:], num_queries), add_special_tokens=False)["input_ids"]
-        if len(ids) <= max_tokens:
-            return ids, dropped
+
+    def without(dropped: int) -> list[int]:
+        text = render_prompt(history[dropped:], num_queries)
+        if style == "chat":
+            return chat_format(tokenizer).encode(tokenizer, text.strip())
+        return [*start_ids(tokenizer), *encode_text(tokenizer, text)]
+
+    ids = without(0)
+    if len(ids) <= max_tokens:
+        return ids, 0
+    counts = range(1, len(history) + 1)
+    dropped = 1 + bisect_left(counts, True, key=lambda dropped: len(without(dropped)) <= max_tokens)
+    if dropped in counts:
+        return without(dropped), dropped
     raise UserError(
-        f"a prompt without any history already has {len(ids)} tokens, more than task.max_prompt_tokens="
-        f"{max_tokens}: raise it"
+        f"a prompt without any history already has {len(without(len(history)))} tokens, more than "
+        f"task.max_prompt_tokens={max_tokens}: raise it"
     )

@@ -132,7 +132,7 @@ class Policy(NamedTuple):
     @classmethod
     def load(cls, source: str | Path, task: Task, precision: Precision, batch_size: int) -> Policy:
         """The model of a folder or name, in the precision of sampling."""
-        model, tokenizer = load_policy(source, dtype=generation_dtype(precision))
+        model, tokenizer = load_policy(source, dtype=generation_dtype(precision), task=task)
         return cls(model, tokenizer, task, batch_size)
 
     def respond(

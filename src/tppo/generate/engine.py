@@ -22,8 +22,9 @@ import torch
 
 from tppo.core.common import track
 from tppo.core.config import Task
+from tppo.core.encode import decode_text
 from tppo.core.tables import Example
-from tppo.core.text import encode_prompt
+from tppo.core.text import Event, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,17 @@ def sample_tokens(logits_BV: torch.Tensor, temperature: float, uniforms_B: torch
 
 def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of response ids without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode_text(tokenizer, ids)
+
+
+def encode_history(tokenizer: Any, history: Sequence[Event], task: Task) -> tuple[list[int], int]:
+    """Prompt ids of a history (its newest `task.history_events` events), and how many events were dropped to fit
+    `task.max_prompt_tokens`."""
+    recent = history[-task.history_events :]
+    return encode_prompt(tokenizer, recent, task.num_queries, task.max_prompt_tokens, task.prompt)
 
 
 def encode_examples(tokenizer: Any, examples: Sequence[Example], task: Task) -> tuple[list[list[int]], int]:
-    """Prompt ids of each example (its newest `task.history_events` events), and how many events in all were
-    dropped to fit `task.max_prompt_tokens`."""
-    encoded = [
-        encode_prompt(tokenizer, example.history[-task.history_events :], task.num_queries, task.max_prompt_tokens)
-        for example in examples
-    ]
+    """Prompt ids of each example, and how many events in all were dropped to fit."""
+    encoded = [encode_history(tokenizer, example.history, task) for example in examples]
     return [ids for ids, _ in encoded], sum(dropped for _, dropped in encoded)

@@ -23,7 +23,9 @@ from tppo.generate.engine import Generation, encode_examples, generate
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
     settings, task = recipe.sample, recipe.task
-    model, tokenizer = load_policy(run.require("sft") / "model", dtype=generation_dtype(recipe.sft.precision))
+    model, tokenizer = load_policy(
+        run.require("sft") / "model", dtype=generation_dtype(recipe.sft.precision), task=task
+    )
     counts = {"train": settings.train_examples, "reward_eval": settings.reward_eval_examples}
     examples = [
         example

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.common import UserError
 from tppo.core.config import Rubric
+from tppo.core.encode import encode_batch
 from tppo.core.tables import LABELS, Example, load_examples, read_table
 from tppo.core.text import QUERY_SEPARATOR, Event, Word, render_history
 from tppo.judge.verdict import split_response
@@ -135,16 +136,14 @@ def encode_pairs(
     """
     if not histories:
         return []
-    encoded = tokenizer(
+    encodings = encode_batch(
+        tokenizer,
         [_visible(render_history(history)) for history in histories],
         [_visible(response) for response in responses],
-        truncation=False,
-        verbose=False,  # no warning about the length: it is cut below
-        split_special_tokens=True,  # "[SEP]" typed by a user is text
     )
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    typed = "token_type_ids" in tokenizer.model_input_names
     pairs = []
-    for i, (encoding, response) in enumerate(zip(encoded.encodings, responses, strict=True)):
+    for i, (encoding, response) in enumerate(zip(encodings, responses, strict=True)):
         start, spans = encoder_spans(tokenizer, encoding, _visible(response))
         if len(spans) > max_length - RESERVED_TOKENS:
             raise UserError(
@@ -152,7 +151,7 @@ def encode_pairs(
                 f"reward.max_length={max_length} minus {RESERVED_TOKENS}: raise reward.max_length or lower "
                 "task.max_response_tokens"
             )
-        inputs = {key: list(encoded[key][i]) for key in keys}
+        inputs = {"input_ids": encoding.ids} | ({"token_type_ids": encoding.type_ids} if typed else {})
         dropped = max(0, len(inputs["input_ids"]) - max_length)
         if dropped:
             oldest = encoding.sequence_ids.index(0)

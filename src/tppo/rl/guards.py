@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tppo.core.common import UserError
 from tppo.core.config import RL
 from tppo.core.device import resolved
+from tppo.core.encode import brings_back, encode_text, start_ids
 from tppo.rl.policy import PolicyWithValue, load_training_state, training_state
 from tppo.rl.reward_function import Sample, name_sample
 
@@ -80,10 +81,12 @@ def check_config(config: RL, max_response_tokens: int) -> None:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Token ids of every prompt. Text begins as the tokenizer begins a text (BOS, where it adds one), does not end as
+    it ends one, and no part of it becomes a control token: those of a chat template are given as ids.
 
     Raises:
-        UserError: no tokenizer or none with an end-of-sequence token, no prompt, or an empty one.
+        UserError: no tokenizer or none with an end-of-sequence token, no prompt, an empty one, or a text that the
+            tokenizer does not bring back.
     """
     if tokenizer is None:
         raise UserError("TokenPPOTrainer needs the policy's tokenizer: TokenPPOTrainer(..., tokenizer=tokenizer)")
@@ -91,10 +94,19 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[l
         raise UserError("the tokenizer has no end-of-sequence token, so a response could never end: set eos_token")
     if not prompts:
         raise UserError("there is no prompt to roll out from")
-    encoded = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
-    for index, ids in enumerate(encoded):
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        ids = encode_text(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise UserError(f"prompt {index} ({prompts[index]!r}) is empty: give it at least one token")
+            raise UserError(f"prompt {index} ({prompt[:0]!r}) is empty: give it at least one token")
+        if isinstance(prompt, str):
+            if not brings_back(tokenizer, prompt, ids):
+                raise UserError(
+                    f"prompt {index} does not come back from the tokenizer: line breaks, spaces or characters are "
+                    "lost. Take a tokenizer that keeps them, or give the prompts as token ids"
+                )
+            ids = [*start_ids(tokenizer), *ids]
+        encoded.append(ids)
     return encoded
 
 

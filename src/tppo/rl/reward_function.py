@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tppo.core.common import UserError
+from tppo.core.encode import decode_prompt
 from tppo.generate.engine import Generation
 from tppo.reward.align import Span, token_spans
 
@@ -33,6 +34,7 @@ class Sample(Generation):
     prompt_index: int
     """Which of the trainer's prompts it answers."""
     prompt: str
+    """Its text, without what the tokenizer puts before every text; control tokens of a chat are shown."""
     spans: list[Span]
     """Character span of every response token in `response`; empty (start == end) for end-of-sequence."""
 
@@ -72,7 +74,7 @@ def make_sample(tokenizer: Any, generation: Generation, prompt_index: int) -> Sa
     return Sample(
         **vars(generation),
         prompt_index=prompt_index,
-        prompt=tokenizer.decode(generation.prompt_ids),
+        prompt=decode_prompt(tokenizer, generation.prompt_ids),
         spans=token_spans(tokenizer, generation.response_ids),
     )
 

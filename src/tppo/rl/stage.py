@@ -48,7 +48,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     examples = load_examples(run.require("prepare"), "train")
     if not examples:
         raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
-    policy, tokenizer = load_policy(run.require("sft") / "model")
+    policy, tokenizer = load_policy(run.require("sft") / "model", task=recipe.task)
     prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
     reward_fn = query_reward(run, config, recipe.task, examples, tokenizer)
     trainer = TokenPPOTrainer(

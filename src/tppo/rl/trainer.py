@@ -40,7 +40,7 @@ from torch import Tensor
 from tppo.core.common import rng, stream_seed
 from tppo.core.config import RL
 from tppo.core.device import resolved
-from tppo.core.models import load_policy
+from tppo.core.models import check_positions, load_policy
 from tppo.generate.engine import generate
 from tppo.rl import guards
 from tppo.rl.guards import KeptPolicy
@@ -112,14 +112,16 @@ class TokenPPOTrainer:
             of one, which brings its tokenizer. The reference and the copy that samples are made from it.
         reward_fn: rewards of a rollout: list of samples in, list of floats (or one float) per sample out; see
             `tppo.rl.reward_function`.
-        prompts: every training prompt, as text or as token ids.
+        prompts: every training prompt, as text, which is begun as the tokenizer begins a text and holds no control
+            token, or as token ids (those of `apply_chat_template`, for a chat).
         config: settings; those about query rewards (`algorithm`, `reward_values` and so on) are not read here.
         tokenizer: the policy's, when `policy` is a model.
         max_response_tokens: limit of a response, end-of-sequence included.
         seed: prompts, rollouts and minibatches of update u depend on (seed, u) only, so any update can be redone.
 
     Raises:
-        UserError: settings that do not fit together, an empty prompt, weights that are not float32.
+        UserError: settings that do not fit together, an empty prompt, one that the tokenizer does not bring back or
+            that is too long for the policy, weights that are not float32.
     """
 
     def __init__(
@@ -140,7 +142,10 @@ class TokenPPOTrainer:
             policy, tokenizer = load_policy(policy)
         self.tokenizer = tokenizer
         self.prompts = guards.encode_prompts(tokenizer, prompts)
-        longest = max(map(len, self.prompts)) + max_response_tokens
+        longest_prompt = max(map(len, self.prompts))
+        limits = f"the longest prompt's {longest_prompt} tokens and max_response_tokens"
+        check_positions(policy.config, longest_prompt, max_response_tokens, limits, policy.config.name_or_path)
+        longest = longest_prompt + max_response_tokens
         self.policy, self.rollout_model, self.reference = make_policies(policy, config, longest, seed)
         self.probe = self.policy.value_head if isinstance(self.policy.value_head, ValueProbe) else None
         self.reward_fn = reward_fn

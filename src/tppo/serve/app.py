@@ -23,9 +23,9 @@ from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.stages import DISPLAY, rl_stage
-from tppo.core.text import Event, EventKind, encode_prompt, normalise_query, parse_response
+from tppo.core.text import Event, EventKind, normalise_query, parse_response
 from tppo.core.web import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
-from tppo.generate.engine import generate
+from tppo.generate.engine import encode_history, generate
 
 MAX_EVENTS = 100
 MAX_TEXT_CHARS = 500
@@ -113,8 +113,7 @@ def create_app(
 
 def _suggest(name: str, model: Any, tokenizer: Any, history: list[Event], task: Task, temperature: float) -> Suggestion:
     start = time.perf_counter()
-    recent = history[-task.history_events :]
-    prompt, dropped = encode_prompt(tokenizer, recent, task.num_queries, task.max_prompt_tokens)
+    prompt, dropped = encode_history(tokenizer, history, task)
     limit = task.max_response_tokens
     [generation] = generate(model, tokenizer, [prompt], max_new_tokens=limit, temperature=temperature)
     parsed = parse_response(generation.response, generation.finished, task.num_queries)
@@ -123,7 +122,7 @@ def _suggest(name: str, model: Any, tokenizer: Any, history: list[Event], task: 
         queries=parsed.queries,
         problem=parsed.problem,
         milliseconds=round((time.perf_counter() - start) * 1000, 1),
-        events_used=len(recent) - dropped,
+        events_used=min(len(history), task.history_events) - dropped,
         events_given=len(history),
     )
 
@@ -167,7 +166,7 @@ def serve(recipe: Recipe) -> None:
                 "to yourself."
             )
         dtype = generation_dtype(recipe.rl.precision)
-        models = {name: load_policy(folder, dtype=dtype) for name, folder in folders.items()}
+        models = {name: load_policy(folder, dtype=dtype, task=recipe.task) for name, folder in folders.items()}
         hosts = [*LOOPBACK_NAMES, recipe.serve.host] if loopback else ["*"]
         app = create_app(models, recipe.task, recipe.serve.temperature, allowed_hosts=hosts)
         console.print(f"serving {', '.join(DISPLAY[n] for n in models)} on {address_of(listener)} (Ctrl+C stops)")

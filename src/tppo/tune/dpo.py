@@ -86,7 +86,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     check_batch_sizes(settings, "dpo")
     check_samples(recipe)
     sft_folder = run.require("sft") / "model"
-    model, tokenizer = load_policy(sft_folder, dtype=torch.float32)
+    model, tokenizer = load_policy(sft_folder, dtype=torch.float32, task=recipe.task)
     rows, facts = make_pairs(run, settings.pairs, rubric, recipe.task, tokenizer, "train")
     held_out, held_out_facts = make_pairs(run, settings.pairs, rubric, recipe.task, tokenizer, "reward_eval")
     if not rows:
@@ -216,7 +216,7 @@ def make_trainer(
 def sft_output_pairs(
     responses: Sequence[Row],
     examples: Mapping[str, Example],
-    encode: Callable[[Sequence[str]], list[int]],
+    encode: Callable[[Sequence[str]], list[int] | None],
     max_response_tokens: int,
 ) -> Pairs:
     """App. H: chosen are the true next queries, rejected is the example's first sampled response as it was drawn.
@@ -224,7 +224,7 @@ def sft_output_pairs(
     Args:
         responses: rows of responses.parquet; samples after an example's first are not used.
         examples: by example_id.
-        encode: queries -> ids of the response, end-of-sequence included.
+        encode: queries -> ids of the response, end-of-sequence included; None when they cannot be written.
         max_response_tokens: longer true queries are dropped, as in SFT: they could never be written.
     """
     pairs, dropped = [], Counter[str]()
@@ -233,7 +233,9 @@ def sft_output_pairs(
             continue
         targets = examples[row["example_id"]].targets
         chosen_ids = encode(targets)
-        if len(chosen_ids) > max_response_tokens:
+        if chosen_ids is None:
+            dropped["true_queries_not_writable"] += 1
+        elif len(chosen_ids) > max_response_tokens:
             dropped["true_queries_too_long"] += 1
         elif row["finished"] and row["response"] == render_response(targets):
             dropped["sampled_the_true_queries"] += 1

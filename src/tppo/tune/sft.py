@@ -4,8 +4,8 @@ Departures from SFTTrainer's ways, and why:
 
 1. Prompt and response are tokenised apart and joined as ids (`input_ids` and `labels` are given ready-made), so that
    training sees the same boundary as sampling; the end-of-sequence id is added here, once.
-2. Responses above task.max_response_tokens are left out and counted: a cut response would teach never to end. Prompts
-   lose their oldest events first (counted).
+2. Responses above task.max_response_tokens are left out and counted: a cut response would teach never to end; and so
+   are those that the tokenizer cannot write. Prompts lose their oldest events first (counted).
 3. `compute_loss` asks the model for logits of the last positions only. TRL's own fused head does so on a GPU, but on a
    CPU it multiplies every position with the vocabulary: with 49,152 words and one response token in ten that was most
    of the time.
@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import SFT, Recipe, Task
+from tppo.core.encode import brings_back, encode_text
 from tppo.core.models import SCRATCH, load_policy, lora_config
 from tppo.core.run import RunFolder
 from tppo.core.tables import Example, load_examples
@@ -52,17 +53,23 @@ class Encoded(NamedTuple):
     rows: list[dict[str, Any]]
     too_long_responses: int
     dropped_events: int
+    unwritable_responses: int
+    """With characters that the tokenizer cannot write."""
 
 
-def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int]:
-    """Ids of a response as a model should write it: its text, then one end-of-sequence id."""
-    return [*tokenizer(render_response(queries), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int] | None:
+    """Ids of a response as a model should write it: its text, then one end-of-sequence id. None when the tokenizer
+    cannot write it: a policy would learn to write something else."""
+    text = render_response(queries)
+    ids = encode_text(tokenizer, text)
+    return [*ids, tokenizer.eos_token_id] if brings_back(tokenizer, text, ids) else None
 
 
 def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> Encoded:
     """Prompt ids + response ids + end-of-sequence; labels on the response only."""
     responses = [encode_response(tokenizer, example.targets) for example in examples]
-    kept = [pair for pair in zip(examples, responses, strict=True) if len(pair[1]) <= task.max_response_tokens]
+    written = [(example, ids) for example, ids in zip(examples, responses, strict=True) if ids is not None]
+    kept = [pair for pair in written if len(pair[1]) <= task.max_response_tokens]
     prompts, dropped = encode_examples(tokenizer, [example for example, _ in kept], task)
     rows = [
         {
@@ -72,7 +79,7 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
         }
         for prompt, (_, response) in zip(prompts, kept, strict=True)
     ]
-    return Encoded(rows, len(examples) - len(kept), dropped)
+    return Encoded(rows, len(written) - len(kept), dropped, len(examples) - len(written))
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no training example is left: {train_set.too_long_responses} of {len(examples)} have a response "
             f"above task.max_response_tokens={recipe.task.max_response_tokens}; raise it, or prepare more"
+            f"{_unwritable(train_set, settings.model)}"
         )
     base = f"Base model: `{settings.model}`"
     if settings.model == SCRATCH:
@@ -108,6 +116,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "eval_examples": len(eval_set.rows),
         "too_long_responses_excluded": train_set.too_long_responses,
         "too_long_eval_responses_excluded": eval_set.too_long_responses,
+        "unwritable_responses_excluded": train_set.unwritable_responses + eval_set.unwritable_responses,
         "history_events_dropped_to_fit_the_prompt": train_set.dropped_events,
         "mean_tokens": tokens / len(rows),
         "mean_response_tokens": sum(label != IGNORED for row in rows for label in row["labels"]) / len(rows),
@@ -127,12 +136,24 @@ def check(recipe: Recipe) -> None:
         check_scratch(recipe.sft.scratch)
 
 
+def _unwritable(encoded: Encoded, model: str) -> str:
+    """What is said of responses that the tokenizer cannot write; nothing when there is none."""
+    if not encoded.unwritable_responses:
+        return ""
+    return (
+        f"; {encoded.unwritable_responses} have characters that the tokenizer of sft.model={model} cannot write: take "
+        "a model that knows the log's script"
+    )
+
+
 def _start_model(settings: SFT, examples: Sequence[Example], task: Task, seed: int) -> tuple[Any, Any]:
     """The model to train, with fresh adapters for LoRA, and its tokenizer."""
     if settings.model == SCRATCH:
+        if task.prompt == "chat":
+            raise UserError(f"task.prompt=chat: sft.model={SCRATCH} has no chat template; use task.prompt=plain")
         model, tokenizer = start_from_scratch(settings.scratch, examples, task, stream_seed(seed, "sft", "scratch"))
     else:
-        model, tokenizer = load_policy(settings.model, dtype=torch.float32)
+        model, tokenizer = load_policy(settings.model, dtype=torch.float32, task=task)
     if settings.tuning == "lora":
         torch.manual_seed(stream_seed(seed, "sft", "lora"))
         model = get_peft_model(model, lora_config(settings.lora_r))
