@@ -38,7 +38,7 @@ from tppo.core.stages import (
 )
 
 MANIFEST = "manifest.json"
-_VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
+_VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy", "icu4py")
 
 
 class RunFolder:

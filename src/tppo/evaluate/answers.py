@@ -164,8 +164,8 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], description: str | None 
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
     vectors = []
     for chunk in track(chunks, description) if description and len(chunks) > 1 else chunks:
-        embeddings = encoder.encode(tuple(text.split()) for text in chunk)
-        vectors += [embeddings[tuple(text.split())].sentence for text in chunk]
+        embeddings = encoder.encode(chunk)
+        vectors += [embeddings[text].sentence for text in chunk]
     return np.stack(vectors) if vectors else np.zeros((0, 0))
 
 
