@@ -37,9 +37,9 @@ def verdict(judge, response, rubric="targets", history=HISTORY, targets=TARGETS)
 
 
 def test_word_vectors_are_the_mean_of_their_pieces(encoder):
-    words = ("unbelievably", "cheap", "flights")
-    [embedding] = encoder.encode([words]).values()
-    encoding = encoder.tokenizer(" ".join(words), return_tensors="pt")
+    text = "unbelievably cheap flights"
+    [embedding] = encoder.encode([text]).values()
+    encoding = encoder.tokenizer(text, return_tensors="pt")
     hidden = encoder.model(**encoding).last_hidden_state[0].detach().numpy()
     owners = encoding.word_ids()
     assert owners.count(0) > 1, "the first word has to have several pieces"
@@ -51,7 +51,7 @@ def test_word_vectors_are_the_mean_of_their_pieces(encoder):
 
 
 def test_embeddings_do_not_depend_on_the_batch(encoder):
-    texts = [("roses",), ("how", "to", "prune", "roses", "in", "late", "spring"), ("rose", "bed")]
+    texts = ["roses", "how to prune roses in late spring", "rose bed"]
     together = encoder.encode([*texts, *texts])
     assert set(together) == set(texts)
     for text in texts:
@@ -61,7 +61,7 @@ def test_embeddings_do_not_depend_on_the_batch(encoder):
 
 
 def test_a_word_of_which_nothing_is_left_scores_zero(judge):
-    result = verdict(judge, "\u200b roses")
+    result = verdict(judge, "\ufffd roses")  # a broken byte: BERT leaves it out
     assert result.words[0].score == 0.0
     assert not result.words[0].relevant
     assert result.words[1].relevant

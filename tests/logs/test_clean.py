@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tppo.core.common import UserError
-from tppo.core.text import normalise_query
 from tppo.logs import clean
 from tppo.logs.clean import (
     clean_text,
@@ -17,14 +16,8 @@ from tppo.logs.clean import (
     hash_key,
     hash_user,
     is_navigational,
-    normalise,
     url_host,
 )
-
-
-@given(st.text() | st.text(st.characters(max_codepoint=127)))
-def test_normalise_is_the_task_rule(text: str) -> None:
-    assert normalise(text) == normalise_query(text)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ from tppo.core.stages import (
 )
 
 __all__ = ["RunFolder", "check_sections", "run_stage", "run_stages", "without_retired", "write_recipe"]
-_VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
+_VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy", "icu4py")
 _RECIPE_HEAD = "# Every setting of the run in this folder, written by tppo; a copy of yours is kept beside it.\n"
 
 

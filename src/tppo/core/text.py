@@ -6,8 +6,6 @@ no other, so that a word, a query or an unparseable output means the same thing 
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +15,11 @@ from tppo.core.chat import chat_format
 from tppo.core.common import UserError
 from tppo.core.config import PromptStyle
 from tppo.core.encode import encode_text, start_ids
+from tppo.core.words import normalise_query, one_spaced, word_spans
 
 EventKind = Literal["search", "click", "purchase", "visit"]
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 QUERY_SEPARATOR = "\n"
-_WORD = re.compile(r"\S+")
-_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,9 @@ Problem = Literal["empty", "truncated", "too_many_queries"]
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """A response as queries (normalised, in order) and words (with character spans into the raw text).
+    """A response as queries (normalised, in order) and words (`tppo.core.words`, with spans into the raw text).
+
+    `lines` are the queries as written, but for one space wherever there is white space: their words are `words`.
 
     `problem` is None when the response is usable as it stands; otherwise it counts as unparseable.
     Queries and words are given even then, so that a judge and a reward model can still look at them.
@@ -57,6 +56,7 @@ class ParsedResponse:
     queries: list[str]
     words: list[Word]
     problem: Problem | None
+    lines: list[str]
 
     @property
     def query_words(self) -> list[list[str]]:
@@ -65,12 +65,6 @@ class ParsedResponse:
         for word in self.words:
             grouped[word.query].append(word.text)
         return grouped
-
-
-def normalise_query(text: str) -> str:
-    """NFKC, lower case, control characters and runs of white space folded to one space."""
-    folded = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFKC", text))
-    return _SPACE.sub(" ", folded).strip().lower()
 
 
 def render_prompt(history: Sequence[Event], num_queries: int) -> str:
@@ -99,15 +93,16 @@ def parse_response(text: str, finished: bool, num_queries: int) -> ParsedRespons
     """
     queries: list[str] = []
     words: list[Word] = []
+    lines: list[str] = []
     position = 0
     for line in text.split(QUERY_SEPARATOR):
         query = normalise_query(line)
         if query:
             words += [
-                Word(match.group(), position + match.start(), position + match.end(), len(queries))
-                for match in _WORD.finditer(line)
+                Word(line[start:end], position + start, position + end, len(queries)) for start, end in word_spans(line)
             ]
             queries.append(query)
+            lines.append(one_spaced(line))
         position += len(line) + len(QUERY_SEPARATOR)
     problem: Problem | None = None
     if not finished:
@@ -116,7 +111,7 @@ def parse_response(text: str, finished: bool, num_queries: int) -> ParsedRespons
         problem = "empty"
     elif len(queries) > num_queries:
         problem = "too_many_queries"
-    return ParsedResponse(queries, words, problem)
+    return ParsedResponse(queries, words, problem, lines)
 
 
 def repeated_queries(history: Sequence[Event], queries: Sequence[str]) -> set[int]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tppo.core.config import Rubric
 from tppo.core.text import Event, normalise_query
+from tppo.core.words import split_words
 
 
 class Metric(NamedTuple):
@@ -100,7 +101,7 @@ BY_NAME = {metric.name: metric for metric in (*PER_RESPONSE, *SCORES, *CORPUS)}
 
 def word_f1(query: str, target: str) -> float:
     """Harmonic mean of word precision and recall, words counted with multiplicity. 0 when either is empty."""
-    a, b = Counter(query.split()), Counter(target.split())
+    a, b = Counter(split_words(query)), Counter(split_words(target))
     common = sum((a & b).values())
     return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
 
@@ -140,9 +141,9 @@ def similarity_metrics(written_QD: np.ndarray, targets_TD: np.ndarray, usable: b
 
 def form_metrics(queries: Sequence[str], history: Sequence[Event]) -> dict[str, float | None]:
     """Copy and repetition shares, queries and words per query; None where there is nothing to divide by."""
-    words = [word for query in queries for word in query.split()]
+    words = [word for query in queries for word in split_words(query)]
     searches = {normalise_query(event.text) for event in history if event.kind == "search"}
-    known = {word for event in history for word in normalise_query(event.text).split()}
+    known = {word for event in history for word in split_words(normalise_query(event.text))}
     return {
         "queries_written": float(len(queries)),
         "words_per_query": len(words) / len(queries) if queries else None,
@@ -156,7 +157,7 @@ def form_metrics(queries: Sequence[str], history: Sequence[Event]) -> dict[str, 
 def corpus_metrics(responses: Iterable[Sequence[str]]) -> dict[str, float | None]:
     """distinct_1, distinct_2 (pairs within a query) and distinct_queries over all responses of a model."""
     queries = [query for response in responses for query in response]
-    words = [query.split() for query in queries]
+    words = [split_words(query) for query in queries]
     singles = [word for query in words for word in query]
     pairs = [pair for query in words for pair in pairwise(query)]
     return {

@@ -18,7 +18,11 @@ history's events (rubric `history`).
   that null only and called 64% of random-word responses relevant to the history, and reward models that had learnt
   from its labels scored random words above real queries (docs/results/reward.md).
 - An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a
-  zero-width character) scores 0. The judge never abstains.
+  broken byte, U+FFFD) scores 0.
+- What the encoder cannot read (`tppo.judge.legible`: unknown characters, another script than it was made for) is not
+  guessed at. A response with an unreadable word in a new query is abstained on (problem `unreadable`); of the reference
+  texts those with an unreadable word are left out, and with none left the judge abstains (`unreadable_reference`).
+  A log of which more than a fifth of the words is unreadable is refused when the judge is calibrated.
 
 Limits: it knows similarity, not usefulness; a paraphrase of the history scores high under `history`; function
 words can be relevant when their context is similar. It is the judge that needs no network and no GPU.
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,14 +46,17 @@ from tppo.core.config import Rubric
 from tppo.core.files import sha256_file, write_json
 from tppo.core.models import load_encoder_path
 from tppo.core.tables import Example
-from tppo.core.text import normalise_query, repeated_queries
-from tppo.judge.probes import noise_items
+from tppo.core.text import ParsedResponse, repeated_queries
+from tppo.core.words import Span, one_spaced, word_spans
+from tppo.judge.legible import Legibility
+from tppo.judge.probes import log_texts, noise_items
 from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 
 RULE_VERSION = 2
+_OTHER_ENCODER = (
+    "give label.encoder a sentence encoder for the log's languages, or let a language model judge (label.judge: llm)"
+)
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
-Text = tuple[str, ...]
-"""A text as its words; they are joined by one space for the encoder."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,12 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """Unit vectors of a text: `sentence` (D,) and `words` (W, D); a word without word pieces is all zeros."""
+    """Unit vectors of a text: `sentence` (D,) and `words` (W, D); a word without word pieces is all zeros. `is_read`:
+    the encoder can read all of its words."""
 
     sentence: np.ndarray
     words: np.ndarray
+    is_read: bool
 
 
 class Encoder:
@@ -82,37 +92,42 @@ class Encoder:
             raise UserError(f"{setting} '{name_or_path}' does not load as an encoder: {error}") from None
         if not self.tokenizer.is_fast:
             raise UserError(f"{setting} '{name_or_path}' has no fast tokenizer, which word offsets need")
+        self.legibility = Legibility(self.tokenizer)
         self.max_length = min(self.model.config.max_position_embeddings, 512)
 
     @torch.inference_mode()
-    def encode(self, texts: Iterable[Text]) -> dict[Text, TextEmbedding]:
+    def encode(self, texts: Iterable[str]) -> dict[str, TextEmbedding]:
         """Embeddings of the distinct texts, by text; batched by length."""
-        distinct = sorted(set(texts), key=lambda words: (len(" ".join(words)), words))
-        embeddings: dict[Text, TextEmbedding] = {}
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        embeddings: dict[str, TextEmbedding] = {}
         for start in range(0, len(distinct), self.batch_size):
             batch = distinct[start : start + self.batch_size]
             encoding = self.tokenizer(
-                [" ".join(words) for words in batch],
+                batch,
                 padding=True,
                 truncation=True,
                 max_length=self.max_length,
                 return_offsets_mapping=True,
+                split_special_tokens=True,  # a text that spells "[SEP]" is a text
                 return_tensors="pt",
             )
             offsets_BT2 = encoding.pop("offset_mapping").numpy()
             hidden_BTD = self.model(**encoding).last_hidden_state.numpy()
             mask_BT = encoding["attention_mask"].numpy().astype(bool)
-            for words, offsets_T2, hidden_TD, mask_T in zip(batch, offsets_BT2, hidden_BTD, mask_BT, strict=True):
-                embeddings[words] = TextEmbedding(
-                    _unit(hidden_TD[mask_T].mean(0)), _word_vectors(words, offsets_T2, hidden_TD)
+            ids_BT = encoding["input_ids"]
+            rows = zip(batch, ids_BT, offsets_BT2, hidden_BTD, mask_BT, strict=True)
+            for text, ids_T, offsets_T2, hidden_TD, mask_T in rows:
+                embeddings[text] = TextEmbedding(
+                    _unit(hidden_TD[mask_T].mean(0)),
+                    _word_vectors(word_spans(text), offsets_T2, hidden_TD),
+                    not any(self.legibility.unread_words(text, ids_T.tolist(), offsets_T2.tolist())),
                 )
         return embeddings
 
 
-def _word_vectors(words: Text, offsets_T2: np.ndarray, hidden_TD: np.ndarray) -> np.ndarray:
+def _word_vectors(spans: Sequence[Span], offsets_T2: np.ndarray, hidden_TD: np.ndarray) -> np.ndarray:
     """Unit mean (W, D) of the hidden states of the tokens whose characters overlap each word."""
-    ends_W = np.cumsum([len(word) + 1 for word in words]) - 1
-    starts_W = ends_W - [len(word) for word in words]
+    starts_W, ends_W = np.array(spans, dtype=np.int64).reshape(len(spans), 2).T
     starts_T, ends_T = offsets_T2.T
     # Special and padding tokens have the empty span (0, 0) and overlap nothing.
     overlap_WT = (np.minimum(ends_W[:, None], ends_T) > np.maximum(starts_W[:, None], starts_T)).astype(np.float32)
@@ -126,11 +141,13 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a response before thresholds. `fresh[i]` is False for a word of a repeated query."""
+    """Scores of a response before thresholds. `fresh[i]` is False for a word of a repeated query. With a `problem` the
+    judge cannot say, and there are no scores."""
 
     words: np.ndarray
     fresh: np.ndarray
     sentence: float
+    problem: str | None = None
 
 
 class EmbeddingJudge:
@@ -159,6 +176,9 @@ class EmbeddingJudge:
         limits = self.thresholds[rubric]
         verdicts = []
         for scores in self.scores(items, rubric, description):
+            if scores.problem:
+                verdicts.append(Verdict(None, 0.0, False, "abstained", scores.problem))
+                continue
             words = [
                 WordVerdict(float(score), bool(fresh and score > limits.word))
                 for score, fresh in zip(scores.words, scores.fresh, strict=True)
@@ -172,45 +192,60 @@ class EmbeddingJudge:
         scores: list[Scores] = []
         chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
         for chunk in track(chunks, description) if description and chunks else chunks:
-            responses = [[tuple(words) for words in split_response(item.response).query_words] for item in chunk]
+            responses = [split_response(item.response) for item in chunk]
             references = [_reference_texts(item, rubric) for item in chunk]
-            embeddings = self.encoder.encode(text for texts in responses + references for text in texts)
+            texts = chain(chain.from_iterable(parsed.lines for parsed in responses), chain.from_iterable(references))
+            embeddings = self.encoder.encode(texts)
             scores += [
-                self._score(item, queries, texts, embeddings)
-                for item, queries, texts in zip(chunk, responses, references, strict=True)
+                self._score(item, parsed, [embeddings[text] for text in against], embeddings)
+                for item, parsed, against in zip(chunk, responses, references, strict=True)
             ]
         return scores
 
     def _score(
-        self, item: JudgeItem, queries: list[Text], references: list[Text], embeddings: dict[Text, TextEmbedding]
+        self,
+        item: JudgeItem,
+        parsed: ParsedResponse,
+        references: list[TextEmbedding],
+        embeddings: dict[str, TextEmbedding],
     ) -> Scores:
-        if not queries or not references:
-            count = sum(map(len, queries))
-            return Scores(np.zeros(count), np.zeros(count, dtype=bool), 0.0)
-        reference_sentences_RD = np.stack([embeddings[text].sentence for text in references])
-        reference_words_RD = np.concatenate([embeddings[text].words for text in references])
-        texts = [normalise_query(" ".join(query)) for query in queries]
-        old = repeated_queries(item.history, texts) if self.repeats_irrelevant else set()
+        old = repeated_queries(item.history, parsed.queries) if self.repeats_irrelevant else set()
+        queries = [embeddings[line] for line in parsed.lines]
+        fresh = np.array([word.query not in old for word in parsed.words], dtype=bool)
+        nothing = np.zeros(len(parsed.words))
+        if not references or len(old) == len(queries):
+            return Scores(nothing, np.zeros_like(fresh), 0.0)
+        if not all(query.is_read for number, query in enumerate(queries) if number not in old):
+            return Scores(nothing, fresh, 0.0, "unreadable")
+        read = [reference for reference in references if reference.is_read]
+        if not read:
+            return Scores(nothing, fresh, 0.0, "unreadable_reference")
+        reference_sentences_RD = np.stack([reference.sentence for reference in read])
+        reference_words_RD = np.concatenate([reference.words for reference in read])
         word_scores, query_scores = [], []
         for number, query in enumerate(queries):
             if number in old:
-                word_scores.append(np.zeros(len(query)))
+                word_scores.append(np.zeros(len(query.words)))
                 query_scores.append(0.0)
             else:
-                word_scores.append((embeddings[query].words @ reference_words_RD.T).max(-1))
-                query_scores.append((reference_sentences_RD @ embeddings[query].sentence).max())
-        fresh = [number not in old for number, query in enumerate(queries) for _ in query]
-        return Scores(np.concatenate(word_scores), np.array(fresh), float(np.mean(query_scores)))
+                word_scores.append((query.words @ reference_words_RD.T).max(-1))
+                query_scores.append((reference_sentences_RD @ query.sentence).max())
+        return Scores(np.concatenate(word_scores), fresh, float(np.mean(query_scores)))
 
     def calibrate(
         self, examples: Sequence[Example], null_quantile: float, seed: int, description: str | None = None
     ) -> dict[str, Any]:
         """Set the thresholds from two kinds of unrelated text; returns them and the quantiles of both kinds.
 
-        UserError for fewer than two users, or a quantile outside (0, 1).
+        UserError for fewer than two users, a quantile outside (0, 1), or texts that the encoder cannot read.
         """
         if not 0 < null_quantile < 1:
             raise UserError(f"label.null_quantile={null_quantile} has to lie between 0 and 1")
+        self.encoder.legibility.check(
+            log_texts(examples),
+            f"label.encoder={self.encoder_name}",
+            _OTHER_ENCODER,
+        )
         nulls = {
             "other_users": other_user_items(examples, seed),
             "random_words": noise_items(examples, seed, "calibrate"),
@@ -219,13 +254,18 @@ class EmbeddingJudge:
         for rubric in get_args(Rubric):
             found: dict[str, dict[str, float]] = {}
             for null, items in nulls.items():
-                scores = self.scores(items, rubric, description and f"{description}: {rubric}, {null}")
+                found_scores = self.scores(items, rubric, description and f"{description}: {rubric}, {null}")
+                scores = [score for score in found_scores if score.problem is None]
+                if not scores:
+                    raise UserError(
+                        f"label.encoder={self.encoder_name} can read none of the log's answers: {_OTHER_ENCODER}"
+                    )
                 words = np.concatenate([s.words for s in scores])
                 found[null] = {
                     "word": float(np.quantile(words, null_quantile)),
                     "sentence": float(np.quantile([s.sentence for s in scores], null_quantile)),
                     "words": len(words),
-                    "responses": len(items),
+                    "responses": len(scores),
                 }
             self.thresholds[rubric] = Thresholds(
                 max(null["word"] for null in found.values()), max(null["sentence"] for null in found.values())
@@ -277,6 +317,6 @@ class EmbeddingJudge:
         return "+".join(sha256_file(path) for path in sorted(self.encoder.folder.glob("*.safetensors")))
 
 
-def _reference_texts(item: JudgeItem, rubric: Rubric) -> list[Text]:
+def _reference_texts(item: JudgeItem, rubric: Rubric) -> list[str]:
     texts = item.targets if rubric == "targets" else [event.text for event in item.history]
-    return [words for words in (tuple(text.split()) for text in texts) if words]
+    return [text for text in map(one_spaced, texts) if text]

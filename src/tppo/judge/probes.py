@@ -21,6 +21,7 @@ from tppo.core.common import rng, stream_seed
 from tppo.core.config import Rubric
 from tppo.core.tables import Example
 from tppo.core.text import render_response
+from tppo.core.words import join_words, split_words
 from tppo.judge.verdict import JudgeItem, other_user_items
 
 PROBES = {
@@ -83,24 +84,28 @@ def noise_items(examples: Sequence[Example], seed: int, purpose: str) -> list[Ju
     return [JudgeItem(e.history, e.targets, _noise(e, vocabulary, seed)) for e in examples]
 
 
+def log_texts(examples: Sequence[Example]) -> list[str]:
+    """All targets and all texts of the histories, in order, repetitions too."""
+    return [text for example in examples for text in [*example.targets, *(event.text for event in example.history)]]
+
+
 def log_words(examples: Sequence[Example]) -> list[str]:
     """The distinct words of all histories and targets, sorted."""
-    texts = (text for example in examples for text in [*example.targets, *(event.text for event in example.history)])
-    return sorted({word for text in texts for word in text.split()})
+    return sorted({word for text in set(log_texts(examples)) for word in split_words(text)})
 
 
 def _noise(example: Example, vocabulary: Sequence[str], seed: int) -> str:
     """As many queries as the real ones, each of as many words; drawn for each example on its own."""
     generator = rng(seed, "noise", example.example_id)
-    sizes = [len(query.split()) for query in example.targets]
+    sizes = [len(split_words(query)) for query in example.targets]
     drawn = [[vocabulary[i] for i in generator.integers(len(vocabulary), size=size)] for size in sizes]
-    return render_response([" ".join(words) for words in drawn])
+    return render_response([join_words(words) for words in drawn])
 
 
 def _repeated(example: Example, rubric: Rubric, num_queries: int) -> str | None:
     """The longest word (function words are short) of the newest text that relevance is judged against."""
     texts = example.targets[:1] if rubric == "targets" else _searches(example)[:1]
-    return render_response([max(texts[0].split(), key=len)] * num_queries) if texts else None
+    return render_response([max(split_words(texts[0]), key=len)] * num_queries) if texts else None
 
 
 def _copied(example: Example, num_queries: int) -> str | None:

@@ -177,7 +177,7 @@ def _rows(key: SheetKey, answers: Sequence[ItemAnswers]) -> list[tuple[str, ...]
     """The sheet's rows with `answers` (one per item) filled in: the words of a response, then the whole."""
     rows: list[tuple[str, ...]] = []
     for number, (item, given) in enumerate(zip(key.items, answers, strict=True), start=1):
-        response = f"[{' | '.join(' '.join(words) for words in split_response(item.response).query_words)}]"
+        response = f"[{' | '.join(split_response(item.response).lines)}]"
         against = f"[{' | '.join(' '.join(text.split()) for text in item.against)}]"
         words = zip(item.words, given.words, strict=True)
         asked = [("word", str(i), f"[{word.text}]", label) for i, (word, label) in enumerate(words)]

@@ -80,13 +80,6 @@ def url_host(url: str) -> str:
     return host.removeprefix("www.").strip(".")
 
 
-def normalise(text: str) -> str:
-    """tppo.core.text.normalise_query, with a short cut for printable ASCII (most rows)."""
-    if text.isascii() and text.isprintable():
-        return " ".join(text.split()).lower()
-    return normalise_query(text)
-
-
 def clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
     """(normalised text, None), or ("", reason): a key of readers.REASONS.
 
@@ -108,7 +101,7 @@ def _clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
     """What clean_text says of a text of this kind of event, or of a URL."""
     if kind == _URL:
         return _host_of(raw, max_chars)
-    text = normalise(raw)
+    text = normalise_query(raw)
     if kind != "search" and (_SCHEME.match(text) or text.startswith("www.")):
         return _host_of(text, max_chars)
     if not any(map(str.isalnum, text)):
@@ -124,7 +117,7 @@ def _clean_text(kind: str, raw: str, max_chars: int) -> tuple[str, str | None]:
 def _host_of(raw: str, max_chars: int) -> tuple[str, str | None]:
     if len(raw) > MAX_URL_CHARS:
         return "", "too_long_text"
-    url = normalise(raw)
+    url = normalise_query(raw)
     reason = find_personal(unquote(url))
     host = url_host(url)
     if reason in (None, "long_number"):

@@ -30,6 +30,7 @@ import yaml
 from tppo.core.common import UserError, track
 from tppo.core.config import Recipe, Synthetic
 from tppo.core.run import RunFolder
+from tppo.core.words import split_words
 
 HEADER = ("user_id", "time", "kind", "text")
 START = datetime(2026, 1, 5)
@@ -126,7 +127,7 @@ def user_queries(user: int, config: Synthetic, seed: int) -> list[tuple[str, ...
     interests = _draw_user(_user_random(user, seed), config)[1]
     return sorted(
         {
-            tuple(refinement.format(question.format(thing)).split())
+            tuple(split_words(refinement.format(question.format(thing))))
             for interest in interests
             for question in interest.topic.questions
             for thing in interest.things

@@ -14,6 +14,7 @@ from tppo.core.files import sha256_file
 from tppo.core.run import MANIFEST, RunFolder, without_retired
 from tppo.core.tables import Example
 from tppo.core.text import ParsedResponse, Word, parse_response, repeated_queries
+from tppo.core.words import split_words
 from tppo.logs.clean import hash_user
 from tppo.logs.prepare import SYNTHETIC_KEY
 from tppo.logs.synthetic import relevant_words, user_name, user_queries
@@ -50,7 +51,8 @@ class Truth:
         possible = set(self.possible(example.user_id))
         # A query with every word marked is new, but may still be half of one, or in another order.
         relevant = [
-            all(found) and tuple(query.split()) in possible for query, found in zip(parsed.queries, marks, strict=True)
+            all(found) and tuple(split_words(query)) in possible
+            for query, found in zip(parsed.queries, marks, strict=True)
         ]
         flat = list(chain.from_iterable(marks))
         return sum(relevant[:num_queries]) / num_queries, sum(flat) / len(flat) if flat else 0.0

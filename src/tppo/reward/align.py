@@ -12,7 +12,7 @@ so each token is given its span of characters, and classes and probabilities tra
 
     words --classes_from_words--> reward-model tokens --pool_probabilities--> policy tokens
 
-Spans of generated ids come from decoding ever longer prefixes (`token_spans`). Encoding the text again would
+Spans of generated ids come from decoding what they show token by token (`token_spans`). Encoding the text again would
 not do: a sampled response is often cut otherwise than the tokenizer would cut it. Reading a token's string
 would not do either: a byte-level token may hold two thirds of a character.
 
@@ -22,6 +22,7 @@ Letters in shapes: T tokens, W words, S source tokens, 3 classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ from tppo.generate.engine import decode_response
 Span = tuple[int, int]
 """Half-open range of characters: text[start:end]. Empty (start == end) for a token that shows nothing."""
 SEPARATOR, IRRELEVANT, RELEVANT = 0, 1, 2
+_WINDOW = 8
+"""Tokens between two anchors of `_prefixes`, at least: fewer cost more anchors, more cost longer decoding."""
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows bytes that are no whole character (yet)
 
 
@@ -44,25 +48,24 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
     white space the tokenizer swallows, get an empty span. Every character is in at least one span, and the
     non-empty spans start and end in order.
 
-    This decodes n prefixes of n tokens, which sounds slow and is little beside one forward pass.
-    A sliding window would have to know how each tokenizer treats its first token; a prefix does not.
-
     >>> from tppo.tune.scratch import train_tokenizer
     >>> tokenizer = train_tokenizer(["red shoes", "red hat"], 300)
     >>> token_spans(tokenizer, tokenizer("red hat")["input_ids"])
     [(0, 3), (3, 7)]
     """
     text = decode_response(tokenizer, ids)
+    # Where decoding in pieces does not give the text, every prefix is decoded whole: slow, and right all the same.
+    prefixes = _prefixes(tokenizer, ids, text, _WINDOW) or _prefixes(tokenizer, ids, text, len(ids))
+    assert prefixes is not None, "the last prefix is the whole response"
     spans: list[Span] = []
-    shown, done = "", 0  # decoded so far; characters of `text` that are complete so far
+    done = 0  # characters of `text` that are complete so far
     last = (0, 0)  # span of the last token that showed something
-    for t, token in enumerate(ids):
-        before, shown = shown, decode_response(tokenizer, ids[: t + 1])
-        end = max(done, _common_length(shown, text))
-        if shown == before and not (shown.endswith(_BROKEN) and decode_response(tokenizer, [token])):
+    for token, (head, before, tail) in zip(ids, prefixes, strict=True):
+        end = max(done, head + _common_length(tail, text[head : head + len(tail)]))
+        if tail == before and not (tail.endswith(_BROKEN) and decode_response(tokenizer, [token])):
             spans.append((done, done))  # special or swallowed: nothing to see, now or later
             continue
-        if len(shown) > end < len(text):
+        if head + len(tail) > end < len(text):
             last = (done, end + 1)  # some bytes of the character at `end`, which later tokens complete
         elif end > done:
             last = (done, end)
@@ -72,6 +75,42 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
         done = end
     assert done == len(text), "the last prefix is the whole response"
     return spans
+
+
+def _prefixes(tokenizer: Any, ids: Sequence[int], text: str, window: int) -> list[tuple[int, str, str]] | None:
+    """For each t (head, before, tail): ids[:t+1] shows text[:head] + tail, and ids[:t] text[:head] + before.
+
+    Tokens are decoded from the last anchor but one on, at most about twice `window` of them where the text is whole.
+    An anchor is a place that decoding ids up to there and from there on agree about: the text so far stands (it does
+    not end in half a character, nor in a byte token, whose neighbours decide together whether they are characters).
+    The tokens between the two anchors are the context: a decoder treats its first token otherwise than the others (it
+    swallows a space, keeps the ## of a word piece), and what the context alone shows is cut off again.
+
+    Returns:
+        None when the pieces do not give `text`: this tokenizer's decoding depends on more than the context.
+    """
+    found: list[tuple[int, str, str]] = []
+    start = anchor = head = 0
+    context = before = tail = ""
+    for t in range(len(ids)):
+        shown = decode_response(tokenizer, ids[start : t + 1])
+        if not shown.startswith(context):
+            return None
+        tail = shown[len(context) :]
+        found.append((head, before, tail))
+        before = tail
+        stands = text.startswith(tail, head) and not tail.endswith(_BROKEN)
+        if t + 1 - anchor < window or not stands or _is_byte(tokenizer, ids[t]):
+            continue
+        if next_context := decode_response(tokenizer, ids[anchor : t + 1]):
+            start, anchor, context = anchor, t + 1, next_context
+            head, before, tail = head + len(tail), "", ""
+    return found if text[:head] + tail == text else None
+
+
+def _is_byte(tokenizer: Any, token: int) -> bool:
+    """Whether this is a byte of a character that the vocabulary lacks, as SentencePiece writes it: <0xE6>."""
+    return bool(_BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token))))
 
 
 def encoder_spans(tokenizer: Any, encoding: Any, response: str) -> tuple[int, list[Span]]:
