@@ -31,7 +31,7 @@ Part = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 def answers(model: str, texts: list[str], finished: list[bool] | None = None) -> Part:
     found = Answers(texts, finished or [True] * 4, [5] * 4)
     rows = answer_rows(found, EXAMPLES, model=model, seed=0, num_queries=2)
-    return rows, fake_run.read(EXAMPLES, rows)
+    return rows, fake_run.read(EXAMPLES, rows, num_queries=2)
 
 
 def joined(*parts: Part) -> Part:
@@ -126,7 +126,7 @@ class AgainstEverything:
 
 def test_a_second_judge_has_rows_of_its_own(tmp_path: Path):
     rows, readings = answers("sft", [GOOD] * 4)
-    second = judge_readings(AgainstEverything(), {e.example_id: e for e in EXAMPLES}, [rows[0], rows[2]], "again")
+    second = judge_readings(AgainstEverything(), {e.example_id: e for e in EXAMPLES}, [rows[0], rows[2]], "again", 2)
     assert {(row["example_id"], row["measure"], row["value"]) for row in second} == {
         (name, measure, 0.0)  # it judged responses only, against the targets only
         for name in ("e0", "e2")

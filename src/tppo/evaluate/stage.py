@@ -52,7 +52,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
     def read(model: str, chosen: list[Example], answers: list[Row]) -> list[Row]:
         known = {example.example_id: example for example in chosen}
-        rows = judge_readings(judge, known, answers, f"judging {model}") + text_readings(known, answers, encoder)
+        rows = judge_readings(judge, known, answers, f"judging {model}", num_queries)
+        rows += text_readings(known, answers, encoder)
         return rows + (truth_readings(truth, known, answers, num_queries) if truth else [])
 
     parts = folder / "parts"

@@ -142,7 +142,8 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
             }
             for name, count in counts.items()
         ],
-        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")}
+        | {"rubric": words.RELEVANT_TO[metrics.rubric]},
         "metrics": metrics,
         "manifest": manifest,
         "recipe": recipe,
@@ -187,14 +188,17 @@ def print_summary(run: RunFolder) -> None:
     """The headline of a finished run on the console: a table, the curve of RL, and what the intervals allow to say."""
     metrics = load_metrics(run.require("report"))
     scope, headline, check = metrics.scopes[0], metrics.headline, metrics.data["check"]
-    heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %"}
+    paper = f"relevant_{metrics.rubric}"
+    beside = {paper: "paper's %"} if metrics.counts_asked else {}
+    beside |= {"copied_words": "copied words %", "repeated_words": "repeated words %", "unparseable": "unparseable %"}
+    heads = {headline: "relevant %", check: "check %", "hit": "hit %", **beside}
     with_interval = [headline]
     if metrics.knows_truth:
-        heads = {headline: "judged %", "known_words": "true words %", "known_queries": "true queries %"}
-        with_interval.append("known_words")
-    heads["unparseable"] = "unparseable %"
+        true = "asked_known_words" if metrics.counts_asked else "known_words"
+        heads = {headline: "judged %", true: "true words %", "known_queries": "true queries %", **beside}
+        with_interval.append(true)
     checked = "" if metrics.knows_truth else f"; check: {words.AGAINST[check]}"
-    console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}{checked}")
+    console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}; beside it as the paper counts{checked}")
     rows: list[list[Cell | str]] = []
     for model in metrics.data["models"]:
         cells: list[Cell | str] = [DISPLAY[model]]
@@ -206,8 +210,11 @@ def print_summary(run: RunFolder) -> None:
     Table(["", *heads.values()], rows).print()
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
         console.print(Text.from_ansi(curve))
-    for sentence in words.lead(metrics, scope)[:-1]:
+    sentences = words.lead(metrics, scope)
+    for sentence in sentences[: -len(words.shares(metrics, scope))]:
         console.print(sentence)
+    if not metrics.counts_asked:
+        console.print(words.NOT_ASKED)
 
 
 def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
@@ -243,7 +250,8 @@ def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
     """The headline of everybody who answered."""
     models = metrics.data["models"]
     intervals = [Interval(name, DISPLAY[name], metrics.cell(scope, name, metrics.headline)) for name in models]
-    return interval_chart(intervals, f"Answers {words.AGAINST[metrics.headline]}, % (95% interval)")
+    said = words.AGAINST[metrics.headline]
+    return interval_chart(intervals, f"{said[0].upper()}{said[1:]}, % (95% interval)")
 
 
 def difference_chart(metrics: Metrics, scope: str) -> Markup | None:
