@@ -260,13 +260,13 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
         for name, numbers in cells.items()
     ]
     wins = [{"scope": "eval1", "model": "tppo", "than": "sft", "rubric": "targets", "by": "scores", "win": None}]
-    row = {"scope": "eval1", "model": "sft", "metric": "relevant_targets", "examples": 90, "users": 90}
+    row = {"scope": "eval1", "model": "sft", "metric": "asked_words_targets", "examples": 90, "users": 90}
     rows = [{**row, "value": 0.4, "low": 0.3, "high": 0.5}]
     return Metrics(
         {
             **fake_run.JUDGE,
-            "headline": "relevant_targets",
-            "check": "relevant_history",
+            "headline": "asked_words_targets",
+            "check": "asked_words_history",
             "scopes": ["eval1"],
             "models": ["sft", "tppo"],
             "rows": rows,
@@ -286,7 +286,7 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
     ],
 )
 def test_the_verdict_follows_the_interval(difference: tuple[float, float, float], sentence: str, shift: str):
-    metrics = make_metrics(relevant_targets=difference)
+    metrics = make_metrics(asked_words_targets=difference)
     sentences = words.lead(metrics, "eval1")
     assert sentences[0] == sentence
     assert "TPPO not measured" in sentences[-1]
@@ -297,12 +297,12 @@ def test_cautions_name_what_relevance_hides():
     better, no, up = (0.1, 0.05, 0.15), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3)
     down = (-0.5, -0.6, -0.4)
     metrics = make_metrics(
-        relevant_targets=better,
+        asked_words_targets=better,
         hit=no,
         token_f1=no,
         copied_queries=up,
         queries_written=down,
-        relevant_history=down,
+        asked_words_history=down,
     )
     notes = " ".join(words.cautions(metrics, "eval1", {"tppo": 14.2}))
     for text in (
@@ -310,10 +310,10 @@ def test_cautions_name_what_relevance_hides():
         "repeats searches",
         "fewer queries",
         "14.2 nats",
-        "loses relevant",
+        "loses in the check: words relevant",
     ):
         assert text in notes
-    quiet = words.cautions(make_metrics(relevant_targets=better, hit=better), "eval1", {"tppo": 2.0})
+    quiet = words.cautions(make_metrics(asked_words_targets=better, hit=better), "eval1", {"tppo": 2.0})
     assert len(quiet) == 2  # only what always holds: one training run, and the labeller judges
 
 

@@ -27,9 +27,7 @@ Key = frozenset[str]
 """What makes two queries one: their words, whatever the order."""
 
 
-def asked_share(
-    parsed: ParsedResponse, relevant: Sequence[bool], history: Sequence[Event], num_queries: int
-) -> float:
+def asked_share(parsed: ParsedResponse, relevant: Sequence[bool], history: Sequence[Event], num_queries: int) -> float:
     """The value of an answer, in [0, 1], by the verdicts on its words (see above).
 
     Args:

@@ -289,6 +289,12 @@ class Metrics:
         """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
         return self.cell(self.scopes[0], "sft", "known_words").value is not None
 
+    @property
+    def true_words(self) -> str:
+        """What the log knows of words, counted as the headline is; as the paper counts where that was not measured."""
+        asked = self.cell(self.scopes[0], "sft", "asked_known_words").value is not None
+        return "asked_known_words" if asked and self.counts_asked else "known_words"
+
     def cell(self, scope: str, model: str, metric: str, reader: str = "") -> Estimate:
         """Args: reader: a second judge; empty: the first judge, or what needs none."""
         return estimate(self._rows.get((scope, model, metric, reader)))

@@ -19,9 +19,10 @@ import pyarrow as pa
 from tppo.core.asked import asked_share, asked_written
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
+from tppo.core.parts import train_examples
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
-from tppo.core.tables import Example, field, load_examples, write_table
+from tppo.core.tables import Example, field, write_table
 from tppo.core.text import Event, parse_response
 from tppo.evaluate.answers import (
     Policy,
@@ -224,9 +225,8 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
             )
         return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
     first = first_judges(list(given.values()) or [run.require("evaluate")])
-    judge = choose_second_judge(
-        cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, load_examples(prepare, "train"), seed
-    )
+    train = train_examples(prepare, "reward", recipe.parts, seed)
+    judge = choose_second_judge(cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, train, seed)
     # All answers to a history in a row: a server keeps what such prompts begin with.
     read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
     known = {e.example_id: e for e in examples}

@@ -66,11 +66,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
     spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
     distance = words.distance_tables(metrics)
+    seen_gap = words.seen_gap(run.facts("label"), metrics.rubric)
     context = {
         **page_context(recipe, metrics, manifest),
         "distance": distance,
         "lead": words.lead(metrics, scope),
-        "cautions": words.cautions(metrics, scope, final_kl),
+        "cautions": [*words.cautions(metrics, scope, final_kl), seen_gap],
         "charts": run_charts(run, metrics.policies),
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
@@ -89,6 +90,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         *judge_facts(metrics),
         ("seed", str(recipe.seed)),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
+        ("seen and unseen", seen_gap),
     ]
     reward_facts = run.facts("reward")
     training = words.training_tables(
@@ -188,17 +190,14 @@ def print_summary(run: RunFolder) -> None:
     """The headline of a finished run on the console: a table, the curve of RL, and what the intervals allow to say."""
     metrics = load_metrics(run.require("report"))
     scope, headline, check = metrics.scopes[0], metrics.headline, metrics.data["check"]
-    paper = f"relevant_{metrics.rubric}"
-    beside = {paper: "paper's %"} if metrics.counts_asked else {}
-    beside |= {"copied_words": "copied words %", "repeated_words": "repeated words %", "unparseable": "unparseable %"}
-    heads = {headline: "relevant %", check: "check %", "hit": "hit %", **beside}
+    heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %"}
     with_interval = [headline]
     if metrics.knows_truth:
-        true = "asked_known_words" if metrics.counts_asked else "known_words"
-        heads = {headline: "judged %", true: "true words %", "known_queries": "true queries %", **beside}
-        with_interval.append(true)
+        heads = {headline: "judged %", metrics.true_words: "true words %", "known_queries": "true queries %"}
+        with_interval.append(metrics.true_words)
+    heads["unparseable"] = "unparseable %"
     checked = "" if metrics.knows_truth else f"; check: {words.AGAINST[check]}"
-    console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}; beside it as the paper counts{checked}")
+    console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}{checked}")
     rows: list[list[Cell | str]] = []
     for model in metrics.data["models"]:
         cells: list[Cell | str] = [DISPLAY[model]]
@@ -210,9 +209,9 @@ def print_summary(run: RunFolder) -> None:
     Table(["", *heads.values()], rows).print()
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
         console.print(Text.from_ansi(curve))
-    sentences = words.lead(metrics, scope)
-    for sentence in sentences[: -len(words.shares(metrics, scope))]:
-        console.print(sentence)
+    for sentence in words.lead(metrics, scope):
+        if sentence != words.shares(metrics, scope)[0]:  # that is the table
+            console.print(sentence)
     if not metrics.counts_asked:
         console.print(words.NOT_ASKED)
 

@@ -112,7 +112,7 @@ def second_measures(metrics: Metrics) -> list[tuple[str, str]]:
 
 def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
     """What each pair's interval allows to claim, its numbers, and what the other measures say."""
-    known = ("asked_known_words", "known_queries") if metrics.knows_truth else ()
+    known = (metrics.true_words, "known_queries") if metrics.knows_truth else ()
     measures = [(f"Check, {AGAINST[metrics.data['check']]}", metrics.data["check"], "")]
     for name, judge in second_measures(metrics):
         said = AGAINST.get(name, f"{AGAINST[metrics.headline]}, score")
@@ -185,7 +185,7 @@ def _known_truth(metrics: Metrics, scope: str) -> list[str]:
     for pair in metrics.pairs(scope):
         said = [
             f"{BY_NAME[name].label.lower()} {shift(found, BY_NAME[name])} ({verdict(found)})"
-            for name in ("asked_known_words", "known_queries")
+            for name in (metrics.true_words, "known_queries")
             if (found := metrics.difference(scope, *pair, name)).value is not None
         ]
         sentences.append(f"By what the synthetic log knows, {display(pair)}: {', '.join(said)}.")
@@ -238,6 +238,27 @@ def cautions(metrics: Metrics, scope: str, final_kl: Mapping[str, float | None])
     return notes
 
 
+def seen_gap(label_facts: Mapping[str, Any], rubric: str) -> str:
+    """How much better SFT answers what it was trained on (`tppo.judge.gap`), and whether labels and prompts are of it.
+
+    Args:
+        label_facts: of the label stage.
+    """
+    found = label_facts.get("seen_gap", {"disjoint": False, "measures": {}})
+    said = []
+    for name, what in ((f"relevant_{rubric}", AGAINST[f"asked_words_{rubric}"]), ("overlap", BY_NAME["overlap"].doc)):
+        if row := found["measures"].get(name):
+            gap = Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
+            counts = f"{row['examples']} and {row['unseen_examples']} answers"
+            said.append(f"{what}: {shift(gap, BY_NAME['overlap'])} ({counts})")
+    first = "On examples that SFT was trained on, minus people it never saw: " + "; ".join(said)
+    if not said:
+        first = "How much better SFT answers what it was trained on was not measured (sample.seen_examples)"
+    if found["disjoint"]:
+        return f"{first}. Labels and the prompts of RL are of people it never saw."
+    return f"{first}. Labels and the prompts of RL are of users that SFT was trained on (parts.disjoint: false)."
+
+
 def _trainings(seeds: int) -> str:
     if seeds == 1:
         return "Each model was trained once: intervals cover the choice of users, not the luck of a training run."
@@ -279,6 +300,7 @@ def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:
 
 def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
     """The tables of one evaluation set, by what they show; `second` by judge."""
+
     def headline_first(group: Sequence[Metric]) -> list[Metric]:
         return sorted(group, key=lambda metric: not metric.name.endswith(metrics.rubric))
 

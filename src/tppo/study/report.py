@@ -109,10 +109,15 @@ def study_context(
     scope = metrics.scopes[0]
     curves = collected.curves_of(BASE)
     evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.metrics)
+    seen_gap = words.seen_gap(evaluated.run.facts("label"), metrics.rubric)
     return {
         **page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {}),
         "lead": [*claims(metrics, scope), *words.lead(metrics, scope)],
-        "cautions": [*missing_cells(plan, collected, failed), *words.cautions(metrics, scope, final_kl(curves))],
+        "cautions": [
+            *missing_cells(plan, collected, failed),
+            *words.cautions(metrics, scope, final_kl(curves)),
+            seen_gap,
+        ],
         "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
         "reward_charts": reward_charts(evaluated.run),
         **synthetic_answers(recipe, plan, collected, metrics),
@@ -187,6 +192,7 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         *judge_facts(metrics),
         ("intervals", f"95%, bootstrap over users and seeds, {context['recipe'].study.bootstrap_samples} draws"),
     ]
+    facts.append(("seen and unseen", context["cautions"][-1]))
     tables: list[Table] = [*context["corrected"], *context["tables"], *(table for table, _ in context["ablations"])]
     said = "".join(f"{sentence}\n\n" for sentence in claims(metrics, metrics.scopes[0]))
     return said + "\n".join([words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])
