@@ -122,8 +122,8 @@ def test_the_headline_counts_missing_queries_and_the_paper_does_not(tmp_path: Pa
     assert any(head.startswith("Relevant responses, against") for head in tables["paper"].heads)
     beside = words.lead(found, "eval1")[-1]
     assert beside.startswith("Beside the headline: relevant responses")
-    assert "(as the paper counts): SFT 100.0%, TPPO 100.0%" in beside
-    assert "words from the history: SFT 50.0%, TPPO 25.0%; repeated words: SFT 0.0%, TPPO 0.0%" in beside
+    assert "(as the paper counts): TPPO 100.0%, SFT 100.0%" in beside
+    assert "words from the history: TPPO 25.0%, SFT 50.0%; repeated words: TPPO 0.0%, SFT 0.0%" in beside
 
 
 def test_what_was_read_before_the_measure_keeps_its_own_headline_and_says_so(tmp_path: Path):

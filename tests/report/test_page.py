@@ -21,6 +21,7 @@ from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
 from tppo.evaluate.metrics import BY_NAME
+from tppo.evaluate.readings import with_asked
 from tppo.report import page, words
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
@@ -203,6 +204,32 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path):
     path.write_text('{"update": 1}\n{broken\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         run_stage(recipe, "report", page.run)
+
+
+def test_what_an_older_version_read_gets_the_measures_of_today(
+    finished: tuple[Recipe, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """From its verdicts and word labels: the very values that would have been written then."""
+    recipe, run = finished
+    answers, readings = page.load_run(recipe, run)
+    key = ["example_id", "model", "seed", "reader", "measure"]
+    older = readings[~readings["measure"].str.startswith("asked")].sample(frac=1, random_state=0)
+    count = recipe.task.num_queries
+    again = with_asked(answers, older, run.require("prepare"), count)
+    now, then = (frame.set_index(key)["value"].sort_index() for frame in (readings, again))
+    pd.testing.assert_series_equal(now, then)
+    assert with_asked(answers, readings, run.require("prepare"), count) is readings
+    # A report that an older version wrote is shown as it is, by its own name.
+    bootstrap = user_bootstrap(100, 0)
+    old = build_metrics(answers, older, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    assert old["headline"] == "relevant_targets"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text(json.dumps({**old, **fake_run.JUDGE}))
+    (tmp_path / "report" / "manifest.json").write_text("{}")
+    page.print_summary(RunFolder(Recipe(run_dir=str(tmp_path))))
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "as the paper counts (writing less is free)" in printed
+    assert "`--redo report` works them out" in printed
 
 
 def test_print_summary_says_the_verdict(finished: tuple[Recipe, RunFolder], capsys: pytest.CaptureFixture[str]):

@@ -23,7 +23,9 @@ SEEN_FILE = "seen.parquet"
 
 
 def check_parts(parts: Parts) -> None:
-    """UserError for shares that cannot be."""
+    """UserError for shares that cannot be; where the parts are not disjoint they mean nothing."""
+    if not parts.disjoint:
+        return
     shares = {name: getattr(parts, name) for name in get_args(Part)}
     said = ", ".join(f"parts.{name}={share:g}" for name, share in shares.items())
     if not all(0 < share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:

@@ -5,8 +5,7 @@ over users stays one of independent clusters).
 
 The headline counts all that was asked for (`tppo.core.asked`): by the verdicts on words or, of a judge of whole answers
 only, by its verdict on the answer times the share of the queries asked for that are there. What the paper counts stands
-beside it. Answers that were read before there was such a measure, or that the judge cannot be asked about again, have
-the paper's headline, by its own name.
+beside it. Readings that lack it (an older version's, as they are) have the paper's headline, by its own name.
 
 Win-tie-lose (the paper compares models response by response), under one rubric: the higher score wins, scores within
 1e-6 tie; examples where the judge abstained on either are left out. The score `asked` is the headline's value of the

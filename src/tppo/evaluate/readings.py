@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from tppo.core.asked import asked_share, asked_written
@@ -22,7 +23,7 @@ from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, R
 from tppo.core.parts import train_examples
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
-from tppo.core.tables import Example, field, write_table
+from tppo.core.tables import Example, field, load_examples, write_table
 from tppo.core.text import Event, parse_response
 from tppo.evaluate.answers import (
     Policy,
@@ -38,7 +39,7 @@ from tppo.evaluate.answers import (
 )
 from tppo.evaluate.compare import model_pairs, voted_pairs
 from tppo.evaluate.distance import distances
-from tppo.evaluate.metrics import DISTANCE, LOG, TEXT, form_metrics, similarity_metrics, truth_metrics
+from tppo.evaluate.metrics import DISTANCE, LOG, RUBRICS, TEXT, form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import Contest, vote
 from tppo.judge.label import make_judge
 from tppo.judge.llm import LLMJudge
@@ -114,6 +115,34 @@ def asked_values(
     if labels is not None:
         found["asked_words"] = asked_share(parsed, [label == RELEVANT for label in labels], history, num_queries)
     return found
+
+
+def with_asked(answers: pd.DataFrame, readings: pd.DataFrame, prepare: Path, num_queries: int) -> pd.DataFrame:
+    """Readings with asked_relevant and asked_words of the judges that an older version asked, by the verdicts on words
+    and answers that are there: what would have been written then. Readings that hold them are returned as they are.
+
+    Args:
+        answers: of one evaluation, and everything that was read of them.
+    """
+    judged = [f"relevant_{rubric}" for rubric in RUBRICS]
+    done = set(readings.loc[readings["measure"].str.startswith("asked_relevant_"), "reader"])
+    old = readings[readings["measure"].isin(judged) & readings["value"].notna() & ~readings["reader"].isin(done)]
+    if old.empty:
+        return readings
+    key = ["example_id", "model", "seed"]
+    answer_of = {tuple(row[name] for name in key): row for row in answers.to_dict("records")}
+    of_words = readings[readings["labels"].notna()].set_index(["reader", "measure", *key])["labels"].to_dict()
+    wanted = set(old["example_id"])
+    histories = {e.example_id: e.history for e in load_examples(prepare) if e.example_id in wanted}
+    rows = []
+    for row in old.to_dict("records"):
+        rubric, own = row["measure"].removeprefix("relevant_"), tuple(row[name] for name in key)
+        labels = of_words.get((row["reader"], f"words_{rubric}", *own))
+        found = asked_values(answer_of[own], bool(row["value"]), labels, histories[row["example_id"]], num_queries)
+        rows += [
+            {**row, "measure": f"{name}_{rubric}", "value": value, "labels": None} for name, value in found.items()
+        ]
+    return pd.concat([readings, pd.DataFrame(rows, columns=readings.columns)], ignore_index=True)
 
 
 def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encoder: Any = None) -> list[Row]:

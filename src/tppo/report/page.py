@@ -31,7 +31,7 @@ from tppo.core.tables import load_examples, read_table
 from tppo.evaluate.answers import ANSWERS, Row, records
 from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
 from tppo.evaluate.metrics import BY_NAME
-from tppo.evaluate.readings import READINGS
+from tppo.evaluate.readings import READINGS, with_asked
 from tppo.judge.probes import PROBES
 from tppo.report import words
 from tppo.report.charts import (
@@ -43,6 +43,7 @@ from tppo.report.charts import (
     rollout_policies,
     run_charts,
 )
+from tppo.report.headline import NOT_ASKED, RELEVANT_TO, seen_gap, shares
 from tppo.reward import gate
 from tppo.rl.loop import shown_tokens
 
@@ -66,12 +67,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
     spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
     distance = words.distance_tables(metrics)
-    seen_gap = words.seen_gap(run.facts("label"), metrics.rubric)
+    gap = seen_gap(run.facts("label"), metrics.rubric)
     context = {
         **page_context(recipe, metrics, manifest),
         "distance": distance,
         "lead": words.lead(metrics, scope),
-        "cautions": [*words.cautions(metrics, scope, final_kl), seen_gap],
+        "cautions": [*words.cautions(metrics, scope, final_kl), gap],
         "charts": run_charts(run, metrics.policies),
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
@@ -90,7 +91,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         *judge_facts(metrics),
         ("seed", str(recipe.seed)),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
-        ("seen and unseen", seen_gap),
+        ("seen and unseen", gap),
     ]
     reward_facts = run.facts("reward")
     training = words.training_tables(
@@ -106,10 +107,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def load_run(recipe: Recipe, run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The answers of a run, and what everybody read in them."""
+    """The answers of a run, and what everybody read in them; an older version's with the measures of today."""
     folders = [run.require(stage) for stage in ("evaluate", *read_stages(recipe))]
     readings = [read_table(folder / "readings.parquet", READINGS).to_pandas() for folder in folders]
-    return read_table(folders[0] / "answers.parquet", ANSWERS).to_pandas(), pd.concat(readings, ignore_index=True)
+    answers = read_table(folders[0] / "answers.parquet", ANSWERS).to_pandas()
+    everything, count = pd.concat(readings, ignore_index=True), recipe.task.num_queries
+    return answers, with_asked(answers, everything, run.require("prepare"), count)
 
 
 def run_metrics(recipe: Recipe, run: RunFolder, answers: pd.DataFrame, readings: pd.DataFrame) -> Metrics:
@@ -145,7 +148,7 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
             for name, count in counts.items()
         ],
         "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")}
-        | {"rubric": words.RELEVANT_TO[metrics.rubric]},
+        | {"rubric": RELEVANT_TO[metrics.rubric]},
         "metrics": metrics,
         "manifest": manifest,
         "recipe": recipe,
@@ -210,10 +213,10 @@ def print_summary(run: RunFolder) -> None:
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
         console.print(Text.from_ansi(curve))
     for sentence in words.lead(metrics, scope):
-        if sentence != words.shares(metrics, scope)[0]:  # that is the table
+        if sentence != shares(metrics, scope)[0]:  # that is the table
             console.print(sentence)
     if not metrics.counts_asked:
-        console.print(words.NOT_ASKED)
+        console.print(NOT_ASKED)
 
 
 def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ from tppo.evaluate.metrics import (
     TRUTH,
     Metric,
 )
+from tppo.report.headline import AGAINST, NOT_ASKED, shares
 
 SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
@@ -72,23 +73,6 @@ DPO_COLUMNS = {
     "chosen_reward": "chosen reward",
     "rejected_reward": "rejected reward",
 }
-RELEVANT_TO = {"targets": "what the user really searched next", "history": "the history"}
-AGAINST = {
-    f"{kind}_{rubric}": text.format(against)
-    for kind, text in (
-        ("asked_words", "words relevant to {}, of the queries asked for"),
-        ("asked_relevant", "answers relevant to {}, times the share of the queries asked for"),
-        ("relevant", "answers relevant to {}, as the paper counts (writing less is free)"),
-    )
-    for rubric, against in RELEVANT_TO.items()
-}
-"""Shares of what, in words."""
-NOT_ASKED = (
-    "The headline is the paper's count, by which a missing query costs nothing: these answers were read before the "
-    "measures that count all that was asked for (asked_words_targets and the like), which are not measured here. "
-    "`--redo evaluate` measures both."
-)
-"""Of what an older version evaluated."""
 
 
 def shift(estimate: Estimate, metric: Metric) -> str:
@@ -163,22 +147,6 @@ def lead(metrics: Metrics, scope: str) -> list[str]:
     return [*sentences, *baseline_verdicts(metrics, scope), *shares(metrics, scope)]
 
 
-def shares(metrics: Metrics, scope: str) -> list[str]:
-    """The headline itself, and in a second sentence what stands beside it; both of every policy."""
-
-    def said(metric: Metric) -> str:
-        found = [(DISPLAY[name], metrics.cell(scope, name, metric.name)) for name in metrics.policies[::-1]]
-        percent = "%" if metric.unit == "rate" else ""
-        values = [(name, cell, number(cell.value, metric.unit)) for name, cell in found]
-        texts = [value if value == NOT_MEASURED else f"{value}{percent}" for _, _, value in values]
-        spans = [interval(cell, metric.unit) if metric.name == metrics.headline else "" for _, cell, _ in values]
-        return ", ".join(f"{name} {t} {s}".strip() for (name, _, _), t, s in zip(values, texts, spans, strict=True))
-
-    first = AGAINST[metrics.headline]
-    beside = "; ".join(f"{metric.label.lower()}: {said(metric)}" for metric in metrics.beside)
-    return [f"{first[0].upper()}{first[1:]}: {said(BY_NAME[metrics.headline])}.", f"Beside the headline: {beside}."]
-
-
 def _known_truth(metrics: Metrics, scope: str) -> list[str]:
     """What the synthetic log itself says of each pair, with no judge between."""
     sentences = []
@@ -236,27 +204,6 @@ def cautions(metrics: Metrics, scope: str, final_kl: Mapping[str, float | None])
             "suit it. Hit and word F1 use no judge; trust a gain more when they agree."
         )
     return notes
-
-
-def seen_gap(label_facts: Mapping[str, Any], rubric: str) -> str:
-    """How much better SFT answers what it was trained on (`tppo.judge.gap`), and whether labels and prompts are of it.
-
-    Args:
-        label_facts: of the label stage.
-    """
-    found = label_facts.get("seen_gap", {"disjoint": False, "measures": {}})
-    said = []
-    for name, what in ((f"relevant_{rubric}", AGAINST[f"asked_words_{rubric}"]), ("overlap", BY_NAME["overlap"].doc)):
-        if row := found["measures"].get(name):
-            gap = Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
-            counts = f"{row['examples']} and {row['unseen_examples']} answers"
-            said.append(f"{what}: {shift(gap, BY_NAME['overlap'])} ({counts})")
-    first = "On examples that SFT was trained on, minus people it never saw: " + "; ".join(said)
-    if not said:
-        first = "How much better SFT answers what it was trained on was not measured (sample.seen_examples)"
-    if found["disjoint"]:
-        return f"{first}. Labels and the prompts of RL are of people it never saw."
-    return f"{first}. Labels and the prompts of RL are of users that SFT was trained on (parts.disjoint: false)."
 
 
 def _trainings(seeds: int) -> str:
