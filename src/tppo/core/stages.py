@@ -89,7 +89,7 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
         "evaluate": own | {"batch_size": recipe.sample.batch_size},
         "shared_seed": recipe.shared_seed,
         **_judged_by(uses_llm_judge("evaluate", recipe), recipe),
-        **(_parts(recipe) if recipe.evaluate.judge == "embedding" else {}),  # it is calibrated anew
+        **_parts(recipe),  # an embedding judge is calibrated anew
         # It chooses by TPPO's reward, whatever algorithm the section names.
         **(_rl("tppo", recipe) if "best_of_n" in models else {}),
         **({"start_model": recipe.sft.model} if "untuned" in models else {}),

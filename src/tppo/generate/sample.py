@@ -27,7 +27,7 @@ from tppo.generate.engine import Generation, encode_examples, generate
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
     settings, task = recipe.sample, recipe.task
-    chosen, seen = drawn_examples(recipe, run.require("prepare"), run.require("sft"))
+    chosen, seen = draw_prompts(recipe, run.require("prepare"), run.require("sft"))
     model, tokenizer = load_policy(run.require("sft") / "model", dtype=generation_dtype(recipe.sft.precision))
     examples = [example for example in chosen for _ in range(settings.samples_per_example)]
     prompts, dropped = encode_examples(tokenizer, examples, task)
@@ -61,7 +61,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def drawn_examples(recipe: Recipe, prepare: Path, sft: Path) -> tuple[list[Example], list[Example]]:
+def draw_prompts(recipe: Recipe, prepare: Path, sft: Path) -> tuple[list[Example], list[Example]]:
     """The examples to respond to (those of training users, then those of reward_eval users), and those SFT has seen.
 
     Raises:
