@@ -102,6 +102,7 @@ def prepared_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., R
     def make(train: int = 24, reward_eval: int = 8) -> Recipe:
         recipe = Recipe(run_dir=str(tmp_path_factory.mktemp("run")))
         recipe.prepare.source = ["made-up.tsv"]
+        recipe.parts.disjoint = False  # two dozen users are too few to share among the stages
         examples = make_examples(train) + make_examples(reward_eval, "reward_eval", 1000)
 
         def write(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:

@@ -134,7 +134,10 @@ def test_what_the_data_decide_is_unknown_until_prepare_is_done(tiny_policy: Path
     folder = tmp_path / "run" / "prepare"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"facts": {"examples": {"train": 160, "reward_eval": 10, "eval1": 9}}}')
-    assert "160 examples x 1 epochs = 10 steps of 16" in plans(recipe)["sft"].does
+    assert "80 examples x 2 epochs = 10 steps of 16" in plans(recipe)["sft"].does  # half of the users are SFT's
+    assert plans(recipe)["sample"].does.startswith("130 responses"), "a quarter's 40, 10 held out, 80 that SFT has seen"
+    recipe.parts.disjoint = False
+    assert "160 examples x 2 epochs = 20 steps of 16" in plans(recipe)["sft"].does
     assert "9 examples" in plans(recipe)["evaluate"].does
 
 

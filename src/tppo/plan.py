@@ -219,14 +219,23 @@ class Planner:
         manifest = RunFolder(recipe).manifest("prepare") or {"facts": {}}
         self.prepared = manifest["facts"].get("examples", {})
         # How many pairs and responses there are; 0 where only the data can tell.
-        self.pairs = self.examples(sample.train_examples, "train") or 0
+        self.pairs = self.examples(sample.train_examples, "train", recipe.parts.reward) or 0
         self.sampled = self.pairs * sample.samples_per_example
         self.held_out = (self.examples(sample.reward_eval_examples, "reward_eval") or 0) * sample.samples_per_example
-        self.constructed = sum(self.examples(n, "train") or 0 for n in recipe.label.constructed.values() if n)
+        counts = [n for n in recipe.label.constructed.values() if n]
+        self.constructed = sum(self.examples(n, "train", recipe.parts.reward) or 0 for n in counts)
+        self.seen = (self.examples(sample.seen_examples, "train", recipe.parts.sft) or 0) if sample.seen_examples else 0
 
-    def examples(self, limit: int, split: str) -> int | None:
-        """How many examples of a split are used: the limit, or what `prepare` found if that is done; else unknown."""
-        return min((count for count in (limit or None, self.prepared.get(split)) if count is not None), default=None)
+    def examples(self, limit: int, split: str, share: float = 1) -> int | None:
+        """How many examples of a split are used: the limit, or what `prepare` found if that is done; else unknown.
+
+        Args:
+            share: of the users, where the parts are disjoint; about as large a share of the examples is theirs.
+        """
+        found = self.prepared.get(split)
+        if found is not None and self.recipe.parts.disjoint:
+            found = round(share * found)
+        return min((count for count in (limit or None, found) if count is not None), default=None)
 
     def stages(self) -> list[StagePlan]:
         source = f"reads {', '.join(self.recipe.prepare.source)}; memory_limit {self.recipe.prepare.memory_limit}"
@@ -239,7 +248,7 @@ class Planner:
     def sft(self, stage: str) -> StagePlan:
         settings, sequences = self.recipe.sft, self.recipe.sft.micro_batch_size
         state, kept = self._training(settings, sequences, sequences * self.response)
-        count = self.examples(settings.max_examples, "train")
+        count = self.examples(settings.max_examples, "train", self.recipe.parts.sft)
         if count is None:
             return StagePlan(stage, "all training examples: unknown before prepare", state | kept)
         tokens = count * settings.epochs * self.length
@@ -258,13 +267,13 @@ class Planner:
         return StagePlan(stage, _passes(self.pairs, "pairs", settings, tokens), memory, seconds)
 
     def sample(self, stage: str) -> StagePlan:
-        count = self.sampled + self.held_out
+        count = self.sampled + self.held_out + self.seen
         does = f"{count:,} responses, at most {_tokens(count * self.response)}"
         taken = self._generation(count, self.recipe.sample.batch_size, self.recipe.sft.precision)
         return StagePlan(stage, does, *taken)
 
     def label(self, stage: str) -> StagePlan:
-        count, judge = self.sampled + self.held_out + self.constructed, self.recipe.judge
+        count, judge = self.sampled + self.held_out + self.constructed + self.seen, self.recipe.judge
         if self.recipe.label.judge != "llm":
             return StagePlan(stage, f"{count:,} responses by the offline judge, both rubrics")
         does = f"{count * len(judge.rubrics):,} requests to {judge.model} at {judge.base_url}"

@@ -31,7 +31,7 @@ Part = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 def answers(model: str, texts: list[str], finished: list[bool] | None = None) -> Part:
     found = Answers(texts, finished or [True] * 4, [5] * 4)
     rows = answer_rows(found, EXAMPLES, model=model, seed=0, num_queries=2)
-    return rows, fake_run.read(EXAMPLES, rows)
+    return rows, fake_run.read(EXAMPLES, rows, num_queries=2)
 
 
 def joined(*parts: Part) -> Part:
@@ -101,7 +101,51 @@ def test_headline_is_the_rubric_the_reward_model_learnt(tmp_path: Path):
     recipe = fake_run.make_recipe(tmp_path, ["tppo"])
     recipe.reward = Reward(rubric="history")
     found = fake_run.metrics_of(*answers("sft", [GOOD] * 4), recipe).data
-    assert (found["headline"], found["check"]) == ("relevant_history", "relevant_targets")
+    assert (found["headline"], found["check"]) == ("asked_words_history", "asked_words_targets")
+
+
+def test_the_headline_counts_missing_queries_and_the_paper_does_not(tmp_path: Path):
+    """The case of the issue: one good query alone against the same with two bad ones."""
+    few, more = "blue shoes", "blue shoes\nyellow socks"
+    found = metrics_of(tmp_path, answers("sft", [few] * 4), answers("tppo", [more] * 4))
+    headline = found.headline
+    assert headline == "asked_words_targets"
+    assert [found.cell("eval1", model, headline).value for model in ("sft", "tppo")] == [0.5, 0.5]
+    assert found.difference("eval1", "tppo", "sft", headline).value == 0
+    assert [found.cell("eval1", model, "words_targets").value for model in ("sft", "tppo")] == [1.0, 0.5]
+    assert found.wins("eval1", "tppo", "sft", "targets")["tie"] == 1.0
+    paper = next(row for row in found.data["wins"] if row["by"] == "scores" and row["rubric"] == "targets")
+    assert paper["lose"] == 1.0, "the paper's score prefers the shorter answer"
+    tables = words.scope_tables(found, "eval1")
+    for table in (tables["relevance"], tables["paper"]):
+        assert {"Words from the history, %", "Repeated words, %", "Queries"} <= set(table.heads)
+    assert any(head.startswith("Relevant responses, against") for head in tables["paper"].heads)
+    beside = words.lead(found, "eval1")[-1]
+    assert beside.startswith("Beside the headline: relevant responses")
+    assert "(as the paper counts): TPPO 100.0%, SFT 100.0%" in beside
+    assert "words from the history: TPPO 25.0%, SFT 50.0%; repeated words: TPPO 0.0%, SFT 0.0%" in beside
+
+
+def test_what_was_read_before_the_measure_keeps_its_own_headline_and_says_so(tmp_path: Path):
+    rows, readings = joined(answers("sft", [GOOD] * 4), answers("tppo", [BAD] * 4))
+    old = metrics_of(tmp_path, (rows, [row for row in readings if not row["measure"].startswith("asked")]))
+    assert (old.headline, old.counts_asked) == ("relevant_targets", False)
+    assert old.cell("eval1", "sft", "asked_words_targets").value is None
+    assert words.NOT_ASKED in words.cautions(old, "eval1", {})
+    assert words.scope_tables(old, "eval1")["paper"] is None
+    assert old.wins("eval1", "tppo", "sft", "targets")["lose"] == 1.0
+    # One answer that lacks it is enough: a mean over the others would go by the same name.
+    gone = next(row for row in readings if row["measure"] == "asked_words_targets")
+    mixed = metrics_of(tmp_path, (rows, [row for row in readings if row is not gone]))
+    assert mixed.headline == "asked_relevant_targets"
+
+
+def test_a_judge_of_whole_answers_has_a_headline_that_counts_missing_queries(tmp_path: Path):
+    rows, readings = answers("sft", ["blue shoes", GOOD, BAD, GOOD])
+    words_of = ("words_", "asked_words_", "relevant_words_")
+    found = metrics_of(tmp_path, (rows, [row for row in readings if not row["measure"].startswith(words_of)]))
+    assert found.headline == "asked_relevant_targets"
+    assert found.cell("eval1", "sft", found.headline).value == (0.5 + 1 + 0 + 1) / 4
 
 
 def test_splits_are_pooled_only_when_there_are_several(tmp_path: Path):
@@ -126,11 +170,11 @@ class AgainstEverything:
 
 def test_a_second_judge_has_rows_of_its_own(tmp_path: Path):
     rows, readings = answers("sft", [GOOD] * 4)
-    second = judge_readings(AgainstEverything(), {e.example_id: e for e in EXAMPLES}, [rows[0], rows[2]], "again")
+    second = judge_readings(AgainstEverything(), {e.example_id: e for e in EXAMPLES}, [rows[0], rows[2]], "again", 2)
     assert {(row["example_id"], row["measure"], row["value"]) for row in second} == {
         (name, measure, 0.0)  # it judged responses only, against the targets only
         for name in ("e0", "e2")
-        for measure in ("relevant_targets", "sentence_score_targets")
+        for measure in ("relevant_targets", "asked_relevant_targets", "sentence_score_targets")
     }
     metrics = metrics_of(tmp_path, (rows, readings + second))
     assert metrics.second_judges == ["against-everything"]
@@ -146,7 +190,7 @@ def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
     assert metrics.policies == ["sft", "tppo"]
     assert metrics.pairs("eval1") == [("tppo", "sft")]
     assert metrics.baseline_pairs("eval1") == [(m, b) for m in ("tppo", "sft") for b in ("repeat_last", "nearest")]
-    headline = "Relevant to what the user really searched next"
+    headline = "Relevant words of the queries asked for, against what the user searched next"
     lost = f"SFT loses to a simple baseline: Nearest neighbour ({headline}, Hit, Word F1)."
     assert words.baseline_verdicts(metrics, "eval1") == [lost]
     assert lost in words.lead(metrics, "eval1")

@@ -35,7 +35,7 @@ def test_costs_count_what_was_made_for_a_model_and_not_for_sft(tmp_path: Path):
     seconds = sum(run.manifest(stage)["seconds"] for stage in ("sample", "label", "reward", "rl_tppo"))
     assert costs["tppo"].seconds == pytest.approx(seconds)
     assert costs["tppo"].gain == page.load_metrics(run.path("evaluate")).difference(
-        "all", "tppo", "sft", "relevant_targets"
+        "all", "tppo", "sft", "asked_words_targets"
     )
     (run.path("label") / "manifest.json").unlink()
     costs = {cost.model: cost for cost in model_costs(recipe, run, page.load_metrics(run.path("evaluate")), "all")}

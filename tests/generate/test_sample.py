@@ -5,9 +5,11 @@ from collections import Counter
 
 import pytest
 
+from tppo.core.common import UserError
 from tppo.core.models import load_policy
+from tppo.core.parts import SEEN_FILE, train_examples, write_trained_on
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.tables import RESPONSES, read_table
+from tppo.core.tables import RESPONSES, load_examples, read_table
 from tppo.generate import sample
 from tppo.generate.engine import Generation, decode_response
 from tppo.generate.sample import response_rows, summarise
@@ -55,6 +57,45 @@ def test_stage_is_reproducible(recipe):
     RunFolder(recipe).discard_from("sample")
     run_stage(recipe, "sample", sample.run)
     assert read_table(path, RESPONSES) == first
+
+
+def test_users_whose_answers_are_labelled_are_none_that_sft_saw(prepared_recipe, tiny_policy):
+    """The gap is measured on answers to what SFT was trained on, drawn besides and kept apart."""
+    recipe = prepared_recipe(train=60)
+    recipe.parts.disjoint = True
+    recipe.sft.precision = "fp32"
+    recipe.sample.train_examples, recipe.sample.reward_eval_examples, recipe.sample.seen_examples = 100, 4, 5
+    recipe.task.max_response_tokens, recipe.task.max_prompt_tokens = 8, 300
+    run = RunFolder(recipe)
+    trained = train_examples(run.path("prepare"), "sft", recipe.parts, recipe.data_seed)
+
+    def copy_model(recipe, run, folder):
+        shutil.copytree(tiny_policy, folder / "model")
+        write_trained_on(folder, trained)
+        return {}
+
+    run_stage(recipe, "sft", copy_model)
+    run_stage(recipe, "sample", sample.run)
+    users = {e.example_id: e.user_id for e in load_examples(run.path("prepare"))}
+    rows = read_table(run.path("sample") / "responses.parquet", RESPONSES).to_pylist()
+    answered = {users[row["example_id"]] for row in rows if row["split"] == "train"}
+    mine = {e.user_id for e in train_examples(run.path("prepare"), "reward", recipe.parts, recipe.data_seed)}
+    assert answered == mine, "all of the part where the setting asks for more"
+    assert not answered & {example.user_id for example in trained}
+    seen = read_table(run.path("sample") / SEEN_FILE, RESPONSES).to_pylist()
+    assert len({row["example_id"] for row in seen}) == len(seen) == 5 == run.facts("sample")["seen_responses"]
+    assert {row["example_id"] for row in seen} <= {example.example_id for example in trained}
+    # A model from elsewhere that was trained on one of them.
+    write_trained_on(run.path("sft"), [*trained, next(e for e in load_examples(run.path("prepare"))
+                                                      if e.user_id in answered)])  # fmt: skip
+    with pytest.raises(UserError, match=r"trained on 1 of the users whose examples the answers to be labelled"):
+        sample.run(recipe, run, run.path("sample"))
+
+
+def test_without_a_record_of_what_sft_saw_nothing_is_measured_of_it(recipe):
+    run_stage(recipe, "sample", sample.run)
+    assert not (RunFolder(recipe).path("sample") / SEEN_FILE).exists()
+    assert RunFolder(recipe).facts("sample")["seen_responses"] == 0
 
 
 def test_rows_keep_every_response_with_its_problem(example_factory):

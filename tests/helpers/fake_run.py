@@ -127,10 +127,10 @@ def made_up_rows(
     return rows, read(examples, rows)
 
 
-def read(examples: Sequence[Example], answers: list[Row]) -> list[Row]:
+def read(examples: Sequence[Example], answers: list[Row], num_queries: int = 3) -> list[Row]:
     """What the judge with the rule, and the texts alone, say of answers."""
     known = {example.example_id: example for example in examples}
-    return judge_readings(WordOverlapJudge(), known, answers, "judging") + text_readings(known, answers)
+    return judge_readings(WordOverlapJudge(), known, answers, "judging", num_queries) + text_readings(known, answers)
 
 
 def metrics_of(answers: list[Row], readings: list[Row], recipe: Recipe) -> Metrics:

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from tppo.core.common import UserError
+from tppo.core.parts import SEEN_FILE
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, load_examples, read_table, write_table
 from tppo.core.text import render_response
@@ -99,6 +100,33 @@ def test_no_held_out_users_is_said_not_hidden(prepared_recipe, recipe, example_f
     judge = EmbeddingJudge("minilm", {})
     judge.calibrate(examples, 0.95, 0)
     assert "fewer than two" in label._scale(judge, examples[:1], 0)["held_out_users"]
+
+
+def test_answers_to_what_sft_saw_are_labelled_apart_and_the_gap_is_said(recipe):
+    """True targets for what SFT saw, half of them nothing for the others."""
+    run = RunFolder(recipe)
+    rows = read_table(run.path("sample") / "responses.parquet", RESPONSES).to_pylist()
+    seen = [row for place, row in enumerate(rows) if place % 2 == 0 and row["split"] == "train"][:5]
+    write_table(run.path("sample") / SEEN_FILE, seen, RESPONSES)
+    run_stage(recipe, "label", label.run)
+    facts = run.facts("label")
+    labelled = read_table(run.path("label") / SEEN_FILE, LABELS).to_pylist()
+    assert len(labelled) == 2 * len(seen), "under both rubrics"
+    assert len(read_table(run.path("label") / "labels.parquet", LABELS)) == 64, "nobody learns from them"
+    assert facts["labels"] == 64 + len(labelled)
+    assert facts["seen_gap"]["disjoint"] is False
+    found = facts["seen_gap"]["measures"]
+    assert set(found) == {"relevant_targets", "relevant_history", "overlap"}
+    assert (found["overlap"]["seen"], found["overlap"]["unseen"]) == (1.0, 0.5)
+    # Without parts only the held-out users are known not to have been trained on.
+    assert (found["overlap"]["unseen_examples"], found["overlap"]["users"]) == (8, 5)
+    assert found["overlap"]["low"] < 0.5 < found["overlap"]["high"]
+
+
+def test_an_older_sample_stage_has_no_gap(recipe):
+    run_stage(recipe, "label", label.run)
+    assert RunFolder(recipe).facts("label")["seen_gap"] == {"disjoint": False, "measures": {}}
+    assert not (RunFolder(recipe).path("label") / SEEN_FILE).exists()
 
 
 def test_constructed_responses_are_labelled_apart_and_for_training_users_only(recipe):

@@ -21,6 +21,7 @@ from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
 from tppo.evaluate.metrics import BY_NAME
+from tppo.evaluate.readings import with_asked
 from tppo.report import page, words
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
@@ -205,6 +206,32 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path):
         run_stage(recipe, "report", page.run)
 
 
+def test_what_an_older_version_read_gets_the_measures_of_today(
+    finished: tuple[Recipe, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """From its verdicts and word labels: the very values that would have been written then."""
+    recipe, run = finished
+    answers, readings = page.load_run(recipe, run)
+    key = ["example_id", "model", "seed", "reader", "measure"]
+    older = readings[~readings["measure"].str.startswith("asked")].sample(frac=1, random_state=0)
+    count = recipe.task.num_queries
+    again = with_asked(answers, older, run.require("prepare"), count)
+    now, then = (frame.set_index(key)["value"].sort_index() for frame in (readings, again))
+    pd.testing.assert_series_equal(now, then)
+    assert with_asked(answers, readings, run.require("prepare"), count) is readings
+    # A report that an older version wrote is shown as it is, by its own name.
+    bootstrap = user_bootstrap(100, 0)
+    old = build_metrics(answers, older, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    assert old["headline"] == "relevant_targets"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text(json.dumps({**old, **fake_run.JUDGE}))
+    (tmp_path / "report" / "manifest.json").write_text("{}")
+    page.print_summary(RunFolder(Recipe(run_dir=str(tmp_path))))
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "as the paper counts (writing less is free)" in printed
+    assert "`--redo report` works them out" in printed
+
+
 def test_print_summary_says_the_verdict(finished: tuple[Recipe, RunFolder], capsys: pytest.CaptureFixture[str]):
     page.print_summary(finished[1])
     printed = capsys.readouterr().err
@@ -260,13 +287,13 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
         for name, numbers in cells.items()
     ]
     wins = [{"scope": "eval1", "model": "tppo", "than": "sft", "rubric": "targets", "by": "scores", "win": None}]
-    row = {"scope": "eval1", "model": "sft", "metric": "relevant_targets", "examples": 90, "users": 90}
+    row = {"scope": "eval1", "model": "sft", "metric": "asked_words_targets", "examples": 90, "users": 90}
     rows = [{**row, "value": 0.4, "low": 0.3, "high": 0.5}]
     return Metrics(
         {
             **fake_run.JUDGE,
-            "headline": "relevant_targets",
-            "check": "relevant_history",
+            "headline": "asked_words_targets",
+            "check": "asked_words_history",
             "scopes": ["eval1"],
             "models": ["sft", "tppo"],
             "rows": rows,
@@ -286,7 +313,7 @@ def make_metrics(**cells: tuple[float, float, float]) -> Metrics:
     ],
 )
 def test_the_verdict_follows_the_interval(difference: tuple[float, float, float], sentence: str, shift: str):
-    metrics = make_metrics(relevant_targets=difference)
+    metrics = make_metrics(asked_words_targets=difference)
     sentences = words.lead(metrics, "eval1")
     assert sentences[0] == sentence
     assert "TPPO not measured" in sentences[-1]
@@ -297,12 +324,12 @@ def test_cautions_name_what_relevance_hides():
     better, no, up = (0.1, 0.05, 0.15), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3)
     down = (-0.5, -0.6, -0.4)
     metrics = make_metrics(
-        relevant_targets=better,
+        asked_words_targets=better,
         hit=no,
         token_f1=no,
         copied_queries=up,
         queries_written=down,
-        relevant_history=down,
+        asked_words_history=down,
     )
     notes = " ".join(words.cautions(metrics, "eval1", {"tppo": 14.2}))
     for text in (
@@ -310,10 +337,10 @@ def test_cautions_name_what_relevance_hides():
         "repeats searches",
         "fewer queries",
         "14.2 nats",
-        "loses relevant",
+        "loses in the check: words relevant",
     ):
         assert text in notes
-    quiet = words.cautions(make_metrics(relevant_targets=better, hit=better), "eval1", {"tppo": 2.0})
+    quiet = words.cautions(make_metrics(asked_words_targets=better, hit=better), "eval1", {"tppo": 2.0})
     assert len(quiet) == 2  # only what always holds: one training run, and the labeller judges
 
 

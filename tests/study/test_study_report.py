@@ -125,7 +125,14 @@ def test_results_hold_every_answer_and_no_text(study: Path):
     assert len(rows) == 3 * (3 + 3 + 1) * len(EXAMPLES)
     assert not {"response", "queries", "words", "problem"} & set(table.column_names)
     measured = set(table.column("measure").to_pylist())
-    log_or_encoder = {"known_queries", "known_words", "similarity_written", "similarity_true", "kl_from_sft"}
+    log_or_encoder = {
+        "known_queries",
+        "known_words",
+        "asked_known_words",
+        "similarity_written",
+        "similarity_true",
+        "kl_from_sft",
+    }
     assert {metric.name for metric in PER_RESPONSE} - log_or_encoder <= measured
     assert all(field.metadata[b"doc"] for field in table.schema)
     row = next(r for r in rows if r["model"] == "tppo" and r["words_targets"])
@@ -169,7 +176,7 @@ def test_a_point_costs_what_the_mean_cell_took(tmp_path: Path):
             path.write_text(json.dumps({**manifest, "seconds": took, "facts": facts.get(stage, {})}))
     rows = {row[0]: row[1:] for row in point_cost_table(plan, metrics).rows}
     assert set(rows) == {"TPPO", "PPO", "DPO"}
-    gain = metrics.difference("all", "tppo", "sft", "relevant_targets")
+    gain = metrics.difference("all", "tppo", "sft", "asked_words_targets")
     assert gain.low > 0
     minutes, labels, a_point, labels_a_point, an_answer = rows["TPPO"]
     assert (minutes, labels, an_answer) == ("3.00", "7", "2.00")  # 1, 2 and 3 minutes, and one for what they read
@@ -254,7 +261,7 @@ def test_an_ablation_is_in_page_summary_and_metrics(tmp_path: Path):
     section = re.search(r'<div id="ablations">.*<section id="settings">', html, re.DOTALL)
     assert section
     assert section[0].count("<svg") == 4
-    assert all(f'aria-label="{title}' in section[0] for title in ("Relevant to", "Queries", "Tokens"))
+    assert all(f'aria-label="{title}' in section[0] for title in ("Relevant words of", "Queries", "Tokens"))
     rows = metrics["ablations"]["rl.length_penalty_alpha"]
     assert {(row["value"], row["model"], row["seed"]) for row in rows} == {
         (value, "tppo", seed) for value in (0.5, 1.0, 2.0) for seed in (0, 1)

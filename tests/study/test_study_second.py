@@ -74,7 +74,7 @@ def test_a_study_has_its_answers_read_by_a_second_judge_afterwards(tmp_path: Pat
         assert cell["examples"] == len(mine)
     page = (tmp_path / "run/study/report.html").read_text()
     assert "The same by a second judge, llm/m/sentence-v1-probability" in page
-    assert "Second judge, relevant to what the user really searched next, score" in page
+    assert "Second judge, answers relevant to what the user really searched next, times the share of" in page
     summary = (tmp_path / "run/study/summary.md").read_text()
     assert "| Score, against what the user searched next (second judge) | p | corrected p |" in summary
 

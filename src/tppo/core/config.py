@@ -39,6 +39,22 @@ class Task:
 
 
 @dataclass
+class Parts:
+    """Which training users a stage learns from: by default other people for SFT, for the reward models and for RL."""
+
+    disjoint: bool = True
+    """The training users fall into three parts, by a hash of seed and user. False: every stage draws from all of them,
+    so labels are of answers to what SFT was trained on, and RL starts from prompts it has learnt."""
+    sft: float = 0.5
+    """Share of the training users that SFT learns from."""
+    reward: float = 0.25
+    """Share whose answers are sampled and labelled (for the reward models, and for the pairs of DPO), and on whose
+    examples an embedding judge is calibrated."""
+    rl: float = 0.25
+    """Share whose histories are the prompts of RL. What the three shares leave over is not used."""
+
+
+@dataclass
 class Synthetic:
     """The seeded synthetic log: users with interests and missions that refine step by step."""
 
@@ -157,6 +173,9 @@ class Sample:
     """Examples of training users to respond to."""
     reward_eval_examples: int = 200
     """Examples of reward_eval users to respond to."""
+    seen_examples: int = 100
+    """Examples that SFT was trained on to respond to, once each: labelled to report how much better it answers them
+    than people it never saw, and used for nothing else; 0: none."""
     samples_per_example: int = 1
     """Responses drawn for each example; `dpo.pairs: judged` needs 2 or more."""
     temperature: float = 1.0
@@ -177,7 +196,7 @@ class Label:
     """Calibration: relevant is what scores above this quantile of the scores of unrelated text (another user's next
     queries, random words). 0.95: at most 5% false alarms; lower it in a small world, where users are alike."""
     calibration_examples: int = 500
-    """Training examples that the thresholds are calibrated on."""
+    """Training examples (of the users of `parts.reward`) that the thresholds are calibrated on."""
     repeats_irrelevant: bool = True
     """A query already in the history, or earlier in the same response, is not new: its words are irrelevant."""
     constructed: dict[str, int] = field(default_factory=dict)
@@ -616,6 +635,7 @@ class Recipe:
     shared_seed: int | None = None
     """Seed of the stages up to the reward models and of the choice of evaluation examples, when it is not `seed`."""
     task: Task = field(default_factory=Task)
+    parts: Parts = field(default_factory=Parts)
     synthetic: Synthetic = field(default_factory=Synthetic)
     prepare: Prepare = field(default_factory=Prepare)
     sft: SFT = field(default_factory=SFT)
@@ -639,10 +659,6 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
-ADDED: dict[str, Any] = {
-    "task.prompt": "plain",
-}
-"""Settings that came later, and the value that does what was done before there was a choice."""
 RETIRED: dict[str, Any] = {
     "synthetic.events_per_user": 60,
     "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,
@@ -653,7 +669,7 @@ RETIRED: dict[str, Any] = {
     "agreement.bootstrap_samples": 2000,
 }  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"task.prompt": "plain", "parts.disjoint": False, "sample.seen_examples": 0}
 """For a setting that is newer than the first release, as `section.name`: the value that does what was done before there
 was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is
 compared by its default, so one whose default changes what a stage does needs its entry; `tests/core/settings.txt` lists

@@ -258,11 +258,17 @@ def check_shared(recipe: Recipe) -> None:
 
 
 def check_samples(recipe: Recipe) -> None:
-    """Refuse, before anything runs, a recipe whose judged pairs could never be made.
+    """Refuse, before anything runs, a recipe whose draws or judged pairs could never be made.
 
     Raises:
-        UserError: judged pairs are asked for, but one response per prompt is sampled.
+        UserError: shares of users that cannot be, a count below 0, or judged pairs are asked for, but one response per
+            prompt is sampled.
     """
+    from tppo.core.parts import check_parts  # here: a command's help need not wait for Arrow
+
+    check_parts(recipe.parts)
+    if recipe.sample.seen_examples < 0:
+        raise UserError(f"sample.seen_examples={recipe.sample.seen_examples}: give at least 0")
     if "dpo" in recipe.algorithms and recipe.dpo.pairs == "judged" and recipe.sample.samples_per_example < 2:
         raise UserError(
             "dpo.pairs=judged compares several responses to one prompt, but sample.samples_per_example="

@@ -67,6 +67,10 @@ class Stage:
     tunings."""
 
 
+def _parts(recipe: Recipe) -> dict[str, Any]:
+    return {"parts": asdict(recipe.parts)}
+
+
 def _judged_by(llm: bool, recipe: Recipe) -> dict[str, Any]:
     return {"judge": judge_identity(recipe.judge)} if llm else {}
 
@@ -90,6 +94,7 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
         "evaluate": own | {"batch_size": recipe.sample.batch_size},
         "shared_seed": recipe.shared_seed,
         **_judged_by(uses_llm_judge("evaluate", recipe), recipe),
+        **_parts(recipe),  # an embedding judge is calibrated anew
         # It chooses by TPPO's reward, whatever algorithm the section names.
         **(_rl("tppo", recipe) if "best_of_n" in models else {}),
         **({"start_model": recipe.sft.model} if "untuned" in models else {}),
@@ -104,7 +109,7 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     if reading.reader == "vote":
         depends["rubric"] = recipe.reward.rubric
     if reading.reader == "embedding":
-        depends["label"] = asdict(recipe.label)  # how it is calibrated
+        depends |= {"label": asdict(recipe.label), **_parts(recipe)}  # how it is calibrated
     if reading.reader == "distance":
         depends |= {"precision": recipe.rl.precision}
         depends |= {name: getattr(recipe.evaluate, name) for name in ("splits", "max_examples")}
@@ -156,27 +161,31 @@ STAGES = {
             "tppo.tune.sft",
             "examples -> a language model fine-tuned on the true next queries",
             inputs=lambda recipe: ["prepare"],
+            settings=_parts,
+            sections=("parts",),
             precision="sft",
             outside=_start_model,
-            writes=("model", "metrics.jsonl"),
+            writes=("model", "metrics.jsonl", "trained_on.parquet"),
         ),
         Stage(
             "sample",
             "tppo.generate.sample",
             "draw query lists from the SFT model: the responses to be labelled",
             inputs=lambda recipe: ["prepare", "sft"],
+            settings=_parts,
+            sections=("parts",),
             precision="sft",
-            writes=("responses.parquet",),
+            writes=("responses.parquet", "seen.parquet"),
         ),
         Stage(
             "label",
             "tppo.judge.label",
             "judge every word and every response for relevance",
             inputs=lambda recipe: ["prepare", "sample"],
-            settings=lambda recipe: _judged_by(uses_llm_judge("label", recipe), recipe),
-            sections=("judge",),
+            settings=lambda recipe: _parts(recipe) | _judged_by(uses_llm_judge("label", recipe), recipe),
+            sections=("judge", "parts"),
             outside=lambda recipe: _judge_encoder("label", recipe),
-            writes=("labels.parquet", "constructed.parquet", "judge.json"),
+            writes=("labels.parquet", "constructed.parquet", "judge.json", "seen.parquet"),
         ),
         Stage(
             "reward",
@@ -201,7 +210,8 @@ STAGES = {
             "tppo.rl.stage",
             "policy + reward model -> tuned policy (tppo, ppo or ppo_sum: --rl.algorithm)",
             inputs=lambda recipe: ["prepare", "sft", "sample", "reward"],
-            settings=lambda recipe: _rl(recipe.rl.algorithm, recipe),
+            settings=lambda recipe: _rl(recipe.rl.algorithm, recipe) | _parts(recipe),
+            sections=("parts",),
             precision="rl",
             writes=("model", "metrics.jsonl", "samples.jsonl", "run.json", "trackers.json", *_TRACKED),
             shared=False,

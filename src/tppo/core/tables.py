@@ -77,6 +77,12 @@ LABELS = pa.schema(
         field("problem", pa.string(), "why the judge abstained, else null", nullable=True),
     ]
 )
+TRAINED_ON = pa.schema(
+    [
+        field("example_id", pa.string(), "example that the SFT model learnt from"),
+        field("user_id", pa.string(), "its user"),
+    ]
+)
 CONSTRUCTED = LABELS.append(field("kind", pa.string(), "how the response was constructed: a name in tppo.judge.probes"))
 
 

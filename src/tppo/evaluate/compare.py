@@ -3,9 +3,14 @@
 Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so the bootstrap
 over users stays one of independent clusters).
 
-Win-tie-lose (the paper compares models response by response): the score of a response is its sentence label (0 or 1)
-plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses score 0. The higher
-score wins, scores within 1e-6 tie; examples where the judge abstained on either are left out.
+The headline counts all that was asked for (`tppo.core.asked`): by the verdicts on words or, of a judge of whole answers
+only, by its verdict on the answer times the share of the queries asked for that are there. What the paper counts stands
+beside it. Readings that lack it (an older version's, as they are) have the paper's headline, by its own name.
+
+Win-tie-lose (the paper compares models response by response), under one rubric: the higher score wins, scores within
+1e-6 tie; examples where the judge abstained on either are left out. The score `asked` is the headline's value of the
+answer; `scores`, as the paper counts, is the sentence label (0 or 1) plus the share of its words that are relevant (0
+to 1), unparseable answers 0.
 
 A model's cost over SFT is everything the run made for it and not for SFT: its own stage and the stages that stage reads
 (`stage_inputs`), without those that SFT itself needs. Stages shared by several models count in full for each of them:
@@ -28,7 +33,18 @@ from tppo.core.run import RunFolder
 from tppo.core.show import NOT_MEASURED, Table, number
 from tppo.core.stages import BASELINES, DISPLAY, MODEL_ORDER, REFERENCES, rl_stage, stage_inputs
 from tppo.core.stats import Estimate, IntervalEstimate, UserBootstrap, WinTieLose, estimate, win_tie_lose
-from tppo.evaluate.metrics import BY_JUDGE, CORPUS, NO_JUDGE, PER_RESPONSE, RELEVANCE, RUBRICS, corpus_metrics
+from tppo.evaluate.metrics import (
+    BESIDE,
+    BY_JUDGE,
+    BY_NAME,
+    CORPUS,
+    NO_JUDGE,
+    PER_RESPONSE,
+    RELEVANCE,
+    RUBRICS,
+    Metric,
+    corpus_metrics,
+)
 
 BootstrapOf = Callable[[pd.DataFrame, str], UserBootstrap]
 """The bootstrap of a scope, from its questions (columns seed, example_id, user_id) and its name."""
@@ -83,11 +99,12 @@ def build_metrics(
     if len(splits) > 1:
         scopes = {POOLED: splits, **scopes}
     judges = readings.loc[readings["measure"].isin([metric.name for metric in RELEVANCE]), "reader"].unique()
+    kind = headline_kind(readings[readings["reader"] == judge], rubric)
     result: dict[str, Any] = {
         "judge": judge,
         "second_judges": [str(name) for name in judges if name != judge],
-        "headline": f"relevant_{rubric}",
-        "check": f"relevant_{RUBRICS[1 - RUBRICS.index(rubric)]}",
+        "headline": f"{kind}_{rubric}",
+        "check": f"{kind}_{RUBRICS[1 - RUBRICS.index(rubric)]}",
         "scopes": list(scopes),
         "models": [model for model in DISPLAY if model in set(answers["model"])],
         "rows": [],
@@ -99,6 +116,21 @@ def build_metrics(
         own_answers, own_readings = (frame[frame["split"].isin(members)] for frame in (answers, readings))
         _Scope(scope, own_answers, own_readings, judge, bootstrap_of).add_to(result)
     return result
+
+
+HEADLINES = ("asked_words", "asked_relevant", "relevant")
+"""What a headline may be, the first that was measured: of the words, of whole answers, and as the paper counts."""
+
+
+def headline_kind(readings: pd.DataFrame, rubric: Rubric) -> str:
+    """The first of `HEADLINES` that this judge gave every answer that it did not abstain on.
+
+    Args:
+        readings: the first judge's.
+    """
+    count = readings[readings["value"].notna()]["measure"].value_counts()
+    judged = count.get(f"relevant_{rubric}", 0)
+    return next(kind for kind in HEADLINES if count.get(f"{kind}_{rubric}", 0) == judged)
 
 
 class _Scope:
@@ -144,13 +176,19 @@ class _Scope:
             for reader, name in measures:
                 found = self.bootstrap.difference(self.values(a, name, reader), self.values(b, name, reader))
                 result["differences"].append({**own, "metric": name, "reader": reader, **found.as_dict()})
+            kind = result["headline"].rpartition("_")[0]
             for rubric in RUBRICS:
-                wins = win_tie_lose(self.bootstrap, self.scores(a, rubric), self.scores(b, rubric))
-                result["wins"].append({**own, "rubric": rubric, "by": "scores", **_shares(wins)})
+                scores = {"scores": [self.scores(model, rubric) for model in (a, b)]}
+                if kind != HEADLINES[-1]:
+                    scores = {"asked": [self.values(model, f"{kind}_{rubric}") for model in (a, b)], **scores}
+                for by, (ours, theirs) in scores.items():
+                    wins = win_tie_lose(self.bootstrap, ours, theirs)
+                    result["wins"].append({**own, "rubric": rubric, "by": by, **_shares(wins)})
         result["wins"] += [{"scope": self.name, **row} for row in self._vote_rows()]
 
     def scores(self, model: str, rubric: str) -> np.ndarray:
-        """Sentence label + share of relevant words of each response, 0 to 2; NaN where the judge abstained."""
+        """As the paper counts: sentence label + share of relevant words of each response, 0 to 2; NaN where the judge
+        abstained."""
         return self.values(model, f"relevant_{rubric}") + self.values(model, f"words_{rubric}")
 
     def _corpus_rows(self, model: str) -> list[dict[str, Any]]:
@@ -207,7 +245,26 @@ class Metrics:
     @property
     def rubric(self) -> str:
         """Of the headline."""
-        return self.headline.removeprefix("relevant_")
+        return self.headline.rpartition("_")[2]
+
+    @property
+    def counts_asked(self) -> bool:
+        """Whether the headline counts all that was asked for; else it is the paper's (see above)."""
+        return self.headline.rpartition("_")[0] != HEADLINES[-1]
+
+    @property
+    def beside(self) -> list[Metric]:
+        """What stands beside the headline: the paper's rate, and what no headline prices."""
+        paper = [f"relevant_{self.rubric}"] if self.counts_asked else []
+        return [BY_NAME[name] for name in (*paper, *BESIDE)]
+
+    def like_headline(self, reader: str) -> str:
+        """What a second judge gave that counts as the headline does; of a judge of whole answers not the words."""
+        for kind in HEADLINES:
+            name = f"{kind}_{self.rubric}"
+            if any(self.cell(self.scopes[0], model, name, reader).value is not None for model in self.data["models"]):
+                return name
+        return self.headline
 
     @property
     def scopes(self) -> list[str]:
@@ -230,6 +287,12 @@ class Metrics:
     def knows_truth(self) -> bool:
         """Whether the log says what is truly relevant (`tppo.logs.truth`)."""
         return self.cell(self.scopes[0], "sft", "known_words").value is not None
+
+    @property
+    def true_words(self) -> str:
+        """What the log knows of words, counted as the headline is; as the paper counts where that was not measured."""
+        asked = self.cell(self.scopes[0], "sft", "asked_known_words").value is not None
+        return "asked_known_words" if asked and self.counts_asked else "known_words"
 
     def cell(self, scope: str, model: str, metric: str, reader: str = "") -> Estimate:
         """Args: reader: a second judge; empty: the first judge, or what needs none."""
@@ -255,7 +318,9 @@ class Metrics:
         return list(dict.fromkeys(found))
 
     def wins(self, scope: str, model: str, than: str, rubric: str) -> dict[str, Any] | None:
-        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": "scores"}
+        """By the headline's value of each answer."""
+        by = "asked" if self.counts_asked else "scores"
+        wanted = {"scope": scope, "model": model, "than": than, "rubric": rubric, "by": by}
         return next((row for row in self.data["wins"] if wanted.items() <= row.items()), None)
 
 

@@ -33,16 +33,34 @@ NO_JUDGE = TEXT, LOG, DISTANCE = "text", "log", "distance"
 """Readers that are no judge: comparing texts, what a synthetic log knows, the KL from SFT."""
 RUBRICS: tuple[Rubric, ...] = ("targets", "history")
 _NEXT, _HISTORY = "what the user searched next", "the history"
-RELEVANCE = (
-    Metric("relevant_targets", "Relevant to what the user really searched next", "rate", "higher",
-           "share of responses the judge calls relevant to the true next queries (sentence template)"),
-    Metric("words_targets", f"Relevant words, against {_NEXT}", "rate", "higher",
-           "share of a response's words judged relevant to the true next queries (token template), mean"),
-    Metric("relevant_history", "Relevant to the history", "rate", "higher",
-           "share of responses the judge calls relevant to the user's history (sentence template)"),
-    Metric("words_history", f"Relevant words, against {_HISTORY}", "rate", "higher",
-           "share of a response's words judged relevant to the history (token template), mean"),
+_BY_RUBRIC: tuple[tuple[Rubric, str, str], ...] = (
+    ("targets", _NEXT, "the true next queries"), ("history", _HISTORY, "the user's history"),
 )  # fmt: skip
+ASKED = tuple(
+    metric
+    for rubric, against, what in _BY_RUBRIC
+    for metric in (
+        Metric(f"asked_words_{rubric}", f"Relevant words of the queries asked for, against {against}", "rate", "higher",
+               f"share of a query's words judged relevant to {what}, mean over the queries asked for: one that is "
+               "missing, copied from the history or repeated is 0, and so is a word's second time in its query"),
+        Metric(f"asked_relevant_{rubric}", f"Relevant responses times queries asked for, against {against}", "rate",
+               "higher", f"the judge's verdict on the response against {what} (0 or 1) times the share of the queries "
+               "asked for that are there and new, mean"),
+    )
+)  # fmt: skip
+"""What counts all that was asked for (`tppo.core.asked`); the first that a judge gives is its headline."""
+AS_THE_PAPER = tuple(
+    metric
+    for rubric, against, what in _BY_RUBRIC
+    for metric in (
+        Metric(f"relevant_{rubric}", f"Relevant responses, against {against} (as the paper counts)", "rate", "higher",
+               f"share of responses the judge calls relevant to {what} (sentence template); writing less is free"),
+        Metric(f"words_{rubric}", f"Relevant words, against {against} (as the paper counts)", "rate", "higher",
+               f"share of the words written judged relevant to {what} (token template), mean; writing less is free"),
+    )
+)  # fmt: skip
+"""The paper's relevance rates: of what was written."""
+RELEVANCE = (*ASKED, *AS_THE_PAPER)
 TRUTH = (
     Metric("hit", "Hit", "rate", "higher", "at least one query equals a true next query exactly"),
     Metric("hit_1", "Hit@1", "rate", "higher", "the first query equals a true next query exactly"),
@@ -59,9 +77,12 @@ KNOWN = (
     Metric("known_queries", "Truly relevant queries", "rate", "higher",
            "share of the queries asked for that are new and that the user of the synthetic log could have searched; no "
            "judge: known from how the log is made"),
+    Metric("asked_known_words", "Truly relevant words of the queries asked for", "rate", "higher",
+           "as the headline counts, by what the synthetic log knows: share of a query's words that its user could have "
+           "searched in a new query, mean over the queries asked for; no judge"),
     Metric("known_words", "Truly relevant words", "rate", "higher",
            "share of the words written that the user of the synthetic log could have searched in a new query; no "
-           "judge"),
+           "judge; writing less is free"),
 )  # fmt: skip
 """Only measured where the log is synthetic (`tppo.logs.truth`)."""
 FORM = (
@@ -75,6 +96,8 @@ FORM = (
            "share of queries equal to an earlier one in the response"),
     Metric("repeated_words", "Repeated words", "rate", "neither", "share of words that the response already held"),
 )  # fmt: skip
+BESIDE = ("copied_words", "repeated_words", "queries_written")
+"""What no headline prices, or not in full, and so stands beside each of them."""
 CORPUS = (
     Metric("distinct_1", "Distinct words", "rate", "higher", "different words / words, over all responses"),
     Metric("distinct_2", "Distinct word pairs", "rate", "higher", "different neighbouring words / pairs, over all"),
@@ -83,7 +106,7 @@ CORPUS = (
 SCORES = tuple(
     Metric(f"sentence_score_{rubric}", f"Score, against {against}", "number", "higher",
            f"the judge's own score of the response against {what}, mean (an LLM judge's: judge.score)")
-    for rubric, against, what in (("targets", _NEXT, "the true next queries"), ("history", _HISTORY, _HISTORY))
+    for rubric, against, what in _BY_RUBRIC
 )  # fmt: skip
 """Shown of a second judge only."""
 KL = Metric(

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
+from tppo.core.asked import asked_share, asked_written
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
+from tppo.core.parts import train_examples
 from tppo.core.recipe import check_readings
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
 from tppo.core.tables import Example, field, load_examples, write_table
+from tppo.core.text import Event, parse_response
 from tppo.evaluate.answers import (
     Policy,
     Row,
@@ -36,7 +40,7 @@ from tppo.evaluate.answers import (
 )
 from tppo.evaluate.compare import model_pairs, voted_pairs
 from tppo.evaluate.distance import distances
-from tppo.evaluate.metrics import DISTANCE, LOG, TEXT, form_metrics, similarity_metrics, truth_metrics
+from tppo.evaluate.metrics import DISTANCE, LOG, RUBRICS, TEXT, form_metrics, similarity_metrics, truth_metrics
 from tppo.evaluate.votes import Contest, vote
 from tppo.judge.label import make_judge
 from tppo.judge.llm import LLMJudge
@@ -62,23 +66,28 @@ READINGS = pa.schema(
 
 
 def judge_readings(
-    judge: Judge, examples: Mapping[str, Example], answers: Sequence[Row], description: str
+    judge: Judge, examples: Mapping[str, Example], answers: Sequence[Row], description: str, num_queries: int
 ) -> list[Row]:
-    """relevant_, sentence_score_ and, of a judge of words, words_ and relevant_words_<rubric> of each answer.
+    """relevant_, asked_relevant_, sentence_score_ and, of a judge of words, words_, asked_words_ and
+    relevant_words_<rubric> of each answer.
 
     Args:
         examples: by id.
+        num_queries: how many queries were asked for.
     """
     items = [JudgeItem((e := examples[row["example_id"]]).history, e.targets, row["response"]) for row in answers]
     rows: list[Row] = []
     for rubric in judge.rubrics if items else ():
         verdicts = judge.judge(items, rubric, f"{description}, rubric {rubric}")
         for answer, verdict in zip(answers, verdicts, strict=True):
-            rows += _verdict_rows(answer, judge.name, rubric, verdict)
+            history = examples[answer["example_id"]].history
+            rows += _verdict_rows(answer, judge.name, rubric, verdict, history, num_queries)
     return rows
 
 
-def _verdict_rows(answer: Row, reader: str, rubric: Rubric, verdict: Verdict) -> list[Row]:
+def _verdict_rows(
+    answer: Row, reader: str, rubric: Rubric, verdict: Verdict, history: Sequence[Event], num_queries: int
+) -> list[Row]:
     """An unparseable answer is not relevant, whatever the judge says; an abstention is null, never a 0."""
     if verdict.status != "ok":
         return [_row(answer, reader, f"relevant_{rubric}", None)]
@@ -87,13 +96,54 @@ def _verdict_rows(answer: Row, reader: str, rubric: Rubric, verdict: Verdict) ->
         _row(answer, reader, f"relevant_{rubric}", float(usable and verdict.sentence_relevant)),
         _row(answer, reader, f"sentence_score_{rubric}", verdict.sentence_score),
     ]
+    labels = None
     if verdict.words is not None:
         labels = [RELEVANT if word.relevant else IRRELEVANT for word in verdict.words]
         relevant = labels.count(RELEVANT)
         share = relevant / len(labels) if usable and labels else 0.0
         rows.append({**_row(answer, reader, f"words_{rubric}", share), "labels": labels})
         rows.append(_row(answer, reader, f"relevant_words_{rubric}", float(relevant)))
-    return rows
+    asked = asked_values(answer, verdict.sentence_relevant, labels, history, num_queries)
+    return rows + [_row(answer, reader, f"{name}_{rubric}", value) for name, value in asked.items()]
+
+
+def asked_values(
+    answer: Row, relevant: bool, labels: Sequence[int] | None, history: Sequence[Event], num_queries: int
+) -> dict[str, float]:
+    """asked_relevant and, with verdicts on the words, asked_words of an answer (`tppo.core.asked`)."""
+    parsed = parse_response(answer["response"], answer["finished"], num_queries)
+    found = {"asked_relevant": relevant * asked_written(parsed, history, num_queries)}
+    if labels is not None:
+        found["asked_words"] = asked_share(parsed, [label == RELEVANT for label in labels], history, num_queries)
+    return found
+
+
+def with_asked(answers: pd.DataFrame, readings: pd.DataFrame, prepare: Path, num_queries: int) -> pd.DataFrame:
+    """Readings with asked_relevant and asked_words of the judges that an older version asked, by the verdicts on words
+    and answers that are there: what would have been written then. Readings that hold them are returned as they are.
+
+    Args:
+        answers: of one evaluation, and everything that was read of them.
+    """
+    judged = [f"relevant_{rubric}" for rubric in RUBRICS]
+    done = set(readings.loc[readings["measure"].str.startswith("asked_relevant_"), "reader"])
+    old = readings[readings["measure"].isin(judged) & readings["value"].notna() & ~readings["reader"].isin(done)]
+    if old.empty:
+        return readings
+    key = ["example_id", "model", "seed"]
+    answer_of = {tuple(row[name] for name in key): row for row in answers.to_dict("records")}
+    of_words = readings[readings["labels"].notna()].set_index(["reader", "measure", *key])["labels"].to_dict()
+    wanted = set(old["example_id"])
+    histories = {e.example_id: e.history for e in load_examples(prepare) if e.example_id in wanted}
+    rows = []
+    for row in old.to_dict("records"):
+        rubric, own = row["measure"].removeprefix("relevant_"), tuple(row[name] for name in key)
+        labels = of_words.get((row["reader"], f"words_{rubric}", *own))
+        found = asked_values(answer_of[own], bool(row["value"]), labels, histories[row["example_id"]], num_queries)
+        rows += [
+            {**row, "measure": f"{name}_{rubric}", "value": value, "labels": None} for name, value in found.items()
+        ]
+    return pd.concat([readings, pd.DataFrame(rows, columns=readings.columns)], ignore_index=True)
 
 
 def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encoder: Any = None) -> list[Row]:
@@ -133,9 +183,13 @@ def truth_readings(
     """What the synthetic log knows of each answer."""
     rows = []
     for row in answers:
-        known = truth.shares(examples[row["example_id"]], row["response"], num_queries)
+        example = examples[row["example_id"]]
+        known = truth.shares(example, row["response"], num_queries)
         for name, value in zip(("known_queries", "known_words"), known, strict=True):
             rows.append(_row(row, LOG, name, value if row["problem"] is None else 0.0))
+        parsed = parse_response(row["response"], row["finished"], num_queries)
+        marks = truth.words(example, row["response"])[1]
+        rows.append(_row(row, LOG, "asked_known_words", asked_share(parsed, marks, example.history, num_queries)))
     return rows
 
 
@@ -210,12 +264,12 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
             )
         return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
     first = first_judges(list(given.values()) or [run.require("evaluate")])
-    judge = choose_second_judge(
-        cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, load_examples(prepare, "train"), seed
-    )
+    train = train_examples(prepare, "reward", recipe.parts, seed)
+    judge = choose_second_judge(cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, train, seed)
     # All answers to a history in a row: a server keeps what such prompts begin with.
     read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
-    return judge_readings(judge, {e.example_id: e for e in examples}, read, "second judge")
+    known = {e.example_id: e for e in examples}
+    return judge_readings(judge, known, read, "second judge", recipe.task.num_queries)
 
 
 def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:

@@ -24,9 +24,10 @@ from tppo.core.common import UserError
 from tppo.core.config import Recipe
 from tppo.core.files import write_json
 from tppo.core.models import SCRATCH
+from tppo.core.parts import train_examples
 from tppo.core.run import RunFolder
 from tppo.core.stages import evaluated_models, uses_llm_judge
-from tppo.core.tables import Example, load_examples, read_table, write_table
+from tppo.core.tables import Example, read_table, write_table
 from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer, readable_encoder
 from tppo.evaluate.compare import build_metrics, user_bootstrap
 from tppo.evaluate.readings import READINGS, judge_readings, text_readings, truth_readings
@@ -53,7 +54,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
     def read(model: str, chosen: list[Example], answers: list[Row]) -> list[Row]:
         known = {example.example_id: example for example in chosen}
-        rows = judge_readings(judge, known, answers, f"judging {model}") + text_readings(known, answers, encoder)
+        rows = judge_readings(judge, known, answers, f"judging {model}", num_queries)
+        rows += text_readings(known, answers, encoder)
         return rows + (truth_readings(truth, known, answers, num_queries) if truth else [])
 
     parts = folder / "parts"
@@ -179,7 +181,7 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     if kind == "label":
         judge = saved_judge(run.require("label"), recipe.judge)
     else:
-        train = load_examples(run.require("prepare"), "train")
+        train = train_examples(run.require("prepare"), "reward", recipe.parts, recipe.data_seed)
         judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
     if recipe.reward.rubric not in judge.rubrics:
         raise UserError(

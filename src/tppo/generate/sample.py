@@ -1,6 +1,9 @@
 """The sample stage: responses of the SFT model to be labelled, written to responses.parquet.
 
 Nothing is filtered: an unparseable response is a row like any other, with its problem, and is counted.
+
+The examples are of users that SFT never saw (section `parts`). `sample.seen_examples` that it was trained on are
+answered beside them, once each, in seen.parquet: how differently it answers the two is reported (`tppo.judge.gap`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from tppo.core.common import console, draw, stream_seed
 from tppo.core.config import Recipe, Task
 from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
+from tppo.core.parts import SEEN_FILE, read_trained_on, require_unseen, say_fewer, train_examples
 from tppo.core.run import RunFolder
 from tppo.core.tables import RESPONSES, Example, load_examples, write_table
 from tppo.core.text import parse_response
@@ -23,16 +27,11 @@ from tppo.generate.engine import Generation, encode_examples, generate
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Sample `samples_per_example` responses to drawn examples of the train and reward_eval users."""
     settings, task = recipe.sample, recipe.task
+    chosen, seen = draw_prompts(recipe, run.require("prepare"), run.require("sft"))
     model, tokenizer = load_policy(
         run.require("sft") / "model", dtype=generation_dtype(recipe.sft.precision), task=task
     )
-    counts = {"train": settings.train_examples, "reward_eval": settings.reward_eval_examples}
-    examples = [
-        example
-        for split, count in counts.items()
-        for example in draw(load_examples(run.require("prepare"), split), count, recipe.seed, "sample", split)
-        for _ in range(settings.samples_per_example)
-    ]
+    examples = [example for example in chosen for _ in range(settings.samples_per_example)]
     prompts, dropped = encode_examples(tokenizer, examples, task)
     generations = generate(
         model,
@@ -46,10 +45,42 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     )
     rows = response_rows(examples, generations, task)
     write_table(folder / "responses.parquet", rows, RESPONSES)
-    facts = summarise(rows, task)
+    if seen:
+        again = generate(
+            model,
+            tokenizer,
+            encode_examples(tokenizer, seen, task)[0],
+            max_new_tokens=task.max_response_tokens,
+            temperature=settings.temperature,
+            seed=stream_seed(recipe.seed, "sample", "seen"),
+            batch_size=settings.batch_size,
+            description="sampling batches of what SFT was trained on",
+        )
+        write_table(folder / SEEN_FILE, response_rows(seen, again, task), RESPONSES)
+    facts = summarise(rows, task) | {"seen_responses": len(seen)}
     facts["history_events_dropped_to_fit_the_prompt"] = dropped // max(1, settings.samples_per_example)
     console.print(f"sampled {facts['responses']} responses, {facts['unparseable_share']:.1%} unparseable")
     return facts
+
+
+def draw_prompts(recipe: Recipe, prepare: Path, sft: Path) -> tuple[list[Example], list[Example]]:
+    """The examples to respond to (those of training users, then those of reward_eval users), and those SFT has seen.
+
+    Raises:
+        UserError: SFT was trained on users whose answers are to be labelled, although the parts are disjoint.
+    """
+    settings, parts, seed = recipe.sample, recipe.parts, recipe.seed
+    mine = train_examples(prepare, "reward", parts, recipe.data_seed)
+    say_fewer(len(mine), settings.train_examples, "sample.train_examples", parts, "reward")
+    train = draw(mine, settings.train_examples, seed, "sample", "train")
+    if train:
+        require_unseen(train, sft, parts, "the answers to be labelled")
+    held_out = draw(load_examples(prepare, "reward_eval"), settings.reward_eval_examples, seed, "sample", "reward_eval")
+    trained = read_trained_on(sft)
+    if not settings.seen_examples or trained is None:
+        return [*train, *held_out], []
+    known = [example for example in load_examples(prepare, "train") if example.example_id in trained.example_ids]
+    return [*train, *held_out], draw(known, settings.seen_examples, seed, "sample", "seen")
 
 
 def response_rows(examples: Sequence[Example], generations: Sequence[Generation], task: Task) -> list[dict[str, Any]]:

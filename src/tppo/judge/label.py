@@ -7,18 +7,20 @@ responses, with `label.constructed`) and judge.json: the judge, for later stages
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tppo.core.common import UserError, rng
-from tppo.core.config import JudgeKind, JudgeSettings, Label, Recipe, Rubric, judge_identity
+from tppo.core.config import JudgeKind, JudgeSettings, Label, Parts, Recipe, Rubric, judge_identity
+from tppo.core.parts import SEEN_FILE, train_examples
 from tppo.core.run import RunFolder, without_retired
 from tppo.core.stages import uses_llm_judge
 from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.core.text import render_response
+from tppo.judge.gap import answer_values, gaps
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import CONSTRUCTIBLE, construct, noise_items
 from tppo.judge.verdict import CONSTRUCTED_FILE, JUDGE_FILE, Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
@@ -40,7 +42,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"responses.parquet has {len(unknown)} responses to examples that examples.parquet lacks (first: "
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
-    train = [example for example in examples.values() if example.split == "train"]
+    train = train_examples(run.require("prepare"), "reward", recipe.parts, recipe.data_seed)
     judge, facts = make_judge(settings.judge, settings, recipe.judge, train, recipe.data_seed)
     asked = [(examples[row["example_id"]], row["sample"], row["response"]) for row in responses]
     rows: list[Row] = []
@@ -55,6 +57,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     )
     if constructed:
         write_table(folder / CONSTRUCTED_FILE, constructed, CONSTRUCTED)
+    seen = _label_seen(judge, run.require("sample"), folder, examples)
     judge.save(folder)
     if settings.judge == "embedding":  # the LLM judge would have to be paid for it
         held_out = [example for example in examples.values() if example.split == "reward_eval"]
@@ -62,10 +65,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     return {
         "judge": judge.name,
         "responses": len(responses),
-        "labels": len(rows) + len(constructed),
+        "labels": len(rows) + len(constructed) + len(seen),
         "constructed": kinds,
         **facts,
         "relevant_share": shares,
+        "seen_gap": seen_gap(rows, responses, seen, examples, recipe.parts, recipe.task.num_queries),
     }
 
 
@@ -82,6 +86,42 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             "judge.template=sentence gives no word labels, which the token-level reward model learns from: use token"
         )
+
+
+def _label_seen(judge: Judge, sample: Path, folder: Path, examples: Mapping[str, Example]) -> list[Row]:
+    """Labels of the answers to what SFT was trained on, with `finished`; written to seen.parquet, which nobody learns
+    from. None where the sample stage has none."""
+    path = sample / SEEN_FILE
+    responses = read_table(path, RESPONSES).to_pylist() if path.exists() else []
+    asked = [(examples[row["example_id"]], row["sample"], row["response"]) for row in responses]
+    rows: list[Row] = []
+    for rubric in judge.rubrics if asked else ():
+        rows += _label(judge, rubric, asked, f"labelling answers to what SFT was trained on, rubric {rubric}")[0]
+    if rows:
+        write_table(folder / SEEN_FILE, rows, LABELS)
+    return with_finished(rows, responses)
+
+
+def with_finished(labels: Sequence[Row], responses: Sequence[Row]) -> list[Row]:
+    """Rows of labels.parquet with what responses.parquet says of how the response ended."""
+    finished = {(row["example_id"], row["sample"]): row["finished"] for row in responses}
+    return [{**row, "finished": finished[row["example_id"], row["sample"]]} for row in labels]
+
+
+def seen_gap(
+    labels: Sequence[Row],
+    responses: Sequence[Row],
+    seen: Sequence[Row],
+    examples: Mapping[str, Example],
+    parts: Parts,
+    num_queries: int,
+) -> dict[str, Any]:
+    """How much better SFT answers what it was trained on than people it never saw (`tppo.judge.gap`)."""
+    # Without parts the labelled training examples may be among those that SFT was trained on.
+    unseen = [row for row in labels if parts.disjoint or row["split"] != "train"]
+    groups = (seen, with_finished(unseen, responses))
+    found = gaps(*(answer_values(rows, examples, num_queries) for rows in groups))
+    return {"disjoint": parts.disjoint, "measures": found}
 
 
 def check_settings(settings: Label) -> None:

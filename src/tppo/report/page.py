@@ -31,7 +31,7 @@ from tppo.core.tables import load_examples, read_table
 from tppo.evaluate.answers import ANSWERS, Row, records
 from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
 from tppo.evaluate.metrics import BY_NAME
-from tppo.evaluate.readings import READINGS
+from tppo.evaluate.readings import READINGS, with_asked
 from tppo.judge.probes import PROBES
 from tppo.report import words
 from tppo.report.charts import (
@@ -43,6 +43,7 @@ from tppo.report.charts import (
     rollout_policies,
     run_charts,
 )
+from tppo.report.headline import NOT_ASKED, RELEVANT_TO, seen_gap, shares
 from tppo.reward import gate
 from tppo.rl.loop import shown_tokens
 
@@ -66,11 +67,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     final_kl = {model: rows[-1].get("kl") if rows else None for model, rows in curves.items()}
     spent, point_costs = costs(recipe, run), cost_table(model_costs(recipe, run, metrics, scope), COST_NOTE)
     distance = words.distance_tables(metrics)
+    gap = seen_gap(run.facts("label"), metrics.rubric)
     context = {
         **page_context(recipe, metrics, manifest),
         "distance": distance,
         "lead": words.lead(metrics, scope),
-        "cautions": words.cautions(metrics, scope, final_kl),
+        "cautions": [*words.cautions(metrics, scope, final_kl), gap],
         "charts": run_charts(run, metrics.policies),
         "reward_charts": reward_charts(run),
         "reward_check": reward_check_section(run),
@@ -89,6 +91,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         *judge_facts(metrics),
         ("seed", f"{recipe.seed}" + (f", shared stages {recipe.data_seed}" if recipe.data_seed != recipe.seed else "")),
         ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
+        ("seen and unseen", gap),
     ]
     reward_facts = run.facts("reward")
     training = words.training_tables(
@@ -104,10 +107,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def load_run(recipe: Recipe, run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The answers of a run, and what everybody read in them."""
+    """The answers of a run, and what everybody read in them; an older version's with the measures of today."""
     folders = [run.require(stage) for stage in ("evaluate", *read_stages(recipe))]
     readings = [read_table(folder / "readings.parquet", READINGS).to_pandas() for folder in folders]
-    return read_table(folders[0] / "answers.parquet", ANSWERS).to_pandas(), pd.concat(readings, ignore_index=True)
+    answers = read_table(folders[0] / "answers.parquet", ANSWERS).to_pandas()
+    everything, count = pd.concat(readings, ignore_index=True), recipe.task.num_queries
+    return answers, with_asked(answers, everything, run.require("prepare"), count)
 
 
 def run_metrics(recipe: Recipe, run: RunFolder, answers: pd.DataFrame, readings: pd.DataFrame) -> Metrics:
@@ -142,7 +147,8 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
             }
             for name, count in counts.items()
         ],
-        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")},
+        "against": {name: words.AGAINST[metrics.data[name]] for name in ("headline", "check")}
+        | {"rubric": RELEVANT_TO[metrics.rubric]},
         "metrics": metrics,
         "manifest": manifest,
         "recipe": recipe,
@@ -190,8 +196,8 @@ def print_summary(run: RunFolder) -> None:
     heads = {headline: "relevant %", check: "check %", "hit": "hit %", "copied_queries": "copied %"}
     with_interval = [headline]
     if metrics.knows_truth:
-        heads = {headline: "judged %", "known_words": "true words %", "known_queries": "true queries %"}
-        with_interval.append("known_words")
+        heads = {headline: "judged %", metrics.true_words: "true words %", "known_queries": "true queries %"}
+        with_interval.append(metrics.true_words)
     heads["unparseable"] = "unparseable %"
     checked = "" if metrics.knows_truth else f"; check: {words.AGAINST[check]}"
     console.print(f"{words.SCOPES[scope]}: {words.AGAINST[headline]}{checked}")
@@ -206,8 +212,11 @@ def print_summary(run: RunFolder) -> None:
     Table(["", *heads.values()], rows).print()
     if curve := terminal_curve(run, rollout_policies(metrics.policies)):
         console.print(Text.from_ansi(curve))
-    for sentence in words.lead(metrics, scope)[:-1]:
-        console.print(sentence)
+    for sentence in words.lead(metrics, scope):
+        if sentence != shares(metrics, scope)[0]:  # that is the table
+            console.print(sentence)
+    if not metrics.counts_asked:
+        console.print(NOT_ASKED)
 
 
 def rl_rows(run: RunFolder, model: str) -> list[dict[str, Any]]:
@@ -243,7 +252,8 @@ def headline_chart(metrics: Metrics, scope: str) -> Markup | None:
     """The headline of everybody who answered."""
     models = metrics.data["models"]
     intervals = [Interval(name, DISPLAY[name], metrics.cell(scope, name, metrics.headline)) for name in models]
-    return interval_chart(intervals, f"Answers {words.AGAINST[metrics.headline]}, % (95% interval)")
+    said = words.AGAINST[metrics.headline]
+    return interval_chart(intervals, f"{said[0].upper()}{said[1:]}, % (95% interval)")
 
 
 def difference_chart(metrics: Metrics, scope: str) -> Markup | None:

@@ -26,7 +26,20 @@ from tppo.core.show import (
 from tppo.core.stages import BASELINES, DISPLAY, REFERENCES
 from tppo.core.stats import FEW_USERS, Estimate, estimate, verdict
 from tppo.evaluate.compare import POOLED, Metrics
-from tppo.evaluate.metrics import BY_JUDGE, BY_NAME, CORPUS, FORM, KL, KNOWN, RELEVANCE, TRUTH, Metric
+from tppo.evaluate.metrics import (
+    AS_THE_PAPER,
+    ASKED,
+    BESIDE,
+    BY_JUDGE,
+    BY_NAME,
+    CORPUS,
+    FORM,
+    KL,
+    KNOWN,
+    TRUTH,
+    Metric,
+)
+from tppo.report.headline import AGAINST, NOT_ASKED, shares
 
 SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
@@ -60,10 +73,6 @@ DPO_COLUMNS = {
     "chosen_reward": "chosen reward",
     "rejected_reward": "rejected reward",
 }
-AGAINST = {
-    "relevant_targets": "relevant to what the user really searched next",
-    "relevant_history": "relevant to the history",
-}
 
 
 def shift(estimate: Estimate, metric: Metric) -> str:
@@ -81,17 +90,20 @@ def display(pair: tuple[str, str]) -> str:
 
 def second_measures(metrics: Metrics) -> list[tuple[str, str]]:
     """Each second judge's measures of what the headline measures, as (measure, judge): its verdicts, and its score."""
-    names = (metrics.headline, f"sentence_score_{metrics.rubric}")
-    return [(name, judge) for judge in metrics.second_judges for name in names]
+    score = f"sentence_score_{metrics.rubric}"
+    return [(name, judge) for judge in metrics.second_judges for name in (metrics.like_headline(judge), score)]
 
 
 def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
     """What each pair's interval allows to claim, its numbers, and what the other measures say."""
-    known = ("known_words", "known_queries") if metrics.knows_truth else ()
+    known = (metrics.true_words, "known_queries") if metrics.knows_truth else ()
     measures = [(f"Check, {AGAINST[metrics.data['check']]}", metrics.data["check"], "")]
     for name, judge in second_measures(metrics):
-        score = "" if name == metrics.headline else ", score"
-        measures.append((f"Second judge, {AGAINST[metrics.headline]}{score}", name, judge))
+        said = AGAINST.get(name, f"{AGAINST[metrics.headline]}, score")
+        measures.append((f"Second judge, {said}", name, judge))
+    if metrics.counts_asked:
+        paper = f"relevant_{metrics.rubric}"
+        measures.append((AGAINST[paper].capitalize(), paper, ""))
     measures += [(f"{BY_NAME[name].label}, no judge", name, "") for name in (*known, *WITHOUT_JUDGE)]
     entries = []
     for model, than in metrics.pairs(scope):
@@ -120,11 +132,7 @@ def verdicts(metrics: Metrics, scope: str) -> list[dict[str, Any]]:
 
 def lead(metrics: Metrics, scope: str) -> list[str]:
     """The first sentences of the report: what the intervals allow to claim, then the shares themselves."""
-    shares, sentences, said = [], [], verdicts(metrics, scope)
-    for model in metrics.policies[::-1]:
-        found = metrics.cell(scope, model, metrics.headline)
-        value = NOT_MEASURED if found.value is None else f"{number(found.value, 'rate')}%"
-        shares.append(f"{DISPLAY[model]} {value} {interval(found, 'rate')}".strip())
+    sentences, said = [], verdicts(metrics, scope)
     for outcome, words in (
         ("an improvement", "is better than"),
         ("worse", "is worse than"),
@@ -136,8 +144,7 @@ def lead(metrics: Metrics, scope: str) -> list[str]:
                 sentences.append(f"{DISPLAY[model]} {words} {_listed(than)}.")
     if metrics.knows_truth:
         sentences += _known_truth(metrics, scope)
-    answers = f"Answers {AGAINST[metrics.headline]}: {', '.join(shares)}."
-    return [*sentences, *baseline_verdicts(metrics, scope), answers]
+    return [*sentences, *baseline_verdicts(metrics, scope), *shares(metrics, scope)]
 
 
 def _known_truth(metrics: Metrics, scope: str) -> list[str]:
@@ -146,7 +153,7 @@ def _known_truth(metrics: Metrics, scope: str) -> list[str]:
     for pair in metrics.pairs(scope):
         said = [
             f"{BY_NAME[name].label.lower()} {shift(found, BY_NAME[name])} ({verdict(found)})"
-            for name in ("known_words", "known_queries")
+            for name in (metrics.true_words, "known_queries")
             if (found := metrics.difference(scope, *pair, name)).value is not None
         ]
         sentences.append(f"By what the synthetic log knows, {display(pair)}: {', '.join(said)}.")
@@ -176,7 +183,7 @@ def baseline_verdicts(metrics: Metrics, scope: str) -> list[str]:
 
 def cautions(metrics: Metrics, scope: str, final_kl: Mapping[str, float | None]) -> list[str]:
     """What a reader has to know before acting on the verdict; each computed from the numbers."""
-    notes: list[str] = []
+    notes = [] if metrics.counts_asked else [NOT_ASKED]
     for model in [name for name in metrics.policies[::-1] if name != "sft"]:
         notes += _model_cautions(metrics, scope, model)
         kl = final_kl.get(model)
@@ -234,15 +241,22 @@ def _model_cautions(metrics: Metrics, scope: str, model: str) -> list[str]:
     if gained and not any(change(name)[0] == "an improvement" for name in WITHOUT_JUDGE):
         notes.append(f"{title}'s gain over SFT is the judge's: hit and word F1, which need no judge, do not show it.")
     if gained and change(metrics.data["check"])[0] == "worse":
-        notes.append(f"{title} gains in the headline but loses {AGAINST[metrics.data['check']]}.")
+        notes.append(f"{title} gains in the headline but loses in the check: {AGAINST[metrics.data['check']]}.")
     return notes
 
 
 def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
     """The tables of one evaluation set, by what they show; `second` by judge."""
-    headline_first = sorted(RELEVANCE, key=lambda metric: not metric.name.endswith(metrics.rubric))
+
+    def headline_first(group: Sequence[Metric]) -> list[Metric]:
+        return sorted(group, key=lambda metric: not metric.name.endswith(metrics.rubric))
+
+    beside = [BY_NAME[name] for name in BESIDE]
+    paper = grid(metrics, scope, [*headline_first(AS_THE_PAPER), *beside], "Relevance as the paper counts")
+    asked = grid(metrics, scope, [*headline_first(ASKED), *beside], "Relevance of what was asked for")
     return {
-        "relevance": grid(metrics, scope, headline_first, "Relevance"),
+        "relevance": asked if metrics.counts_asked else paper,
+        "paper": paper if metrics.counts_asked else None,
         "second": {
             judge: grid(metrics, scope, BY_JUDGE, "Relevance by the second judge", judge)
             for judge in metrics.second_judges
@@ -284,7 +298,8 @@ def grid(metrics: Metrics, scope: str, group: Sequence[Metric], title: str, read
 
 def difference_table(metrics: Metrics, scope: str) -> Table:
     """Every pair of policies, and every policy and baseline, by the measures that matter most."""
-    names = (metrics.headline, metrics.data["check"], *WITHOUT_JUDGE, "copied_words", "queries_written")
+    beside = [metric.name for metric in metrics.beside]
+    names = (metrics.headline, metrics.data["check"], *WITHOUT_JUDGE, *beside)
     pairs = [*metrics.pairs(scope), *metrics.baseline_pairs(scope)]
     rows: list[list[Cell | str]] = []
     for pair in pairs:
@@ -338,7 +353,8 @@ def wins_table(metrics: Metrics, scope: str, bars: bool = False) -> Table:
     rows: list[list[Cell | str]] = []
     for row in shown:
         by_vote = row["by"] == "vote"
-        against = {"targets": "next queries", "history": "history"}[row["rubric"]] + (", by vote" if by_vote else "")
+        how = {"asked": "", "scores": ", as the paper counts", "vote": ", by vote"}[row["by"]]
+        against = {"targets": "next queries", "history": "history"}[row["rubric"]] + how
         net, shares = estimate(row["net"]), [row[key] for key in ("win", "tie", "lose")]
         cells: list[Cell | str] = [
             f"{DISPLAY[row['model']]} against {DISPLAY[row['than']]}",
@@ -388,7 +404,7 @@ def summary_markdown(metrics: Metrics, facts: Sequence[tuple[str, str]]) -> str:
     ]
     for scope in metrics.scopes:
         found = scope_tables(metrics, scope)
-        tables = [found["relevance"], *found["second"].values(), found["known"]]
+        tables = [found["relevance"], found["paper"], *found["second"].values(), found["known"]]
         tables += [found[name] for name in ("truth", "form", "variety", "differences", "wins")]
         lines += ["", *(table.markdown() for table in tables if table)]
     return "\n".join([*lines, ""])

@@ -23,9 +23,10 @@ from tppo.core.common import UserError
 from tppo.core.config import RL, Algorithm, Recipe, Task
 from tppo.core.files import read_jsonl
 from tppo.core.models import load_policy, save_model
+from tppo.core.parts import require_unseen, train_examples
 from tppo.core.run import RunFolder
 from tppo.core.stages import split_stage
-from tppo.core.tables import RESPONSES, Example, load_examples, read_table
+from tppo.core.tables import RESPONSES, Example, read_table
 from tppo.core.text import ParsedResponse, parse_response, repeated_queries
 from tppo.generate.engine import encode_examples
 from tppo.logs.truth import Truth, known_truth
@@ -45,9 +46,10 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train `folder.name` = rl_<algorithm>; resumes from the newest checkpoint in `folder`."""
     config = replace(recipe.rl, algorithm=cast(Algorithm, split_stage(folder.name)[1]))
     reward_check = require_passed(recipe, run, config)
-    examples = load_examples(run.require("prepare"), "train")
+    examples = train_examples(run.require("prepare"), "rl", recipe.parts, recipe.data_seed)
     if not examples:
         raise UserError(f"{run.path('prepare')}/examples.parquet has no training example to roll out from")
+    require_unseen(examples, run.require("sft"), recipe.parts, "prompts of RL")
     policy, tokenizer = load_policy(run.require("sft") / "model", task=recipe.task)
     prompts, dropped_events = encode_examples(tokenizer, examples, recipe.task)
     reward_fn = query_reward(run, config, recipe.task, examples, tokenizer)

@@ -32,6 +32,7 @@ from tppo.report.charts import (
     rollout_policies,
     save_line_chart,
 )
+from tppo.report.headline import seen_gap
 from tppo.report.page import answers_shown, difference_chart, judge_facts, page_context, render
 from tppo.study.grid import BASE, SFT, Plan
 from tppo.study.results import MEASURES, Collected, collect, models_with, study_metrics, write_tables
@@ -109,10 +110,15 @@ def study_context(
     scope = metrics.scopes[0]
     curves = collected.curves_of(BASE)
     evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.metrics)
+    gap = seen_gap((evaluated.run.manifest("label") or {}).get("facts", {}), metrics.rubric)
     return {
         **page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {}),
         "lead": [*claims(metrics, scope), *words.lead(metrics, scope)],
-        "cautions": [*missing_cells(plan, collected, failed), *words.cautions(metrics, scope, final_kl(curves))],
+        "cautions": [
+            *missing_cells(plan, collected, failed),
+            *words.cautions(metrics, scope, final_kl(curves)),
+            gap,
+        ],
         "corrected": [corrected_table(metrics, name) for name in metrics.scopes],
         "reward_charts": reward_charts(evaluated.run),
         **synthetic_answers(recipe, plan, collected, metrics),
@@ -187,6 +193,7 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         *judge_facts(metrics),
         ("intervals", f"95%, bootstrap over users and seeds, {context['recipe'].study.bootstrap_samples} draws"),
     ]
+    facts.append(("seen and unseen", context["cautions"][-1]))
     tables: list[Table] = [*context["corrected"], *context["tables"], *(table for table, _ in context["ablations"])]
     said = "".join(f"{sentence}\n\n" for sentence in claims(metrics, metrics.scopes[0]))
     return said + "\n".join([words.summary_markdown(metrics, facts), *(table.markdown() for table in tables)])

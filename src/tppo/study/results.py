@@ -26,7 +26,7 @@ from tppo.core.tables import field, read_table, write_table
 from tppo.evaluate.answers import ANSWERS
 from tppo.evaluate.compare import Metrics, build_metrics
 from tppo.evaluate.metrics import NO_JUDGE
-from tppo.evaluate.readings import READINGS
+from tppo.evaluate.readings import READINGS, with_asked
 from tppo.report.charts import training_rows
 from tppo.report.page import load_metrics
 from tppo.study.grid import Job, Plan
@@ -113,10 +113,13 @@ def _last_folder(job: Job) -> Path:
 
 def _rows(jobs: Sequence[Job], name: str, schema: pa.Schema) -> pd.DataFrame:
     """A table that each of the jobs has, with `setting` and `job`."""
-    found = [
-        read_table(_last_folder(job) / f"{name}.parquet", schema).to_pandas().assign(setting=job.setting, job=job.name)
-        for job in jobs
-    ]
+    found = []
+    for job in jobs:
+        rows = read_table(_last_folder(job) / f"{name}.parquet", schema).to_pandas()
+        if name == "readings" and job.model:  # a cell's, of its own answers
+            answers = read_table(_last_folder(job) / "answers.parquet", ANSWERS).to_pandas()
+            rows = with_asked(answers, rows, job.run.require("prepare"), job.recipe.task.num_queries)
+        found.append(rows.assign(setting=job.setting, job=job.name))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*schema.names, "setting", "job"])
 
 

@@ -56,7 +56,8 @@ def claims(metrics: Metrics, scope: str) -> list[str]:
 
 def corrected_table(metrics: Metrics, scope: str) -> Table:
     """The pairs of policies with p-values, as they are and corrected."""
-    names = [(name, "") for name in (metrics.headline, metrics.data["check"], "hit", "token_f1", "unparseable")]
+    paper = [f"relevant_{metrics.rubric}"] if metrics.counts_asked else []
+    names = [(name, "") for name in (metrics.headline, metrics.data["check"], *paper, "hit", "token_f1", "unparseable")]
     names += words.second_measures(metrics)
     heads = ["Pair"]
     for name, reader in names:

@@ -34,6 +34,7 @@ from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import SFT, Recipe, Task
 from tppo.core.encode import brings_back, encode_text
 from tppo.core.models import SCRATCH, load_policy, lora_config
+from tppo.core.parts import say_fewer, train_examples, write_trained_on
 from tppo.core.run import RunFolder
 from tppo.core.tables import Example, load_examples
 from tppo.core.text import render_response
@@ -55,6 +56,8 @@ class Encoded(NamedTuple):
     dropped_events: int
     unwritable_responses: int
     """With characters that the tokenizer cannot write."""
+    kept: list[Example]
+    """The examples of the rows."""
 
 
 def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int] | None:
@@ -70,7 +73,8 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
     responses = [encode_response(tokenizer, example.targets) for example in examples]
     written = [(example, ids) for example, ids in zip(examples, responses, strict=True) if ids is not None]
     kept = [pair for pair in written if len(pair[1]) <= task.max_response_tokens]
-    prompts, dropped = encode_examples(tokenizer, [example for example, _ in kept], task)
+    kept_examples = [example for example, _ in kept]
+    prompts, dropped = encode_examples(tokenizer, kept_examples, task)
     rows = [
         {
             "input_ids": prompt + response,
@@ -79,7 +83,7 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
         }
         for prompt, (_, response) in zip(prompts, kept, strict=True)
     ]
-    return Encoded(rows, len(written) - len(kept), dropped, len(examples) - len(written))
+    return Encoded(rows, len(written) - len(kept), dropped, len(examples) - len(written), kept_examples)
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -87,11 +91,14 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     settings = recipe.sft
     check_batch_sizes(settings, "sft")
     prepared = run.require("prepare")
-    examples = draw(load_examples(prepared, "train"), settings.max_examples or None, recipe.seed, "sft", "train")
+    mine = train_examples(prepared, "sft", recipe.parts, recipe.data_seed)
+    say_fewer(len(mine), settings.max_examples, "sft.max_examples", recipe.parts, "sft")
+    examples = draw(mine, settings.max_examples or None, recipe.seed, "sft", "train")
     held_out = draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "sft", "eval")
     model, tokenizer = _start_model(settings, examples, recipe.task, recipe.seed)
     train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (examples, held_out))
     rows = train_set.rows
+    write_trained_on(folder, train_set.kept)
     if not rows:
         raise UserError(
             f"no training example is left: {train_set.too_long_responses} of {len(examples)} have a response "
