@@ -15,11 +15,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from tppo.core.causal import check_family
 from tppo.core.common import UserError, console
 from tppo.core.files import cache_dir, write_json
 
@@ -59,18 +61,82 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
         raise UserError(
             f"'{source}' holds no causal language model that loads ({_first_line(error)}): {_WAY_OUT}"
         ) from None
+    refuse_adapters(model, f"'{source}'")
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
         raise UserError(
             f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
             "embeddings: they do not belong together; save the tokenizer the model was trained with there"
         )
-    return model.eval(), tokenizer
+    check_family(model.eval(), source)
+    model.generation_config = sampling_config(model, tokenizer)
+    return model, tokenizer
 
 
 def lora_config(rank: int) -> LoraConfig:
-    """Adapters on every linear layer but the output head."""
+    """Adapters on every linear layer but the output head, and on the fused experts of the families that PEFT knows to
+    have had linear ones (Mixtral, Qwen2-MoE and like)."""
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def with_adapters(model: Any, rank: int) -> PeftModel:
+    """The model with fresh adapters.
+
+    Raises:
+        UserError: the family has nothing that adapters go on, or PEFT cannot put them there.
+    """
+    try:
+        return get_peft_model(model, lora_config(rank))
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{type(model).__name__} takes no LoRA adapters ({_first_line(error)}): tuning=full trains all its weights"
+        ) from None
+
+
+def refuse_adapters(model: Any, name: str) -> None:
+    """A model that has adapters already; which weights are meant to be trained and saved is not guessed.
+
+    Raises:
+        UserError: says how they are merged.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"{name} has adapters (PEFT): merge them into its weights first, `model = PeftModel.from_pretrained(base, "
+            "adapters).merge_and_unload()`, or `model = model.merge_and_unload()` (tuning=lora adds fresh ones)"
+        )
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's end-of-sequence first, then those of the model's
+    `generation_config` (chat models often name several). Ids that the model has no logits for are left out.
+    """
+    further = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    further = further if isinstance(further, list | tuple) else [further]
+    size = model.get_input_embeddings().weight.shape[0]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in further if i is not None and 0 <= i < size)]))
+
+
+def sampling_config(
+    model: Any, tokenizer: Any, temperature: float = 1.0, max_new_tokens: int | None = None
+) -> GenerationConfig:
+    """Settings with which `model.generate` samples as `tppo.generate.engine` does: from softmax(logits / temperature)
+    and nothing else, ended by the same ids. None of the start model's own (top-p, penalties, forced or suppressed
+    tokens, lengths) is kept: nothing was trained or measured with them.
+
+    Args:
+        temperature: 0 is greedy.
+        max_new_tokens: longest response; None is transformers' default.
+    """
+    stops = stop_ids(model, tokenizer)
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        # transformers' default top_k is 50.
+        **({"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stops) if len(stops) > 1 else stops[0],
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+        bos_token_id=tokenizer.bos_token_id,
+    )
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str, extra: dict[str, Any] | None = None) -> None:

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 
+from tppo.core.causal import takes
 from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import SFT, Recipe, Task
-from tppo.core.models import SCRATCH, load_policy, lora_config
+from tppo.core.models import SCRATCH, load_policy, with_adapters
 from tppo.core.run import RunFolder
 from tppo.core.tables import Example, load_examples
 from tppo.core.text import render_response
@@ -127,7 +127,7 @@ def _start_model(settings: SFT, examples: Sequence[Example], task: Task, seed: i
         model, tokenizer = load_policy(settings.model, dtype=torch.float32)
     if settings.tuning == "lora":
         torch.manual_seed(stream_seed(seed, "sft", "lora"))
-        model = get_peft_model(model, lora_config(settings.lora_r))
+        model = with_adapters(model, settings.lora_r)
     return model, tokenizer
 
 
@@ -143,8 +143,11 @@ class ResponseOnlySFTTrainer(ReadyRows, SFTTrainer):
         mask_BT = targets_BT != IGNORED
         # The logits at a position predict the next one; the earliest position any row of the batch needs.
         first = int(mask_BT.any(0).nonzero()[0, 0])
-        outputs = model(**inputs, use_cache=False, logits_to_keep=mask_BT.shape[1] - first + 1)
-        logits_BTV, targets_BT, mask_BT = outputs.logits[:, :-1], targets_BT[:, first:], mask_BT[:, first:]
+        keep = mask_BT.shape[1] - first + 1
+        if takes(self.accelerator.unwrap_model(model), "logits_to_keep"):
+            inputs["logits_to_keep"] = keep  # a family that cannot choose makes all
+        logits_BTV = model(**inputs, use_cache=False).logits[:, -keep:-1]
+        targets_BT, mask_BT = targets_BT[:, first:], mask_BT[:, first:]
         loss_sum = torch.nn.functional.cross_entropy(logits_BTV[mask_BT].float(), targets_BT[mask_BT], reduction="sum")
         if num_items_in_batch is None:
             return loss_sum / mask_BT.sum()
