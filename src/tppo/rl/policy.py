@@ -27,7 +27,7 @@ from tppo.core.causal import Read, headless_copy, hidden_size, read
 from tppo.core.common import UserError, stream_seed
 from tppo.core.config import RL, Precision
 from tppo.core.device import autocast, generation_dtype, resolved
-from tppo.core.models import refuse_adapters, with_adapters
+from tppo.core.models import with_adapters
 from tppo.generate.engine import Generation
 
 
@@ -233,9 +233,9 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
     trained, the copy that samples (in the rollout's precision, see `copy_weights`), the reference (None with LoRA).
 
     Raises:
-        UserError: weights that are not float32 (small steps vanish in bf16: 1e-5 added to 1 is 1), or adapters.
+        UserError: weights that are not float32 (small steps vanish in bf16: 1e-5 added to 1 is 1), or a family without
+            adapters for LoRA.
     """
-    refuse_adapters(lm, "the policy")
     for name, parameter in lm.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(

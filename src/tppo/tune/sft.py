@@ -99,7 +99,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     result, resumed_from = train(trainer, "SFT", METRICS, folder / "metrics.jsonl")
     eval_loss = _final_eval_loss(trainer) if eval_set.rows else None
     made = f"{base}; {settings.tuning} tuning on {len(rows)} examples by tppo's `sft` stage."
-    save_trained(trainer, tokenizer, settings, folder / "model", "supervised start", made)
+    save_trained(trainer, tokenizer, settings, recipe.task, folder / "model", "supervised start", made)
     tokens = sum(row["length"] for row in rows)
     trained_share = 1 - (resumed_from or 0) / max(1, result.global_step)
     return {
