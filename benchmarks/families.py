@@ -80,6 +80,7 @@ _SMALL = {
 SIZES = {name: size for names, size in _SMALL.items() for name in names.split()}
 """What a field of a configuration becomes, where its default is larger."""
 LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")
+_ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16, "attention_hidden_size": 64}
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
 FURTHER: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -102,10 +103,10 @@ FURTHER: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_compress_ratio": 2, **_QWEN4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
+    "zamba": {"num_hidden_layers": 4, **_ZAMBA},
+    "zamba2": {"num_hidden_layers": 4, **_ZAMBA},
 }
 """What sizes alone do not say."""
 QUICK = ("llama", "gpt2", "opt", "bart", "roberta", "rwkv", "mamba", "falcon_h1", "lfm2", "minimax", "mixtral")

@@ -92,10 +92,21 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
     return model, tokenizer
 
 
-def lora_config(rank: int) -> LoraConfig:
+_MAMBA_KINDS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Families whose fused kernels take `out_proj`'s weights past its module: PEFT refuses adapters there."""
+
+
+def lora_config(rank: int, family: str = "") -> LoraConfig:
     """Adapters on every linear layer but the output head, and on the fused experts of the families that PEFT knows to
-    have had linear ones (Mixtral, Qwen2-MoE and like)."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    have had linear ones (Mixtral, Qwen2-MoE and like).
+
+    Args:
+        family: the model's `config.model_type`.
+    """
+    excluded = ["out_proj"] if family in _MAMBA_KINDS else None
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM"
+    )
 
 
 def with_adapters(model: Any, rank: int) -> PeftModel:
@@ -105,7 +116,7 @@ def with_adapters(model: Any, rank: int) -> PeftModel:
         UserError: the family has nothing that adapters go on, or PEFT cannot put them there.
     """
     try:
-        return get_peft_model(model, lora_config(rank))
+        return get_peft_model(model, lora_config(rank, model.config.model_type))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"{type(model).__name__} takes no LoRA adapters ({_first_line(error)}): tuning=full trains all its weights"

@@ -204,7 +204,7 @@ def make_trainer(
         ref_model=reference,
         args=config,
         processing_class=tokenizer,
-        peft_config=lora_config(settings.lora_r) if settings.tuning == "lora" else None,
+        peft_config=lora_config(settings.lora_r, model.config.model_type) if settings.tuning == "lora" else None,
     )
 
 
