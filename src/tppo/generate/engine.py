@@ -2,7 +2,8 @@
 
 Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty and no minimum
 length, whatever the model's `generation_config.json` says. PPO's importance ratio needs the probability a token was
-really drawn with, and `model.generate` would merge such settings in silently.
+really drawn with, and `model.generate` would merge such settings in silently. Only the ids that end a response are
+taken from it (`tppo.core.models.stop_ids`).
 
 An own loop because it is easier to get exactly right, and does less work than `model.generate` where responses differ
 in length. Rows that have ended leave the batch, and a token costs one uniform number and a cumulative sum instead of a
@@ -16,20 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
+from tppo.core.causal import Continuation, is_unpadded
 from tppo.core.common import track
 from tppo.core.config import Task
 from tppo.core.encode import decode_text
+from tppo.core.models import stop_ids
 from tppo.core.tables import Example
 from tppo.core.text import Event, encode_prompt
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A response: its ids (the final end-of-sequence id included iff `finished`) and its text without it."""
+    """A response: its ids (the id that ended it included iff `finished`) and its text without that."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -67,63 +71,47 @@ def generate(
         raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     uniforms_NT = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if is_unpadded(model):
+        batches = [list(part) for batch in batches for _, part in groupby(batch, key=lambda i: len(prompts[i]))]
     responses: list[list[int]] = [[] for _ in prompts]
     training = model.training
     model.eval()
     try:
         for batch in track(batches, description) if description and batches else batches:
-            chunk = _generate_batch(
-                model, [prompts[i] for i in batch], uniforms_NT[batch], tokenizer.eos_token_id, temperature
-            )
+            chunk = _generate_batch(model, [prompts[i] for i in batch], uniforms_NT[batch], stops, temperature)
             for i, ids in zip(batch, chunk, strict=True):
                 responses[i] = ids
     finally:
         model.train(training)
     return [
-        Generation(list(prompt), ids, decode_response(tokenizer, ids), ids[-1] == tokenizer.eos_token_id)
+        Generation(
+            list(prompt), ids, decode_response(tokenizer, ids[:-1] if ids[-1] in stops else ids), ids[-1] in stops
+        )
         for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any, prompts: list[list[int]], uniforms_BT: torch.Tensor, eos_id: int, temperature: float
+    model: Any, prompts: list[list[int]], uniforms_BT: torch.Tensor, stops: tuple[int, ...], temperature: float
 ) -> list[list[int]]:
-    """Response ids of each prompt, cut after the first end-of-sequence id."""
-    width = max(map(len, prompts))
-    # Padding is masked out, so its id does not matter; end-of-sequence is one every model has.
-    ids_BT = torch.tensor([[eos_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    """Response ids of each prompt, cut after the first id that ends it."""
+    continuation = Continuation(model, prompts, pad_id=stops[0])
+    stops_S = torch.tensor(stops, device=model.device)
     responses: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))
-    cache = None
     for step in range(uniforms_BT.shape[1]):
-        output = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            # The last position by index, not as a slice: a slice of bf16 hidden states is not contiguous, and the
-            # matrix product with the vocabulary would first copy the weights once for every row.
-            logits_to_keep=torch.tensor([ids_BT.shape[1] - 1], device=ids_BT.device),
-        )
-        next_B = sample_tokens(output.logits[:, -1], temperature, uniforms_BT[alive, step])
+        next_B = sample_tokens(continuation.next_logits(), temperature, uniforms_BT[alive, step])
         for row, token in zip(alive.tolist(), next_B.tolist(), strict=True):
             responses[row].append(token)
-        going = (next_B != eos_id).nonzero()[:, 0]
+        going = (~torch.isin(next_B, stops_S)).nonzero()[:, 0]
         if not len(going):
             break
-        cache, positions_BT = output.past_key_values, positions_BT[:, -1:] + 1
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            alive, next_B = alive[going.cpu()], next_B[going]
-            mask_BT, positions_BT = mask_BT[going], positions_BT[going]
-        ids_BT = next_B[:, None]
-        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+        continuation.extend(next_B, going if len(going) < len(alive) else None)
+        alive = alive[going.cpu()]
     return responses
 
 

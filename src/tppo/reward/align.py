@@ -113,6 +113,15 @@ def _is_byte(tokenizer: Any, token: int) -> bool:
     return bool(_BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token))))
 
 
+def response_spans(tokenizer: Any, ids: Sequence[int], finished: bool) -> list[Span]:
+    """`token_spans` of a sampled response: the id that ended it has no text, also where it is no special token."""
+    if not finished:
+        return token_spans(tokenizer, ids)
+    spans = token_spans(tokenizer, ids[:-1])
+    end = max((end for _, end in spans), default=0)
+    return [*spans, (end, end)]
+
+
 def encoder_spans(tokenizer: Any, encoding: Any, response: str) -> tuple[int, list[Span]]:
     """Where the response sits in an encoded (history, response) pair, and its tokens' spans in `response`.
 

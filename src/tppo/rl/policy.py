@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 
+from tppo.core.causal import Read, headless_copy, hidden_size, read
 from tppo.core.common import UserError, stream_seed
 from tppo.core.config import RL, Precision
 from tppo.core.device import autocast, generation_dtype, resolved
-from tppo.core.models import lora_config
+from tppo.core.models import with_adapters
 from tppo.generate.engine import Generation
 
 
@@ -93,16 +94,15 @@ class PolicyWithValue(nn.Module):
     def __init__(self, lm: Any, value_function: str = "probe") -> None:
         super().__init__()
         self.lm = lm
-        hidden_size = lm.config.get_text_config().hidden_size
-        self.value_trunk = copy.deepcopy(self._trunk) if value_function == "separate" else None
-        self.value_head = ValueProbe(hidden_size) if value_function == "probe" else skip_init(nn.Linear, hidden_size, 1)
+        size = hidden_size(lm)
+        self.value_trunk = None
+        if value_function == "separate":
+            # In a tuple: the trunk's weights are to be listed once.
+            self._value_lm = (headless_copy(lm),)
+            self.value_trunk = self._value_lm[0].base_model
+        self.value_head = ValueProbe(size) if value_function == "probe" else skip_init(nn.Linear, size, 1)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)  # V = 0 at the start, as the probe's
-
-    @property
-    def _trunk(self) -> Any:
-        """The model without its vocabulary projection."""
-        return (self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm).base_model
 
     def forward(
         self, batch: TokenBatch, temperature: float, precision: Precision, scoring: bool = False
@@ -110,44 +110,35 @@ class PolicyWithValue(nn.Module):
         """Log-probabilities and values of a batch; `scoring` a rollout asks for entropy and hidden states too."""
         width, batch = batch.response_mask.shape[1], batch.trimmed()
         mask_BT, is_probe = batch.response_mask, isinstance(self.value_head, ValueProbe)
-        # The model's own forward makes the logits (some families scale or cap them); the hook only keeps the
-        # hidden state it makes on the way.
-        kept: list[Tensor] = []
-        handle = self._trunk.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
-        try:
-            with autocast(precision):
-                logprobs_BT, entropy_BT = response_logprobs(self.lm, batch, temperature, with_entropy=scoring)
-        finally:
-            handle.remove()
+        with autocast(precision):
+            logprobs_BT, entropy_BT, read_BTD = _scored(self.lm, batch, temperature, with_entropy=scoring)
         values_BT, hidden_BTD = torch.zeros_like(logprobs_BT), logprobs_BT.new_zeros(*logprobs_BT.shape, 0)
         if scoring or not is_probe:
             if self.value_trunk is not None:
                 with autocast(precision):
-                    kept = [self.value_trunk(**model_inputs(batch), use_cache=False).last_hidden_state]
-            read_BTD = kept[0][:, -mask_BT.shape[1] - 1 : -1].float()
+                    read_BTD = _read_response(self._value_lm[0], batch).hidden
+            read_BTD = read_BTD.float()
             values_BT = self.value_head(read_BTD).view(mask_BT.shape) * mask_BT
             hidden_BTD = read_BTD * mask_BT[..., None] if is_probe else hidden_BTD
         return PolicyOutput(*(_padded(t, width) for t in (logprobs_BT, values_BT, entropy_BT, hidden_BTD)))
 
 
-def model_inputs(batch: TokenBatch) -> dict[str, Tensor]:
-    """What a model of transformers reads; positions count from the first token that is no padding."""
-    mask = batch.attention_mask.long()
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def response_logprobs(
-    lm: Any, batch: TokenBatch, temperature: float, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (and entropy, else 0) of the response tokens, in float32, (B, T).
+def _read_response(lm: Any, batch: TokenBatch) -> Read:
+    """What the model makes of the positions that predict response tokens, (B, T, V) and (B, T, D).
 
     The logits of the prompt are never made: position P-1+t predicts response token t, so the last T+1
-    positions suffice. Columns that are padding in every row are left out of the computation.
+    positions suffice.
     """
-    width, batch = batch.response_mask.shape[1], batch.trimmed()
+    read_BT = read(lm, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1] + 1)
+    return Read(read_BT.logits[:, :-1], read_BT.hidden[:, :-1])
+
+
+def _scored(lm: Any, batch: TokenBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities and entropy (else 0) of the response tokens in float32, (B, T), and the hidden states before
+    each, (B, T, D), of a trimmed batch."""
     num_response = batch.response_mask.shape[1]
-    output = lm(**model_inputs(batch), logits_to_keep=num_response + 1, use_cache=False)
-    logits_BTV = output.logits[:, :-1].float()
+    logits_BTV, hidden_BTD = _read_response(lm, batch)
+    logits_BTV = logits_BTV.float()
     if temperature != 1:
         logits_BTV = logits_BTV / temperature
     assert logits_BTV.shape[1] == num_response
@@ -158,6 +149,18 @@ def response_logprobs(
     if with_entropy:
         log_p_BTV = log_p_BTV.detach()
         entropy_BT = -(log_p_BTV.exp() * log_p_BTV).sum(-1) * batch.response_mask
+    return logprobs_BT, entropy_BT, hidden_BTD
+
+
+def response_logprobs(
+    lm: Any, batch: TokenBatch, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (and entropy, else 0) of the response tokens, in float32, (B, T).
+
+    Columns that are padding in every row are left out of the computation.
+    """
+    width = batch.response_mask.shape[1]
+    logprobs_BT, entropy_BT, _ = _scored(lm, batch.trimmed(), temperature, with_entropy)
     return _padded(logprobs_BT, width), _padded(entropy_BT, width)
 
 
@@ -230,7 +233,8 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
     trained, the copy that samples (in the rollout's precision, see `copy_weights`), the reference (None with LoRA).
 
     Raises:
-        UserError: weights that are not float32. Small steps vanish in bf16: 1e-5 added to 1 is 1.
+        UserError: weights that are not float32 (small steps vanish in bf16: 1e-5 added to 1 is 1), or a family without
+            adapters for LoRA.
     """
     for name, parameter in lm.named_parameters():
         if parameter.dtype != torch.float32:
@@ -238,16 +242,22 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
                 f"the policy's {name} is {parameter.dtype}, but weights are trained in float32: load it with "
                 "dtype=torch.float32 (rl.precision=bf16 computes in bf16 all the same)"
             )
-    lm.set_attn_implementation("eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa")
+    set_attention(lm, "eager" if lm.device.type == "cpu" and longest <= EAGER_TOKENS else "sdpa")
     rollout_model, reference = frozen_copy(lm).to(generation_dtype(config.precision)), None
     if config.tuning == "lora":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "rl", "lora"))
-            lm = get_peft_model(lm, lora_config(config.lora_r))
+            lm = with_adapters(lm, config.lora_r)
     else:
         reference = reference_copy(lm, config.precision)
     # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
     return PolicyWithValue(lm, config.value_function).eval(), rollout_model, reference
+
+
+def set_attention(lm: Any, implementation: str) -> None:
+    """Which attention the model computes; a family that has not got it (no attention, or one kind) stays as it is."""
+    with suppress(ValueError, ImportError):
+        lm.set_attn_implementation(implementation)
 
 
 def frozen_copy(lm: Any) -> Any:
@@ -264,8 +274,10 @@ def copy_weights(source: Any, target: nn.Module) -> None:
     # The weights without an adapter never change.
     for name, module in source.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            merged = module.get_base_layer().weight + module.get_delta_weight(_ADAPTER)
-            target.get_parameter(f"{name}.weight").copy_(merged)
+            # Fused experts are parameters of one module, and PEFT's wrappers of them stand around each other.
+            parameter = getattr(module, "parameter_name", "weight")
+            merged = getattr(module.get_base_layer(), parameter) + module.get_delta_weight(_ADAPTER)
+            target.get_parameter(f"{name.replace('.base_layer', '')}.{parameter}").copy_(merged)
 
 
 def reference_copy(lm: Any, precision: Precision) -> Any:

@@ -1,13 +1,17 @@
 """What a reward function is given and may return, and how its answer becomes a tensor.
 
 A reward function is a plain callable: `reward_fn(samples)` gets the responses of a rollout and returns, for each
-of them, a list of floats (one per response token) or one float (paid at the last token).
+of them, a list of floats (one per response token) or one float (paid at the last token). NumPy arrays, tensors (whose
+gradient is cut), tuples, generators and booleans do as well; what is no number, or does not fit a sample, is an error
+that names the sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +21,7 @@ from torch import Tensor
 from tppo.core.common import UserError
 from tppo.core.encode import decode_prompt
 from tppo.generate.engine import Generation
-from tppo.reward.align import Span, token_spans
+from tppo.reward.align import Span, response_spans
 
 _SHOWN_PROMPT = 60
 
@@ -75,7 +79,7 @@ def make_sample(tokenizer: Any, generation: Generation, prompt_index: int) -> Sa
         **vars(generation),
         prompt_index=prompt_index,
         prompt=decode_prompt(tokenizer, generation.prompt_ids),
-        spans=token_spans(tokenizer, generation.response_ids),
+        spans=response_spans(tokenizer, generation.response_ids, generation.finished),
     )
 
 
@@ -87,27 +91,20 @@ def name_sample(samples: Sequence[Sample], row: int) -> str:
 
 
 def score(reward_fn: RewardFunction, samples: list[Sample], response_mask_BT: Tensor) -> TokenRewards:
-    """Ask the reward function and place its rewards, (B, T).
+    """Ask the reward function and place its rewards, (B, T). Tensors lose their gradient: rewards are constants.
 
     Raises:
-        UserError: not one reward per sample, not one float per response token, or something that is no number.
-            NaN and infinity are let through: the caller's guard names them as it does for every tensor.
+        UserError: not one reward per sample, not one float per response token, something that is no number, or extras
+            that do not fit. NaN and infinity are let through: the caller's guard names them as it does for every
+            tensor.
     """
     answer = reward_fn(samples)
     scores = answer if isinstance(answer, Scores) else Scores(answer)
-    if len(scores.rewards) != len(samples):
-        raise UserError(f"reward_fn returned {len(scores.rewards)} rewards for {len(samples)} samples")
+    rewards = _per_sample("rewards", scores.rewards, samples)
     rewards_BT = torch.zeros_like(response_mask_BT, dtype=torch.float32)
-    for row, (sample, reward) in enumerate(zip(samples, scores.rewards, strict=True)):
+    for row, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
         length = len(sample.response_ids)
-        try:
-            with np.errstate(over="ignore"):  # beyond float32 is infinity, which the guard names
-                values_T = np.asarray(reward, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"reward_fn returned no numbers for {name_sample(samples, row)}: {error}. Return one float, or a "
-                f"list of {length} floats"
-            ) from None
+        values_T = _numbers(reward, f"for {name_sample(samples, row)}", f"one float, or a list of {length} floats")
         if values_T.ndim == 0:
             rewards_BT[row, length - 1] = float(values_T)
         elif values_T.shape == (length,):
@@ -117,4 +114,67 @@ def score(reward_fn: RewardFunction, samples: list[Sample], response_mask_BT: Te
                 f"reward_fn returned rewards of shape {values_T.shape} for {name_sample(samples, row)}, which has "
                 f"{length} response tokens (end-of-sequence included): return {length} floats, or one for the response"
             )
-    return TokenRewards(rewards_BT, scores.metrics, scores.classes)
+    return TokenRewards(rewards_BT, _metrics(scores.metrics), _classes(scores.classes, samples))
+
+
+def _per_sample(what: str, values: Any, samples: Sequence[Sample]) -> list[Any]:
+    """One entry for each sample, in order; anything that can be gone through in a certain order will do."""
+    single = isinstance(values, Tensor | np.ndarray) and values.ndim == 0
+    if single or isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise UserError(
+            f"reward_fn returned {type(values).__name__} as {what}: return a list with an entry for each of the "
+            f"{len(samples)} samples, in their order (or `Scores` with one)"
+        )
+    entries = list(values)
+    if len(entries) != len(samples):
+        raise UserError(f"reward_fn returned {len(entries)} {what} for {len(samples)} samples")
+    return entries
+
+
+def _numbers(value: Any, where: str, wanted: str) -> np.ndarray:
+    """A number, or any sequence of numbers, as float32."""
+    try:
+        array = np.asarray(_without_torch(value))
+        if array.dtype.kind == "O" and not all(isinstance(item, Real | Decimal) for item in array.flat):
+            other = next(item for item in array.flat if not isinstance(item, Real | Decimal))
+            raise TypeError(f"{type(other).__name__} among them" if array.ndim else type(other).__name__)
+        if array.dtype.kind not in "biufO":
+            raise TypeError(str(array.dtype))
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, which the guard names
+            return array.astype(np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"reward_fn returned no numbers {where}: {error}. Return {wanted}") from None
+
+
+def _without_torch(value: Any) -> Any:
+    """The same values without tensors (on any device, with or without a gradient, of any precision) or iterators."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().double().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
+    if isinstance(value, list | tuple | Iterator):
+        return [_without_torch(item) for item in value]
+    return value
+
+
+def _metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as they can be written: name -> float."""
+    found = {}
+    for name, value in metrics.items():
+        number = _numbers(value, f"as the metric {name!r}", "one float")
+        if number.ndim:
+            raise UserError(f"reward_fn returned the metric {name!r} of shape {number.shape}: return one float")
+        found[str(name)] = value if isinstance(value, float | int) else float(number)
+    return found
+
+
+def _classes(classes: Any, samples: Sequence[Sample]) -> list[list[int]] | None:
+    """The class of every response token, as it can be written."""
+    if classes is None:
+        return None
+    found = []
+    for row, (sample, entry) in enumerate(zip(samples, _per_sample("classes", classes, samples), strict=True)):
+        length, where = len(sample.response_ids), f"as classes of {name_sample(samples, row)}"
+        values_T = _numbers(entry, where, f"a list of {length} integers")
+        if values_T.shape != (length,):
+            raise UserError(f"reward_fn returned shape {values_T.shape} {where}: return {length}, one for each token")
+        found.append(values_T.astype(int).tolist())
+    return found

@@ -30,7 +30,7 @@ from tppo.core.tables import RESPONSES, Example, read_table
 from tppo.core.text import ParsedResponse, parse_response, repeated_queries
 from tppo.generate.engine import encode_examples
 from tppo.logs.truth import Truth, known_truth
-from tppo.reward.align import query_lengths, token_spans
+from tppo.reward.align import query_lengths, response_spans
 from tppo.reward.gate import require_passed
 from tppo.reward.metrics import response_relevance
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
@@ -229,7 +229,7 @@ def median_suggested_length(sample_folder: Path, tokenizer: Any, task: Task) -> 
     """sl of Eq. 4: median length of a sampled query (`align.query_lengths`) in policy tokens x number of queries."""
     lengths: list[int] = []
     for row in read_table(sample_folder / "responses.parquet", RESPONSES).to_pylist():
-        spans = token_spans(tokenizer, row["response_ids"])
+        spans = response_spans(tokenizer, row["response_ids"], row["finished"])
         lengths += query_lengths(parse_response(row["response"], row["finished"], task.num_queries), spans)
     if not lengths:
         raise UserError(f"{sample_folder}/responses.parquet holds no query: set rl.suggested_length yourself")

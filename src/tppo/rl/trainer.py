@@ -37,10 +37,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tppo.core.common import rng, stream_seed
+from tppo.core.causal import check_family
+from tppo.core.common import UserError, rng, stream_seed
 from tppo.core.config import RL
 from tppo.core.device import resolved
-from tppo.core.models import check_positions, load_policy
+from tppo.core.models import check_positions, load_policy, refuse_adapters, sampling_config
 from tppo.generate.engine import generate
 from tppo.rl import guards
 from tppo.rl.guards import KeptPolicy
@@ -121,7 +122,8 @@ class TokenPPOTrainer:
 
     Raises:
         UserError: settings that do not fit together, an empty prompt, one that the tokenizer does not bring back or
-            that is too long for the policy, weights that are not float32.
+            that is too long for the policy, weights that are not float32, adapters, a model of a family that cannot be
+            sampled and trained.
     """
 
     def __init__(
@@ -140,6 +142,9 @@ class TokenPPOTrainer:
         guards.check_config(config, max_response_tokens)
         if isinstance(policy, str | Path):
             policy, tokenizer = load_policy(policy)
+        else:
+            refuse_adapters(policy, "the policy")
+            check_family(policy, "the policy")
         self.tokenizer = tokenizer
         self.prompts = guards.encode_prompts(tokenizer, prompts)
         longest_prompt = max(map(len, self.prompts))
@@ -183,7 +188,10 @@ class TokenPPOTrainer:
             experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
             # Before anything is trained: what the rollout says of the old policy, and the fit of its values.
             metrics = rollout_metrics(rewards.rewards, old.entropy, experience)
-            metrics |= {"kl_coef": self.kl_coef} | rewards.metrics
+            metrics |= {"kl_coef": self.kl_coef}
+            if taken := metrics.keys() & rewards.metrics.keys():
+                raise UserError(f"reward_fn returned metrics with names that are ours, {sorted(taken)}: rename them")
+            metrics |= rewards.metrics
             if self.probe is not None:
                 next_probe = self.probe.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
             if config.whiten_advantages:
@@ -208,8 +216,12 @@ class TokenPPOTrainer:
         """The language model the run ends with, in the rollout's precision and LoRA merged, and its number of updates.
 
         The best by `best_metric` if that is set; else, `halted` by max_kl, that of the last rollout within the
-        limit; else the policy as it is. The returned model is the sampling copy, overwritten by the next step.
+        limit; else the policy as it is. The returned model is the sampling copy, overwritten by the next step. Its
+        `generation_config` samples as the rollouts did, whatever the start model's was.
         """
+        self.rollout_model.generation_config = sampling_config(
+            self.rollout_model, self.tokenizer, self.config.temperature, self.max_response_tokens
+        )
         kept = self.kept.get("best") or (self.kept.get("last_good") if halted else None)
         if kept is None:
             copy_weights(self.policy.lm, self.rollout_model)

@@ -99,7 +99,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(model, reference, tokenizer, rows, measured, settings, seed, folder / "checkpoints")
     result, resumed_from = train(trainer, "DPO", METRICS, folder / "metrics.jsonl")
     made = f"Tuned from the run's SFT model on {len(rows)} pairs ({settings.pairs}) by tppo's `dpo` stage."
-    save_trained(trainer, tokenizer, settings, folder / "model", "dpo", made)
+    save_trained(trainer, tokenizer, settings, recipe.task, folder / "model", "dpo", made)
     return {
         "algorithm": "dpo",
         "pairs": settings.pairs,
@@ -209,7 +209,7 @@ def make_trainer(
         ref_model=reference,
         args=config,
         processing_class=tokenizer,
-        peft_config=lora_config(settings.lora_r) if settings.tuning == "lora" else None,
+        peft_config=lora_config(settings.lora_r, model.config.model_type) if settings.tuning == "lora" else None,
     )
 
 

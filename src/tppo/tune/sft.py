@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 
+from tppo.core.causal import takes
 from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import SFT, Recipe, Task
 from tppo.core.encode import brings_back, encode_text
-from tppo.core.models import SCRATCH, load_policy, lora_config
+from tppo.core.models import SCRATCH, load_policy, with_adapters
 from tppo.core.parts import say_fewer, train_examples, write_trained_on
 from tppo.core.run import RunFolder
 from tppo.core.tables import Example, load_examples
@@ -115,7 +115,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     result, resumed_from = train(trainer, "SFT", METRICS, folder / "metrics.jsonl")
     eval_loss = _final_eval_loss(trainer) if eval_set.rows else None
     made = f"{base}; {settings.tuning} tuning on {len(rows)} examples by tppo's `sft` stage."
-    save_trained(trainer, tokenizer, settings, folder / "model", "supervised start", made)
+    save_trained(trainer, tokenizer, settings, recipe.task, folder / "model", "supervised start", made)
     tokens = sum(row["length"] for row in rows)
     trained_share = 1 - (resumed_from or 0) / max(1, result.global_step)
     return {
@@ -163,7 +163,7 @@ def _start_model(settings: SFT, examples: Sequence[Example], task: Task, seed: i
         model, tokenizer = load_policy(settings.model, dtype=torch.float32, task=task)
     if settings.tuning == "lora":
         torch.manual_seed(stream_seed(seed, "sft", "lora"))
-        model = get_peft_model(model, lora_config(settings.lora_r))
+        model = with_adapters(model, settings.lora_r)
     return model, tokenizer
 
 
@@ -179,8 +179,11 @@ class ResponseOnlySFTTrainer(ReadyRows, SFTTrainer):
         mask_BT = targets_BT != IGNORED
         # The logits at a position predict the next one; the earliest position any row of the batch needs.
         first = int(mask_BT.any(0).nonzero()[0, 0])
-        outputs = model(**inputs, use_cache=False, logits_to_keep=mask_BT.shape[1] - first + 1)
-        logits_BTV, targets_BT, mask_BT = outputs.logits[:, :-1], targets_BT[:, first:], mask_BT[:, first:]
+        keep = mask_BT.shape[1] - first + 1
+        if takes(self.accelerator.unwrap_model(model), "logits_to_keep"):
+            inputs["logits_to_keep"] = keep  # a family that cannot choose makes all
+        logits_BTV = model(**inputs, use_cache=False).logits[:, -keep:-1]
+        targets_BT, mask_BT = targets_BT[:, first:], mask_BT[:, first:]
         loss_sum = torch.nn.functional.cross_entropy(logits_BTV[mask_BT].float(), targets_BT[mask_BT], reduction="sum")
         if num_items_in_batch is None:
             return loss_sum / mask_BT.sum()

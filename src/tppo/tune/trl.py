@@ -19,9 +19,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from tppo.core.common import UserError, console, progress_bar, stream_seed
-from tppo.core.config import DPO, SFT
+from tppo.core.config import DPO, SFT, Task
 from tppo.core.device import resolved, trainer_device
-from tppo.core.models import save_model
+from tppo.core.models import sampling_config, save_model
 
 WARMUP_SHARE = 0.05
 """Share of the steps over which the learning rate rises: enough for Adam's averages to settle, whatever the rate."""
@@ -140,8 +140,11 @@ def train(trainer: Trainer, title: str, metrics: Metrics, path: Path) -> tuple[T
     return trainer.train(resume_from_checkpoint=str(checkpoint)), _step_of(checkpoint)
 
 
-def save_trained(trainer: Trainer, tokenizer: Any, settings: SFT | DPO, folder: Path, title: str, made: str) -> None:
-    """Save what has been trained (adapters merged, bf16 when precision is bf16) and delete the checkpoints.
+def save_trained(
+    trainer: Trainer, tokenizer: Any, settings: SFT | DPO, task: Task, folder: Path, title: str, made: str
+) -> None:
+    """Save what has been trained (adapters merged, bf16 when precision is bf16, set to sample at temperature 1, at
+    which the likelihoods were trained) and delete the checkpoints.
 
     Args:
         title: of the model card.
@@ -156,6 +159,7 @@ def save_trained(trainer: Trainer, tokenizer: Any, settings: SFT | DPO, folder: 
         model = model.merge_and_unload()
     if trainer.args.bf16:
         model = model.to(torch.bfloat16)
+    model.generation_config = sampling_config(model, tokenizer, max_new_tokens=task.max_response_tokens)
     save_model(model, tokenizer, folder, card)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 
