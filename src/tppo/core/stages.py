@@ -119,6 +119,7 @@ STAGES = {
             "tppo.logs.prepare",
             "interaction log -> examples (history, next queries), with every rejected row accounted for",
             inputs=lambda recipe: ["synthetic"] if recipe.prepare.source == ["synthetic"] else [],
+            settings=lambda recipe: {"prepare": _without(recipe.prepare, "memory_limit", "threads")},  # RESOURCES
         ),
         Stage(
             "sft",

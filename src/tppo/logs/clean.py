@@ -13,6 +13,7 @@ the second measure (a query that several users typed is hardly about one of them
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import re
@@ -189,3 +190,13 @@ def hash_key() -> bytes:
 def hash_user(key: bytes, user: str) -> int:
     """User id -> 64-bit HMAC-SHA256; tables show it as 16 hexadecimal digits."""
     return int.from_bytes(hmac.digest(key, user.encode("utf-8", "surrogatepass"), "sha256")[:8], "big")
+
+
+def user_draw(seed: int, user: str) -> tuple[int, int]:
+    """Two 64-bit numbers of a user that the seed and the id alone decide: one chooses the split, one the bucket.
+
+    The same recipe so has the same training and test users on every machine, whatever the key of the hashes. Neither
+    number is ever written: anybody can compute them from an id.
+    """
+    digest = hashlib.sha256(f"{seed}/split/{user}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
