@@ -1,8 +1,8 @@
-"""Time and peak memory of `tppo prepare` on a made-up log of the shape of AOL: many ordinary users, few with very many rows.
+"""Time and peak memory of `tppo prepare` on a made-up log of the shape of AOL, and with users of very many rows.
 
-    python benchmarks/prepare_scale.py --users 27778 --heavy_users 0                       # 1.0 million rows
-    python benchmarks/prepare_scale.py --users 1000000 --heavy_users 10 --heavy_rows 40000 # 36.4 million rows, AOL's size
-    python benchmarks/prepare_scale.py --users 1000000 --heavy_users 1000                  # and 100 million rows beside
+    python benchmarks/prepare_scale.py --users 27778                                      # 1.0 million rows
+    python benchmarks/prepare_scale.py --users 1000000 --heavy_users 4                    # 36.4 million, as many as AOL
+    python benchmarks/prepare_scale.py --users 1000000 --heavy_users 1000                 # 136 million
 
 A query is two to four words of a vocabulary with Zipf's frequencies; a user comes back to an earlier query in 3 of 10
 rows; half of the rows have a click. Rows are in the order of users and time, as AOL's. Rows per second count from the
@@ -32,7 +32,7 @@ HEADER = "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n"
 START = datetime(2006, 3, 1)
 DAYS = 90
 VOCABULARY = 60_000
-SYLLABLES = "ba ke li mo nu ra se ti vo zu pla gre sti cho fun mar den tor wil qua".split()
+SYLLABLES = [*("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu"), *("pla", "gre", "sti", "cho", "fun", "tor")]
 
 
 def vocabulary(generator: np.random.Generator) -> list[str]:
@@ -57,7 +57,7 @@ def user_rows(user: int, count: int, words: list[str], generator: np.random.Gene
             seen.append(query)
         when = START + timedelta(seconds=seconds[index])
         host = f"http://www.{words[places[index][3]]}.com" if returns[index] * 10 % 1 < 0.5 else ""
-        yield f"{user}\t{query}\t{when}\t{1 if host else ''}\t{host}\n"
+        yield f"{user + 1}\t{query}\t{when}\t{1 if host else ''}\t{host}\n"
 
 
 def write_log(path: Path, users: int, rows: int, heavy_users: int, heavy_rows: int, seed: int = 0) -> int:

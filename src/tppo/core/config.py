@@ -117,7 +117,7 @@ class Prepare:
     """DuckDB's memory limit, shared by its processes; beyond it, it spills to disk. Python and libraries come on top,
     about 200 MB for each process."""
     threads: int = 2
-    """Processes that work on a log of more than 64 MB, each with memory of its own; DuckDB threads on a smaller one."""
+    """Processes that work on a log of more than 32 MB, each with memory of its own; DuckDB threads on a smaller one."""
 
 
 @dataclass

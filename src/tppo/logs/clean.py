@@ -43,9 +43,10 @@ internet search searchengine searchengines homepage login email mail
 NAVIGATIONAL = frozenset(_SITES.split())
 _TOP_LEVEL = "com|net|org|edu|gov|info|biz|us|uk|ca|de|fr|it|es|nl|au|in|io|co|tv|mil"
 _ADDRESS = re.compile(rf"[\w-]+(?:\.[\w-]+)*\.(?:{_TOP_LEVEL})(?:[:/?#]\S*)?")
-_SPACED_ADDRESS = re.compile(r"\S+(?: \S+)? ?[. ] ?(?:com|net|org|edu|gov)")
+_SPACED_ENDINGS = ("com", "net", "org", "edu", "gov")
+_SPACED_ADDRESS = re.compile(rf"\S+(?: \S+)? ?[. ] ?(?:{'|'.join(_SPACED_ENDINGS)})")
 _PREFIX = re.compile(r"https?\b|www\b")
-_SUFFIX = re.compile(r"(?:com|net|org)$")
+_NAME_ENDINGS = ("com", "net", "org")
 _NO_NAME = re.compile(r"[\W_]+")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 KEY_VARIABLE = "TPPO_HASH_KEY"
@@ -66,12 +67,17 @@ _DIGIT = re.compile(r"\d")
 
 def is_navigational(query: str) -> bool:
     """Whether a normalised search only names a site (the rule is in the module docstring)."""
-    if _PREFIX.match(query):
+    # The conditions before the patterns only save time: no text that meets the pattern fails them.
+    if query.startswith(("http", "www")) and _PREFIX.match(query):
         return True
-    name = _NO_NAME.sub("", query)
-    if name in NAVIGATIONAL or _SUFFIX.sub("", name) in NAVIGATIONAL:
+    name = query.replace(" ", "")
+    if not name.isalnum():
+        name = _NO_NAME.sub("", name)
+    if name in NAVIGATIONAL or (name[-3:] in _NAME_ENDINGS and name[:-3] in NAVIGATIONAL):
         return True
-    return bool(_ADDRESS.fullmatch(query) or _SPACED_ADDRESS.fullmatch(query))
+    if query.endswith(_SPACED_ENDINGS) and _SPACED_ADDRESS.fullmatch(query):
+        return True
+    return "." in query and bool(_ADDRESS.fullmatch(query))
 
 
 def url_host(url: str) -> str:

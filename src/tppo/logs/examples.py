@@ -174,11 +174,12 @@ def connect(memory: int, threads: int, spill: Path) -> Iterator[duckdb.DuckDBPyC
     }
     try:
         with duckdb.connect(":memory:", config=settings) as con:
+            con.execute("SET enable_progress_bar = false")  # it has our own in its way
             yield con
     except duckdb.OutOfMemoryException:
         raise UserError(
-            f"DuckDB needs more than the {memory >> 20} MiB that prepare.memory_limit gives each of its processes: raise it, or "
-            f"lower prepare.threads, and give the same command again (what was read is kept)"
+            f"DuckDB needs more than the {memory >> 20} MiB that prepare.memory_limit gives each process: raise it, "
+            f"or lower prepare.threads, and give the same command again (what was read is kept)"
         ) from None
     except duckdb.IOException:
         raise OSError(f"DuckDB cannot read or write in {spill.parent}: is the disk full?") from None

@@ -42,10 +42,10 @@ from tppo.logs.times import parse_time as parse_time
 from tppo.logs.workers import Map, workers
 
 SYNTHETIC_KEY = b"synthetic users need no secret, and the same ids everywhere"
-SMALL_BYTES = 1 << 26
+SMALL_BYTES = 1 << 25
 """Smaller logs are one bucket, in this process."""
-BUCKET_BYTES = 1 << 25
-"""Bytes of the log in a bucket, uncompressed: some 500,000 rows of AOL."""
+BUCKET_BYTES = 1 << 24
+"""Bytes of the log in a bucket, uncompressed: some 250,000 rows of AOL."""
 COMPRESSION = 5
 """Bytes of a log, roughly, for one of it compressed or as Parquet."""
 HEAVY = 100

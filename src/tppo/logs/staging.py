@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ STAGED = pa.schema(
     ]
 )
 """Rows cleaned one by one, not yet compared with each other."""
+_REJECTED = ("place", "reason")
+_KEPT = [name for name in STAGED.names if name != "reason"]
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(EVENT_KINDS)}
 _REASON_NUMBERS = {reason: number for number, reason in enumerate(REASON_NAMES)}
 
@@ -92,29 +94,38 @@ def clean_row(
     """(reason, user hash, time, kind, text, click): why the row is rejected, or what is kept of it."""
     if isinstance(row, BadRow):
         return _rejected(row.reason)
-    user = row.user.strip().casefold()
-    if not user or user in missing.users:
-        return _rejected("missing_value")
-    if user in missing.shared:
-        return _rejected("shared_user")
-    when = parse_time(row.time, time_format, time_zone)
+    _, user, time, kind, text, url = row
+    reason, user_id = clean_user(user, key, missing)
+    if reason is not None:
+        return _rejected(reason)
+    when = parse_time(time, time_format, time_zone)
     if when is None:
         return _rejected("bad_time")
-    kind = row.kind if row.kind in EVENT_KINDS else row.kind.strip().lower()
     if kind not in EVENT_KINDS:
-        return _rejected("unknown_kind")
-    if row.text in missing.texts or row.text.strip() in missing.texts:
+        kind = kind.strip().lower()
+        if kind not in EVENT_KINDS:
+            return _rejected("unknown_kind")
+    if text.strip() in missing.texts:
         # A text without a letter or digit is no text, as ever.
-        return _rejected("missing_value" if any(map(str.isalnum, row.text)) else "no_text")
-    text, reason = clean_text(kind, row.text, max_text_chars)
+        return _rejected("missing_value" if any(map(str.isalnum, text)) else "no_text")
+    text, reason = clean_text(kind, text, max_text_chars)
     click = None
-    if reason is None and row.url is not None and row.url not in missing.texts:
-        click, reason = clean_url(row.url, max_text_chars)
-    return _rejected(reason) if reason else (None, hash_user(key, row.user), when, kind, text, click)
+    if reason is None and url is not None and url not in missing.texts:
+        click, reason = clean_url(url, max_text_chars)
+    return _rejected(reason) if reason else (None, user_id, when, kind, text, click)
 
 
 def _rejected(reason: str) -> tuple[Any, ...]:
     return reason, None, None, None, None, None
+
+
+@lru_cache(maxsize=1 << 10)  # a user's rows mostly follow each other; an id can be 64 KiB long
+def clean_user(user: str, key: bytes, missing: Missing) -> tuple[str | None, int]:
+    """(None, hash), or (reason, 0) for an id that is none, or several people's."""
+    folded = user.strip().casefold()
+    if not folded or folded in missing.users:
+        return "missing_value", 0
+    return ("shared_user", 0) if folded in missing.shared else (None, hash_user(key, user))
 
 
 @lru_cache(maxsize=1 << 12)
@@ -129,60 +140,64 @@ def split_and_bucket(seed: int, shares: tuple[float, float, float], buckets: int
 def stage_block(cleaning: Cleaning, job: tuple[Path, int, Block]) -> int:
     """Write the chunk file of a block of a file (by its number); returns the number of rows."""
     path, file, block = job
-    batches: list[pa.RecordBatch] = []
-    buckets: list[int] = []
-    rows: list[tuple[Any, ...]] = []
-    count = 0
     first = file << _FILE_SHIFT
-    rejected = cleaning.buckets
+    rules = (cleaning.key, cleaning.max_text_chars, cleaning.missing, block.layout.time_format, cleaning.time_zone)
+    bad_places: list[int] = []
+    bad_reasons: list[int] = []
+    buckets: list[int] = []
+    parts: list[pa.RecordBatch] = []
+    columns: list[list[Any]] = [[] for _ in _KEPT]
+    places, users, splits, times, kinds, texts, clicks = columns
     for row in block.rows():
-        reason, user_id, when, kind, text, click = clean_row(
-            row,
-            cleaning.key,
-            cleaning.max_text_chars,
-            cleaning.missing,
-            block.layout.time_format,
-            cleaning.time_zone,
-        )
+        reason, user_id, when, kind, text, click = clean_row(row, *rules)
         if reason is not None or isinstance(row, BadRow):
-            buckets.append(rejected)
-            rows.append((first + row.line, _REASON_NUMBERS[reason], None, None, None, None, None, None))
-        else:
-            split, bucket = split_and_bucket(cleaning.seed, cleaning.shares, cleaning.buckets, row.user)
-            buckets.append(bucket)
-            rows.append((first + row.line, None, user_id, split, when, _KIND_NUMBERS[kind], text, click))
-        if len(rows) == _BATCH_ROWS:
-            batches.append(_batch(rows))
-            count += len(rows)
-            rows = []
-    if rows:
-        batches.append(_batch(rows))
-        count += len(rows)
-    _write_chunk(path, pa.Table.from_batches(batches, STAGED), np.array(buckets, np.int64), cleaning.buckets, count)
-    return count
+            bad_places.append(first + row.line)
+            bad_reasons.append(_REASON_NUMBERS[reason])
+            continue
+        split, bucket = split_and_bucket(cleaning.seed, cleaning.shares, cleaning.buckets, row.user)
+        buckets.append(bucket)
+        places.append(first + row.line)
+        users.append(user_id)
+        splits.append(split)
+        times.append(when)
+        kinds.append(_KIND_NUMBERS[kind])
+        texts.append(text)
+        clicks.append(click)
+        if len(places) == _BATCH_ROWS:
+            parts.append(_batch(columns))
+    parts.append(_batch(columns))
+    kept = pa.Table.from_batches(parts)
+    rejected = pa.record_batch([pa.array(bad_places, pa.int64()), pa.array(bad_reasons, pa.uint8())], list(_REJECTED))
+    _write_chunk(path, kept, np.array(buckets, np.int64), cleaning.buckets, rejected)
+    return len(bad_places) + kept.num_rows
 
 
-def _batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True)
-    return pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, STAGED, strict=True)], schema=STAGED)
+def _batch(columns: list[list[Any]]) -> pa.RecordBatch:
+    """The lists, emptied, as columns."""
+    batch = pa.record_batch([pa.array(c, STAGED.field(n).type) for c, n in zip(columns, _KEPT, strict=True)], _KEPT)
+    for column in columns:
+        column.clear()
+    return batch
 
 
-def _write_chunk(path: Path, table: pa.Table, bucket: np.ndarray, buckets: int, rows: int) -> None:
+def _filled(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with nulls for the columns of STAGED that it lacks."""
+    names = batch.schema.names
+    columns = [batch.column(f.name) if f.name in names else pa.nulls(len(batch), f.type) for f in STAGED]
+    return pa.record_batch(columns, schema=STAGED)
+
+
+def _write_chunk(path: Path, kept: pa.Table, bucket: np.ndarray, buckets: int, rejected: pa.RecordBatch) -> None:
     order = np.argsort(bucket, kind="stable")
-    table = table.take(order).combine_chunks()
-    ends = np.searchsorted(bucket[order], np.arange(buckets + 1), side="right")
-    schema = STAGED.with_metadata({"rows": str(rows)})
+    (batch,) = kept.take(order).combine_chunks().to_batches() or [_batch([[] for _ in _KEPT])]
+    ends = np.searchsorted(bucket[order], np.arange(buckets), side="right").tolist()
+    schema = STAGED.with_metadata({"rows": str(kept.num_rows + rejected.num_rows)})
     temporary = path.with_suffix(".tmp")
     with pa.ipc.new_file(temporary, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        start = 0
-        for end in ends.tolist():
-            (batch,) = table.slice(start, end - start).to_batches() or [_NO_ROWS]
-            writer.write_batch(batch)
-            start = end
+        for start, end in pairwise([0, *ends]):
+            writer.write_batch(_filled(batch.slice(start, end - start)))
+        writer.write_batch(_filled(rejected))
     temporary.replace(path)
-
-
-_NO_ROWS = pa.RecordBatch.from_pylist([], STAGED)
 
 
 def stage_files(
@@ -247,9 +262,8 @@ def read_bucket(folder: Path, bucket: int) -> pa.Table:
 
 def rejected_rows(folder: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """`place` and `reason` of the rows rejected one by one, a chunk at a time."""
-    names = ["place", "reason"]
-    schema = pa.schema([STAGED.field(name) for name in names])
-    return schema, (batch.select(names) for batch in _batches(folder, -1))
+    schema = pa.schema([STAGED.field(name) for name in _REJECTED])
+    return schema, (batch.select(list(_REJECTED)) for batch in _batches(folder, -1))
 
 
 def _batches(folder: Path, number: int) -> Iterator[pa.RecordBatch]:

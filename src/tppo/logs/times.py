@@ -39,7 +39,6 @@ _EPOCH_DIGITS = {9: "epoch_s", 10: "epoch_s", 12: "epoch_ms", 13: "epoch_ms", 15
     19: "epoch_ns",
 }
 """Digits before the point of the seconds, milliseconds and so on of the plausible years (10^9 s is 2001)."""
-_USUAL = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d", re.ASCII)
 _CLOCK = r"(?P<hour>\d\d)(?:(?P<c>:?)(?P<minute>\d\d)(?:(?P=c)(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
 _ZONE = (
     r"(?: ?(?P<offset>[Zz]|[+-]\d\d(?::?\d\d(?::?\d\d)?)?))?(?: (?P<name>[A-Za-z][\w/+-]*)|\[(?P<bracket>[\w/+-]+)\])?"
@@ -68,6 +67,9 @@ def parse_time(value: str | datetime, format: str = "auto", zone: str = "") -> d
         zone: name of the zone of times that have none of their own.
     """
     try:
+        if type(value) is str and len(value) == 19 and format in ("auto", "iso") and not zone and _is_usual(value):
+            # Most times of most logs: many times faster than the patterns.
+            return datetime.fromisoformat(value)
         if isinstance(value, datetime):
             when: datetime | None = _in_utc(value, value.tzinfo)
         else:
@@ -75,6 +77,13 @@ def parse_time(value: str | datetime, format: str = "auto", zone: str = "") -> d
     except (ValueError, OverflowError):
         return None
     return when if when is not None and FIRST <= when < LAST else None
+
+
+def _is_usual(text: str) -> bool:
+    """Whether 19 characters have the signs of `YYYY-MM-DD HH:MM:SS` at their places, and neither 24:00 nor a leap
+    second, in a plausible year. (Python's own parser takes any character between date and time.)"""
+    signs = text[4] + text[7] + text[13] + text[16] == "--::" and text[10] in " T"
+    return signs and text[17] != "6" and text[11:13] != "24" and "1990" <= text[:4] < "2100"
 
 
 def time_kind(value: str | datetime) -> str | None:
@@ -101,8 +110,6 @@ def check_zone(name: str) -> None:
 
 
 def _parse(text: str, format: str, zone: str) -> datetime | None:
-    if format in ("auto", "iso") and _USUAL.fullmatch(text) and not zone and text[17] != "6" and text[11:13] != "24":
-        return datetime.fromisoformat(text)
     if format == "auto":
         kind = time_kind(text)
         return _parse(text, kind, zone) if kind else None
