@@ -216,7 +216,7 @@ def _plain_record(layout: Layout, line: int, record: dict[str, Any]) -> RawRow |
 
 def _ubi_record(layout: Layout, line: int, record: dict[str, Any]) -> RawRow | BadRow:
     """A document of ubi_queries (a search) or of ubi_events."""
-    source = record.get("_source", record)
+    source = record if record.get("_source") is None else record["_source"]
     if not isinstance(source, dict):
         return BadRow(line, "malformed")
     action = source.get("action_name")

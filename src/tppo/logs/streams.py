@@ -66,8 +66,7 @@ def check_encoding(name: str) -> None:
     """UserError for `prepare.encoding` when Python knows no such encoding of text."""
     try:
         if name != "auto":
-            codecs.lookup(name)
-            b"".decode(name)
+            "a".encode(name)
     except LookupError:
         raise UserError(
             f"prepare.encoding={name}: no such encoding; give auto, or a name such as utf-8, utf-16, gb18030, shift_jis"
@@ -104,8 +103,9 @@ def _whole_lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
         if ends_cr is None:
             ends_cr = _ends_with_cr(piece)
         if ends_cr:
-            # A CR at the end may be half of a CR LF.
-            piece, held = (held + piece)[:-1], (held + piece)[-1:]
+            piece, held = held + piece, b""
+            if piece.endswith(b"\r"):  # perhaps half of a CR LF
+                piece, held = piece[:-1], b"\r"
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         data = rest + piece
         cut = data.rfind(b"\n") + 1
