@@ -172,10 +172,10 @@ def test_ids_that_are_none_or_of_several_people(tmp_path) -> None:
 
 
 def test_texts_that_are_none(tmp_path) -> None:
-    texts = [r"\N", "NULL", "NaN", "(not set)", "undefined", "N/A", "-", "null", "none", "null island", "nan bread"]
+    texts = [r"\N", "NULL", "NaN", "(not set)", "undefined", "N/A", "null", "(other)", "-", "none", "nan", "null point"]
     rows = [f"u\t2026-01-01 00:00:{i:02}\tsearch\t{text}" for i, text in enumerate(texts)]
     _, rejects = run_rows(tmp_path, TSV + "\n".join(rows))
-    assert [reject["reason"] for reject in rejects] == ["missing_value"] * 6 + ["no_text"]
+    assert [reject["reason"] for reject in rejects] == ["missing_value"] * 8 + ["no_text"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path, log, options, me
 
 def test_a_bad_file_among_many_is_said_first(tmp_path, log) -> None:
     (tmp_path / "zzz.tsv").write_bytes(b"PK\x03\x04 not text")
-    with pytest.raises(UserError, match="zzz.tsv is a ZIP archive"):
+    with pytest.raises(UserError, match=r"zzz.tsv is a ZIP archive"):
         prepared(recipe_for(tmp_path, log, tmp_path / "zzz.tsv"), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

@@ -103,12 +103,13 @@ class Prepare:
     """Longer event texts are rejected (with a reason); raise it for a log with long titles."""
     null_values: list[str] = field(
         default_factory=lambda: [
-            *("\\N", "NULL", "Null", "NaN", "NAN", "None", "NONE", "nil", "N/A", "NA", "#N/A", "<NA>", "<null>"),
-            *("(null)", "(none)", "(not set)", "(not provided)", "undefined", "-", "--"),
+            *("\\N", "NULL", "Null", "null", "NaN", "NAN", "None", "NONE", "nil", "N/A", "NA", "#N/A", "<NA>"),
+            *("<null>", "(null)", "(none)", "(not set)", "(not provided)", "(other)", "undefined"),
+            *("[object Object]", "-", "--"),
         ]
     )
     """What exports write for a value that is missing. A user id that is one of these, in capitals or not, or a text
-    that is one of these, spelt as here, is a missing_value. (`null` and `none` as texts stay: people type them.)"""
+    that is one of these, spelt as here, is a missing_value. (`none` and `nan` as texts stay: people type them.)"""
     shared_users: list[str] = field(
         default_factory=lambda: ["0", "-1", "00000000-0000-0000-0000-000000000000", "anonymous", "unknown", "guest"]
     )
@@ -688,7 +689,10 @@ REPLACED = {
 }
 """Settings that are asked for in another way now."""
 ADDED: dict[str, Any] = {
+    "prepare.columns.time_format": "auto",
+    "prepare.columns.time_zone": "",
+    "prepare.encoding": "auto",
     "prepare.null_values": [],
     "prepare.shared_users": [],
 }
-"""Settings added later whose default does something new, and the value that does what was done before."""
+"""Settings added later, and the value that does what was done before there was any."""
