@@ -16,7 +16,7 @@ from tppo.core.config import Prepare, Recipe, Synthetic, Task
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import EXAMPLES, REJECTS, Example, load_examples, read_table
 from tppo.logs import prepare, synthetic
-from tppo.logs.clean import hash_user
+from tppo.logs.clean import hash_user, user_draw
 from tppo.logs.readers import REASONS, RawRow
 
 KEY = "a key for the tests only"
@@ -73,9 +73,10 @@ def run_rows(folder: Path, content: str | bytes, **options: Any) -> tuple[dict[s
     return facts, pq.read_table(out / "rejects.parquet").to_pylist()
 
 
-def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ...]]:
+def oracle(path: Path, settings: Prepare, task: Task, seed: int = 0) -> dict[str, tuple[Any, ...]]:
     """Examples by the definitions in tppo.logs.examples, written as plain loops."""
     rows: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    points: dict[int, float] = {}
     for number, line in enumerate(path.read_text().splitlines()[1:], start=2):
         fields = line.split("\t")
         if len(fields) != 4:
@@ -83,7 +84,9 @@ def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ..
         cleaned = prepare.clean_row(RawRow(number, *fields), KEY.encode(), settings.max_text_chars)
         reason, _, when, kind, text, _ = cleaned
         if reason is None:
-            rows[hash_user(KEY.encode(), fields[0])].append((when, number, kind, text))
+            user = hash_user(KEY.encode(), fields[0])
+            rows[user].append((when, number, kind, text))
+            points[user] = user_draw(seed, fields[0])[0] / 2**64
     events: dict[int, list[tuple[Any, ...]]] = {}
     for user, found in rows.items():
         sequence, seen, since, query = [], set(), set(), None
@@ -107,7 +110,7 @@ def oracle(path: Path, settings: Prepare, task: Task) -> dict[str, tuple[Any, ..
                 searchers[text].add(user)
     expected = {}
     for user, sequence in events.items():
-        point = user / 2**64
+        point = points[user]
         shares = (settings.reward_eval_share, settings.eval1_share, settings.eval2_share)
         names = ("reward_eval", "eval1", "eval2")
         split = next((name for i, name in enumerate(names) if point < sum(shares[: i + 1])), "train")

@@ -193,7 +193,7 @@ def test_parquet(tmp_path) -> None:
         (b"secret name\tother\n", "tsv", "2 columns, none of them expected"),
         (TSV, "csv", "prepare.format"),
         (b'"a\n', "csv", "no CSV header"),
-        ("user_id\ttime".encode("utf-16"), "tsv", "line 1 is no header"),
+        ("user_id\ttime".encode("utf-16-le"), "tsv", "line 1 is no header.*prepare.encoding"),
         (b"", "tsv", "empty"),
         (b"", "jsonl", "empty"),
         (gzip.compress(b""), "aol", "empty"),

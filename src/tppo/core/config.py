@@ -66,12 +66,21 @@ class Synthetic:
 
 @dataclass
 class Columns:
-    """Which column of a CSV, TSV, JSONL or Parquet log holds what. Not used for the AOL format."""
+    """Which column of a CSV, TSV, JSONL or Parquet log holds what. The other formats have columns of their own."""
 
     user_id: str = "user_id"
-    """User identifier. Only its hash is stored, keyed with TPPO_HASH_KEY or a key in the cache folder."""
+    """User identifier. Only its hash is stored, keyed with TPPO_HASH_KEY or a key in the cache folder. Of a ubi log it
+    is `client_id`, and of a ga4 log `user_pseudo_id`, unless another name is given."""
     time: str = "time"
-    """Timestamp: ISO 8601 such as `YYYY-MM-DD HH:MM:SS`; with a time zone it is converted to UTC."""
+    """Time, from 1990 to 2099: ISO 8601 such as `YYYY-MM-DD HH:MM:SS`, or a number (`time_format`); with an offset or
+    a zone's name (`2024-01-20 10:00:00 Europe/Berlin`) it is converted to UTC. DD/MM/YYYY and MM/DD/YYYY are none."""
+    time_format: Literal["auto", "iso", "epoch_s", "epoch_ms", "epoch_us", "epoch_ns"] = "auto"
+    """iso: ISO 8601, basic or extended (and RFC 2822); epoch_*: seconds, milliseconds, microseconds or nanoseconds
+    since 1970; auto: told by the digits, where that is certain, for each file by its first time: rows of another kind
+    are rejected. For every format."""
+    time_zone: str = ""
+    """IANA name of the zone of times without one (`Europe/Berlin`); empty: they are taken as they are. For every
+    format."""
     kind: str = "kind"
     """Event kind: search, click, purchase or visit. Empty: no such column, every row is a search."""
     text: str = "text"
@@ -83,9 +92,15 @@ class Prepare:
     """Interaction log -> examples."""
 
     source: list[str] = field(default_factory=lambda: ["synthetic"])
-    """Log files or globs (.gz is fine), or `synthetic` for the log the package generates."""
-    format: Literal["aol", "csv", "tsv", "jsonl", "parquet"] = "tsv"
-    """File format. `aol` has its own columns; the others use `columns`. Ignored for `synthetic`."""
+    """Log files or globs (gzip, zstd, bzip2, xz and lz4 are fine), folders of Parquet files, or `synthetic` for the log
+    the package generates."""
+    format: Literal["aol", "csv", "tsv", "jsonl", "parquet", "ubi", "ga4"] = "tsv"
+    """File format. ubi: OpenSearch User Behavior Insights (ubi_queries and ubi_events); ga4: the BigQuery export of
+    Google Analytics 4; both as JSON lines or Parquet. `aol`, `ubi` and `ga4` have columns of their own; the others use
+    `columns`. Ignored for `synthetic`."""
+    encoding: str = "auto"
+    """Encoding of text files, by Python's name (utf-8, utf-16, gb18030, shift_jis). auto: UTF-8, or UTF-16 or UTF-32
+    where a byte order mark says so. Bytes that are no characters cost their line, counted as bad_utf8."""
     columns: Columns = field(default_factory=Columns)
     """Column mapping for csv, tsv, jsonl and parquet."""
     min_history: int = 3
@@ -106,10 +121,24 @@ class Prepare:
     """Drop target queries that fewer users ever searched (k-anonymity); 1 keeps all."""
     max_text_chars: int = 120
     """Longer event texts are rejected (with a reason); raise it for a log with long titles."""
-    memory_limit: str = "2GB"
-    """DuckDB's memory limit; beyond it, it spills to disk. Python and libraries need about 200 MB more."""
+    null_values: list[str] = field(
+        default_factory=lambda: [
+            *("\\N", "NULL", "Null", "null", "NaN", "NAN", "None", "NONE", "nil", "N/A", "NA", "#N/A", "<NA>"),
+            *("<null>", "(null)", "(none)", "(not set)", "(not provided)", "(other)", "undefined"),
+            *("[object Object]", "-", "--"),
+        ]
+    )
+    """What exports write for a value that is missing. A user id that is one of these, in capitals or not, or a text
+    that is one of these, spelt as here, is a missing_value. (`none` and `nan` as texts stay: people type them.)"""
+    shared_users: list[str] = field(
+        default_factory=lambda: ["0", "-1", "00000000-0000-0000-0000-000000000000", "anonymous", "unknown", "guest"]
+    )
+    """User ids, in capitals or not, that stand for several people: their rows are rejected (shared_user)."""
+    memory_limit: str = "1GB"
+    """DuckDB's memory limit, shared by its processes; beyond it, it spills to disk. Python and libraries come on top,
+    about 200 MB for each process."""
     threads: int = 2
-    """DuckDB threads; each takes memory of its own."""
+    """Processes that work on a log of more than 32 MB, each with memory of its own; DuckDB threads on a smaller one."""
 
 
 @dataclass
@@ -659,6 +688,8 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
+RESOURCES = ("prepare.memory_limit", "prepare.threads")
+"""Settings that change what a stage takes, not what it makes: none of its results is stale for them."""
 RETIRED: dict[str, Any] = {
     "synthetic.events_per_user": 60,
     "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,
@@ -686,3 +717,11 @@ REPLACED = {
     "dpo.max_eval_examples": "sft.max_eval_examples",
 }
 """Settings that are asked for in another way now."""
+ADDED: dict[str, Any] = {
+    "prepare.columns.time_format": "auto",
+    "prepare.columns.time_zone": "",
+    "prepare.encoding": "auto",
+    "prepare.null_values": [],
+    "prepare.shared_users": [],
+}
+"""Settings added later, and the value that does what was done before there was any."""

@@ -151,6 +151,7 @@ STAGES = {
             "tppo.logs.prepare",
             "interaction log -> examples (history, next queries), with every rejected row accounted for",
             inputs=lambda recipe: ["synthetic"] if recipe.prepare.source == ["synthetic"] else [],
+            settings=lambda recipe: {"prepare": _without(recipe.prepare, "memory_limit", "threads")},  # RESOURCES
             outside=lambda recipe: (
                 {} if recipe.prepare.source == ["synthetic"] else {"prepare.source": Log(tuple(recipe.prepare.source))}
             ),

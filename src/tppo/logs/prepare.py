@@ -1,48 +1,60 @@
 """Stage `prepare`: interaction log -> examples.parquet and rejects.parquet.
 
-Each row is read, cleaned and hashed on its own in Python, streaming; whatever compares rows (duplicates, repeats,
-windows, splits) is SQL in DuckDB over a scratch database in the stage's folder, within `prepare.memory_limit`
-(DuckDB's; Python and its libraries come on top, about 200 MB). The scratch holds no user id of the log, only keyed
-hashes, and is deleted at the end.
+Pass 1 (`staging`) reads and cleans the log a block at a time and puts each user's rows into one of many buckets; pass 2
+(`examples`) compares the rows of a bucket with each other (duplicates, repeats, windows) in DuckDB. A log of more than
+SMALL_BYTES is worked on by `prepare.threads` processes. Memory does not grow with the log: a process holds a block, or
+a bucket. What is done is kept in the folder `scratch` and not done again after a stop; it is deleted at the end. It
+holds no user id of the log, only keyed hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
+import math
 import shutil
 import time
-from datetime import UTC, datetime
-from itertools import islice
+from collections import Counter
+from dataclasses import asdict
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import pyarrow as pa
 from rich.table import Table
 
-from tppo.core.common import UserError, console, progress_bar
-from tppo.core.config import Columns, Prepare, Recipe, Task
+from tppo.core.common import UserError, console, track
+from tppo.core.config import RESOURCES, Columns, Prepare, Recipe
+from tppo.core.files import write_json
 from tppo.core.run import RunFolder
-from tppo.core.tables import SPLITS, field
+from tppo.core.tables import SPLITS
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import examples, readers
-from tppo.logs.clean import clean_text, clean_url, hash_key, hash_user
-from tppo.logs.readers import BadRow, RawRow
+from tppo.logs.clean import hash_key
+from tppo.logs.examples import Work
+from tppo.logs.parquet import is_parquet
+from tppo.logs.staging import Cleaning, Missing, stage_files
+from tppo.logs.staging import clean_row as clean_row  # what a row becomes, for callers with a row at hand
+from tppo.logs.streams import check_encoding, is_compressed
+from tppo.logs.times import check_zone
+from tppo.logs.times import parse_time as parse_time
+from tppo.logs.workers import Map, workers
 
-SYNTHETIC_KEY = b"synthetic users need no secret, and the same splits everywhere"
-BATCH_ROWS = 20_000
-STAGED = pa.schema(
-    [
-        field("file", pa.int32(), "number of the log file"),
-        field("line", pa.int64(), "1-based line of the row"),
-        field("reason", pa.string(), "why the row is rejected, else null; of a rejected row nothing else is kept"),
-        field("user_id", pa.uint64(), "keyed hash of the user id"),
-        field("time", pa.timestamp("us"), "time in UTC (as given, when without a zone)"),
-        field("kind", pa.string(), "search, click, purchase or visit"),
-        field("text", pa.string(), "normalised text"),
-        field("click", pa.string(), "host clicked in the same row (AOL), else null"),
-    ]
-)
-"""Table `rows`: cleaned one by one, not yet compared with each other."""
+SYNTHETIC_KEY = b"synthetic users need no secret, and the same ids everywhere"
+SMALL_BYTES = 1 << 25
+"""Smaller logs are one bucket, in this process."""
+BUCKET_BYTES = 1 << 24
+"""Bytes of the log in a bucket, uncompressed: some 250,000 rows of AOL."""
+COMPRESSION = 5
+"""Bytes of a log, roughly, for one of it compressed or as Parquet."""
+HEAVY = 100
+"""A user with so many times the rows of the median user is hardly one person: said, not dropped."""
+MAX_BUCKETS = 4096
+MIN_MEMORY = 1 << 25
+"""Least memory of a DuckDB, in bytes: with less it does not begin."""
+_VERSION = 1
+"""Of the files in the scratch folder."""
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -51,33 +63,43 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a setting out of range, an unusable file, no usable row, or a split without examples.
     """
-    check_settings(recipe.prepare)
+    prepare = recipe.prepare
+    check_settings(prepare)
     start = time.monotonic()
-    files, format, columns, key = _source(recipe.prepare, run)
+    files, format, columns, key = _source(prepare, run)
+    size = _check_files(files, format, columns, prepare.encoding)
+    buckets = 1 if size <= SMALL_BYTES else min(MAX_BUCKETS, math.ceil(size / BUCKET_BYTES))
+    processes = 1 if buckets == 1 else prepare.threads
+    cleaning = Cleaning(
+        key=key,
+        seed=recipe.data_seed,
+        shares=(prepare.reward_eval_share, prepare.eval1_share, prepare.eval2_share),
+        buckets=buckets,
+        max_text_chars=prepare.max_text_chars,
+        missing=Missing.of(prepare),
+        time_zone=columns.time_zone,
+    )
     scratch = folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        with _connect(recipe.prepare, scratch) as con:
-            rows_read = _stage_files(con, files, format, columns, key, recipe.prepare.max_text_chars)
-            facts: dict[str, Any] = {"files": len(files), "rows_read": rows_read}
-            console.print("prepare: event sequences, windows and splits")
-            examples.build_events(con)
-            examples.write_rejects(con, folder / "rejects.parquet")
-            facts |= _row_facts(con, rows_read)
-            facts["time_cut"] = examples.build_windows(con, recipe.prepare, recipe.task)
-            examples.write_examples(con, folder / "examples.parquet", recipe.task)
-            facts |= _example_facts(con, recipe.task)
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"DuckDB needs more than prepare.memory_limit={recipe.prepare.memory_limit}: raise it ({error})"
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    _go_on_or_clear(scratch, _plan(recipe, files, cleaning))
+    memory = (examples.memory_bytes(prepare.memory_limit) or 0) // processes
+    work = Work(scratch, prepare, recipe.task, memory, prepare.threads if buckets == 1 else 1)
+    console.print(f"prepare: reading {len(files)} file(s), {size / 1e6:.1f} MB, {buckets} bucket(s) of users")
+    with workers(processes) as in_workers:
+        rows_read = stage_files(files, prepare.encoding, columns, format, cleaning, scratch / "rows", in_workers)
+        facts: dict[str, Any] = {"files": len(files), "rows_read": rows_read}
+        row_facts, hours = _sequences(work, buckets, in_workers)
+        rejected = examples.write_rejects(work, buckets, [str(path) for path in files], folder / "rejects.parquet")
+        facts |= _row_facts(rows_read, rejected, row_facts)
+        if not facts["rows_kept"]:
+            shutil.rmtree(scratch)
+            _nothing_kept(facts["rejected"])
+        facts["time_cut"] = examples.time_cut(hours, facts["last_time"], prepare.eval2_time_share)
+        facts |= _examples(work, buckets, facts["time_cut"], folder / "examples.parquet", in_workers)
+    shutil.rmtree(scratch)
     facts["seconds"] = round(time.monotonic() - start, 2)
     facts["rows_per_second"] = round(rows_read / (time.monotonic() - start))
     print_summary(facts)
-    _check_splits(facts, recipe.prepare)
+    _check_splits(facts, prepare)
     return facts
 
 
@@ -87,7 +109,7 @@ def check(recipe: Recipe) -> None:
 
 
 def check_settings(prepare: Prepare) -> None:
-    """UserError for a number out of range."""
+    """UserError for a number out of range, or a name of nothing."""
     counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")
     for name in counts:
         if getattr(prepare, name) < 1:
@@ -99,136 +121,167 @@ def check_settings(prepare: Prepare) -> None:
     held_out = sum(getattr(prepare, name) for name in shares[:3])
     if held_out >= 1:
         raise UserError(f"prepare: {' + '.join(shares[:3])} is {held_out:g}: no user is left to train on")
+    check_encoding(prepare.encoding)
+    check_zone(prepare.columns.time_zone)
+    if (examples.memory_bytes(prepare.memory_limit) or 0) < MIN_MEMORY * prepare.threads:
+        raise UserError(
+            f"prepare.memory_limit={prepare.memory_limit} is not usable: give a size such as 1GB, of at least "
+            f"{MIN_MEMORY >> 20}MiB for each of prepare.threads={prepare.threads}"
+        )
 
 
 def _source(prepare: Prepare, run: RunFolder) -> tuple[list[Path], str, Columns, bytes]:
     """Files, format, columns and hash key of the log."""
     if prepare.source == ["synthetic"]:
-        # A fixed key: these users are made up, and the demo gets the same splits on every machine.
         return [run.require("synthetic") / "log.tsv"], "tsv", Columns(), SYNTHETIC_KEY
     if "synthetic" in prepare.source:
         raise UserError("prepare.source: `synthetic` cannot be mixed with files")
-    return readers.list_files(prepare.source), prepare.format, prepare.columns, hash_key()
+    return readers.list_files(prepare.source, prepare.format), prepare.format, prepare.columns, hash_key()
 
 
-def _connect(prepare: Prepare, scratch: Path) -> duckdb.DuckDBPyConnection:
-    try:
-        return duckdb.connect(
-            str(scratch / "log.duckdb"),
-            config={
-                "memory_limit": prepare.memory_limit,
-                "threads": prepare.threads,
-                "temp_directory": str(scratch / "spill"),
-                "preserve_insertion_order": False,
-                "autoinstall_known_extensions": False,
-            },
-        )
-    except duckdb.Error as error:
-        raise UserError(f"prepare.memory_limit={prepare.memory_limit} or .threads is not usable: {error}") from None
+def _check_files(files: list[Path], format: str, columns: Columns, encoding: str) -> int:
+    """Bytes of the log, roughly, uncompressed.
+
+    Raises:
+        UserError: a file that cannot be read, by its first block: before hours go into the others.
+    """
+    size = 0
+    for path in files:
+        with path.open("rb") as raw:
+            compressed = is_compressed(raw) or is_parquet(raw)
+            next(readers.read_log(path, raw, format, columns, encoding), None)
+        size += path.stat().st_size * (COMPRESSION if compressed else 1)
+    return size
 
 
-def _stage_files(
-    con: duckdb.DuckDBPyConnection, files: list[Path], format: str, columns: Columns, key: bytes, max_text_chars: int
-) -> int:
-    """Fill the tables `files` and `rows` (STAGED); returns the number of rows read."""
-    con.execute("CREATE TABLE files (number INTEGER, name VARCHAR)")
-    con.register("batch", STAGED.empty_table())
-    con.execute("CREATE TABLE rows AS FROM batch")
-    rows_read = done = 0
-    total = sum(path.stat().st_size for path in files)
-    console.print(f"prepare: reading {len(files)} file(s), {total / 1e6:.1f} MB")
-    with progress_bar() as bar:
-        task = bar.add_task("kB read", total=total // 1000)
-        for number, path in enumerate(files):
-            con.execute("INSERT INTO files VALUES (?, ?)", [number, str(path)])
-            with path.open("rb") as raw:
-                rows = readers.read_rows(path, raw, format, columns)
-                while batch := list(islice(rows, BATCH_ROWS)):
-                    staged = [(number, row.line, *clean_row(row, key, max_text_chars)) for row in batch]
-                    con.register("batch", pa.table(list(zip(*staged, strict=True)), schema=STAGED))
-                    con.execute("INSERT INTO rows FROM batch")
-                    rows_read += len(batch)
-                    bar.update(task, completed=(done + raw.tell()) // 1000)
-            done += path.stat().st_size
-    return rows_read
+def _plan(recipe: Recipe, files: list[Path], cleaning: Cleaning) -> dict[str, Any]:
+    """What the files of the scratch folder depend on."""
+    settings = asdict(recipe.prepare)
+    for name in RESOURCES:
+        settings.pop(name.removeprefix("prepare."), None)
+    stats = [path.stat() for path in files]
+    plan = {
+        "version": _VERSION,
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)],
+        "prepare": settings,
+        "task": asdict(recipe.task),
+        "seed": cleaning.seed,
+        "buckets": cleaning.buckets,
+        "key": hmac.new(cleaning.key, b"scratch", hashlib.sha256).hexdigest()[:16],
+    }
+    return json.loads(json.dumps(plan))
 
 
-def clean_row(row: RawRow | BadRow, key: bytes, max_text_chars: int) -> tuple[Any, ...]:
-    """The columns of STAGED from `reason` on: why the row is rejected, or what is kept of it."""
-    if isinstance(row, BadRow):
-        return _rejected(row.reason)
-    if not row.user.strip():
-        return _rejected("missing_value")
-    when = parse_time(row.time)
-    if when is None:
-        return _rejected("bad_time")
-    kind = row.kind if row.kind in EVENT_KINDS else row.kind.strip().lower()
-    if kind not in EVENT_KINDS:
-        return _rejected("unknown_kind")
-    text, reason = clean_text(kind, row.text, max_text_chars)
-    click = None
-    if reason is None and row.url is not None:
-        click, reason = clean_url(row.url, max_text_chars)
-    return _rejected(reason) if reason else (None, hash_user(key, row.user), when, kind, text, click)
+def _go_on_or_clear(scratch: Path, plan: dict[str, Any]) -> None:
+    """Keep what an earlier call left when it was of this very log, key and settings; else begin with nothing."""
+    path = scratch / "plan.json"
+    if scratch.exists():
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) == plan:
+            console.print("prepare: going on where an earlier call stopped")
+            return
+        console.print("prepare: the log, the key or the settings have changed since an earlier call: reading anew")
+        shutil.rmtree(scratch)
+    (scratch / "rows").mkdir(parents=True)
+    (scratch / "buckets").mkdir()
+    write_json(path, plan)
 
 
-def _rejected(reason: str) -> tuple[Any, ...]:
-    return reason, None, None, None, None, None
+def _sequences(work: Work, buckets: int, run: Map) -> tuple[dict[str, Any], Counter[str]]:
+    """Event sequences of every bucket: their facts together, and events by hour."""
+    kinds: Counter[int] = Counter()
+    hours: Counter[str] = Counter()
+    rows_of_users: Counter[int] = Counter()
+    times: list[str] = []
+    rows_kept = users = 0
+    jobs = run(partial(examples.sequence_bucket, work), range(buckets))
+    for found in track(jobs, "prepare: event sequences, by bucket", total=buckets):
+        rows_kept += found["rows_kept"]
+        users += found["users"]
+        kinds.update(dict(found["kinds"]))
+        hours.update(dict(found["hours"]))
+        rows_of_users.update(dict(found["rows_of_users"]))
+        times = sorted([*times, *found["times"]])[:: max(1, len(times) + len(found["times"]) - 1)]
+    heavy = _heavy_users(rows_of_users)
+    return {"rows_kept": rows_kept, "users": users, "kinds": kinds, "times": times, "heavy": heavy}, hours
 
 
-def parse_time(value: str | datetime) -> datetime | None:
-    """ISO 8601 -> time without zone: in UTC when it has one, else as given; None when it is no time."""
-    try:
-        when = value if isinstance(value, datetime) else datetime.fromisoformat(value.strip())
-        return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
-    except (ValueError, OverflowError):
-        return None
+def _heavy_users(rows_of_users: Counter[int]) -> dict[str, int]:
+    """Users with more than HEAVY times the rows of the median user, and their rows."""
+    median, seen = 0, 0
+    for rows in sorted(rows_of_users):
+        seen += rows_of_users[rows]
+        if 2 * seen >= rows_of_users.total():
+            median = rows
+            break
+    heavy = {rows: users for rows, users in rows_of_users.items() if rows > HEAVY * median}
+    return {"users": sum(heavy.values()), "rows": sum(rows * users for rows, users in heavy.items())}
 
 
-def _row_facts(con: duckdb.DuckDBPyConnection, rows_read: int) -> dict[str, Any]:
-    """Facts about rows and events; asserts that every row read is either kept or rejected, once."""
-    rejected = dict(_all(con, "SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1"))
-    rows_rejected = sum(rejected.values())
-    distinct = _all(con, "SELECT count(*) FROM (SELECT DISTINCT file, line FROM rejects)")[0][0]
-    rows_kept = _all(con, "SELECT count(*) FROM (SELECT DISTINCT file, line FROM events)")[0][0]
-    assert rows_rejected == distinct, "a row was rejected twice"
-    assert rows_read == rows_kept + rows_rejected, (rows_read, rows_kept, rejected)
-    if not rows_kept:
-        counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "no row at all"
-        raise UserError(
-            f"no row of the log could be kept ({counts}): check prepare.format and prepare.columns; "
-            f"rejects.parquet in the stage's folder lists file and line"
-        )
-    first, last, users = _all(con, "SELECT min(time), max(time), count(DISTINCT user_id) FROM events")[0]
+def _row_facts(rows_read: int, rejected: Counter[str], found: dict[str, Any]) -> dict[str, Any]:
+    """Facts about rows and events; asserts that every row read is either kept or rejected."""
+    rows_rejected = rejected.total()
+    assert rows_read == found["rows_kept"] + rows_rejected, (rows_read, found["rows_kept"], rejected)
+    first, last = (datetime.fromisoformat(time) for time in found["times"] or [examples.NO_TIME] * 2)
     return {
-        "rows_kept": rows_kept,
+        "rows_kept": found["rows_kept"],
         "rows_rejected": rows_rejected,
-        "rejected": rejected,
-        "events": dict(_all(con, "SELECT kind, count(*) FROM events GROUP BY kind ORDER BY 2 DESC, 1")),
-        "users": users,
+        "rejected": _by_count(rejected),
+        "events": _by_count({EVENT_KINDS[kind]: count for kind, count in found["kinds"].items()}),
+        "users": found["users"],
+        "heavy_users": found["heavy"]["users"],
+        "heavy_users_rows": found["heavy"]["rows"],
         "first_time": first,
         "last_time": last,
     }
 
 
-def _example_facts(con: duckdb.DuckDBPyConnection, task: Task) -> dict[str, Any]:
-    """Facts about windows and splits."""
-    by_split = "SELECT split, count(*), count(DISTINCT user_id) FROM windows WHERE long_enough GROUP BY split"
-    counts = {split: numbers for split, *numbers in _all(con, by_split)}
-    examples, users = ({split: counts.get(split, (0, 0))[i] for split in SPLITS} for i in range(2))
-    history = f"SELECT median(least(position - 1, {task.history_events})) FROM windows WHERE long_enough"
-    without = "SELECT count(DISTINCT user_id) FROM events ANTI JOIN (FROM windows WHERE long_enough) USING (user_id)"
+def _by_count(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _nothing_kept(rejected: dict[str, int]) -> None:
+    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "no row at all"
+    raise UserError(
+        f"no row of the log could be kept ({counts}): check prepare.format and prepare.columns; "
+        f"rejects.parquet in the stage's folder lists file and line"
+    )
+
+
+def _examples(work: Work, buckets: int, cut: datetime, path: Path, run: Map) -> dict[str, Any]:
+    """Write examples.parquet; returns facts about windows and splits."""
+    if work.prepare.min_users_per_target > 1:
+        examples.find_common(work, buckets)
+    counts = {split: [0, 0] for split in SPLITS}
+    history: Counter[int] = Counter()
+    too_short = without = 0
+    writer = examples.ExamplesWriter(path)
+    jobs = run(partial(examples.window_bucket, work, cut), range(buckets))
+    for number, found in enumerate(track(jobs, "prepare: windows and splits, by bucket", total=buckets)):
+        writer.add(work.bucket(number) / "examples.arrow")
+        for split, *both in found["splits"]:
+            counts[SPLITS[split]] = [a + b for a, b in zip(counts[SPLITS[split]], both, strict=True)]
+        history.update(dict(found["history"]))
+        too_short += found["too_short"]
+        without += found["users_without"]
+    writer.finish()
     return {
-        "examples": examples,
-        "example_users": users,
-        "windows_too_short": _all(con, "SELECT count(*) FROM windows WHERE NOT long_enough")[0][0],
-        "users_too_few_events": _all(con, without)[0][0],
-        "median_history": _all(con, history)[0][0] or 0,
+        "examples": {split: both[0] for split, both in counts.items()},
+        "example_users": {split: both[1] for split, both in counts.items()},
+        "windows_too_short": too_short,
+        "users_too_few_events": without,
+        "median_history": _median(history),
     }
 
 
-def _all(con: duckdb.DuckDBPyConnection, query: str) -> list[Any]:
-    return con.execute(query).fetchall()
+def _median(counts: Counter[int]) -> float:
+    """Median of values, given how often each occurs; 0 of none."""
+    total, seen = counts.total(), 0
+    middle: list[int] = []
+    for value in sorted(counts):
+        seen += counts[value]
+        # The values at the (0-based) places (total - 1) // 2 and total // 2.
+        middle += [value] * sum(seen - counts[value] <= place < seen for place in ((total - 1) // 2, total // 2))
+    return sum(middle) / 2 if middle else 0
 
 
 def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:
@@ -259,3 +312,11 @@ def print_summary(facts: dict[str, Any]) -> None:
             label = f"{name} {key}".replace("_", " ")
             table.add_row(label, f"{number:,}" if isinstance(number, int | float) else str(number))
     console.print(table)
+    if heavy := facts["heavy_users"]:
+        console.print(
+            f"[bold]caution[/]: {heavy:,} user(s) with more than {HEAVY} times the rows of the median user have "
+            f"{facts['heavy_users_rows'] / facts['rows_read']:.0%} of all rows: robots, or ids that several people "
+            f"share (prepare.shared_users); their rows were kept",
+            soft_wrap=True,
+            highlight=False,
+        )
