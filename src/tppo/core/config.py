@@ -700,7 +700,12 @@ RETIRED: dict[str, Any] = {
     "agreement.bootstrap_samples": 2000,
 }  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
-ADDED: dict[str, Any] = {"task.prompt": "plain", "parts.disjoint": False, "sample.seen_examples": 0}
+ADDED: dict[str, Any] = {
+    "task.prompt": "plain",
+    "prepare.columns.time_format": "auto", "prepare.columns.time_zone": "", "prepare.encoding": "auto",
+    "prepare.null_values": [], "prepare.shared_users": [],
+    "parts.disjoint": False, "sample.seen_examples": 0,
+}  # fmt: skip
 """For a setting that is newer than the first release, as `section.name`: the value that does what was done before there
 was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is
 compared by its default, so one whose default changes what a stage does needs its entry; `tests/core/settings.txt` lists
@@ -717,11 +722,3 @@ REPLACED = {
     "dpo.max_eval_examples": "sft.max_eval_examples",
 }
 """Settings that are asked for in another way now."""
-ADDED: dict[str, Any] = {
-    "prepare.columns.time_format": "auto",
-    "prepare.columns.time_zone": "",
-    "prepare.encoding": "auto",
-    "prepare.null_values": [],
-    "prepare.shared_users": [],
-}
-"""Settings added later, and the value that does what was done before there was any."""
