@@ -13,8 +13,10 @@ import yaml
 
 from tppo import cli
 from tppo.core.config import Recipe
+from tppo.core.parts import read_trained_on
 from tppo.core.run import RunFolder
 from tppo.core.stages import all_stages, stage_command
+from tppo.core.tables import LABELS, load_examples, read_table
 
 STAGES = [
     "synthetic",
@@ -82,6 +84,25 @@ def check_run(folder: Path) -> None:
     assert "<script src" not in html
 
 
+def check_parts(folder: Path) -> None:
+    """SFT, the labels and the prompts of RL are of different users, and the gap stands in the report."""
+    users = {example.example_id: example.user_id for example in load_examples(folder / "prepare", "train")}
+    trained = read_trained_on(folder / "sft").user_ids
+    labels = read_table(folder / "label" / "labels.parquet", LABELS).to_pylist()
+    labelled = {users[row["example_id"]] for row in labels if row["split"] == "train"}
+    rolled_out = {
+        users[json.loads(line)["example_id"]]
+        for line in (folder / "rl_tppo" / "samples.jsonl").read_text().splitlines()
+    }
+    parts = (trained, labelled, rolled_out)
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)), "some user is in two"
+    for name in ("summary.md", "report.html"):
+        said = (folder / "report" / name).read_text()
+        assert "On examples that SFT was trained on, minus people it never saw: words relevant to" in said
+        assert "of people it never saw." in said
+
+
 def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
     """Every stage by its own command, in this process; then nothing is left to do."""
     # Random weights say nothing relevant by themselves: a low threshold gives both classes.
@@ -95,6 +116,7 @@ def test_tiny_road_stage_by_stage(tmp_path, tiny_policy, capsys):
         command, flags = stage_command(stage, Recipe())
         cli.main([command, "--config", str(path), *flags])
     check_run(tmp_path / "run")
+    check_parts(tmp_path / "run")
     # Somebody reads the finished answers; the report then has it, too.
     readings = ["--evaluate.readings", "[{reader: distance, examples: 2}]"]
     cli.main(["read", "--config", str(path), *readings])

@@ -119,9 +119,9 @@ def test_the_headline_counts_missing_queries_and_the_paper_does_not(tmp_path: Pa
     tables = words.scope_tables(found, "eval1")
     for table in (tables["relevance"], tables["paper"]):
         assert {"Words from the history, %", "Repeated words, %", "Queries"} <= set(table.heads)
-    assert any(head.startswith("Relevant responses, against") for head in tables["paper"].heads)
+    assert any(head.startswith("Responses relevant to") for head in tables["paper"].heads)
     beside = words.lead(found, "eval1")[-1]
-    assert beside.startswith("Beside the headline: relevant responses")
+    assert beside.startswith("Beside the headline: responses relevant to")
     assert "(as the paper counts): TPPO 100.0%, SFT 100.0%" in beside
     assert "words from the history: TPPO 25.0%, SFT 50.0%; repeated words: TPPO 0.0%, SFT 0.0%" in beside
 
@@ -190,7 +190,7 @@ def test_a_model_that_loses_to_a_baseline_is_said_to_lose(tmp_path: Path):
     assert metrics.policies == ["sft", "tppo"]
     assert metrics.pairs("eval1") == [("tppo", "sft")]
     assert metrics.baseline_pairs("eval1") == [(m, b) for m in ("tppo", "sft") for b in ("repeat_last", "nearest")]
-    headline = "Relevant words of the queries asked for, against what the user searched next"
+    headline = "Words relevant to what the user searched next per query asked for"
     lost = f"SFT loses to a simple baseline: Nearest neighbour ({headline}, Hit, Word F1)."
     assert words.baseline_verdicts(metrics, "eval1") == [lost]
     assert lost in words.lead(metrics, "eval1")

@@ -261,7 +261,7 @@ def test_an_ablation_is_in_page_summary_and_metrics(tmp_path: Path):
     section = re.search(r'<div id="ablations">.*<section id="settings">', html, re.DOTALL)
     assert section
     assert section[0].count("<svg") == 4
-    assert all(f'aria-label="{title}' in section[0] for title in ("Relevant words of", "Queries", "Tokens"))
+    assert all(f'aria-label="{title}' in section[0] for title in ("Words relevant to", "Queries", "Tokens"))
     rows = metrics["ablations"]["rl.length_penalty_alpha"]
     assert {(row["value"], row["model"], row["seed"]) for row in rows} == {
         (value, "tppo", seed) for value in (0.5, 1.0, 2.0) for seed in (0, 1)

@@ -40,10 +40,10 @@ ASKED = tuple(
     metric
     for rubric, against, what in _BY_RUBRIC
     for metric in (
-        Metric(f"asked_words_{rubric}", f"Relevant words of the queries asked for, against {against}", "rate", "higher",
+        Metric(f"asked_words_{rubric}", f"Words relevant to {against} per query asked for", "rate", "higher",
                f"share of a query's words judged relevant to {what}, mean over the queries asked for: one that is "
                "missing, copied from the history or repeated is 0, and so is a word's second time in its query"),
-        Metric(f"asked_relevant_{rubric}", f"Relevant responses times queries asked for, against {against}", "rate",
+        Metric(f"asked_relevant_{rubric}", f"Responses relevant to {against} per query asked for", "rate",
                "higher", f"the judge's verdict on the response against {what} (0 or 1) times the share of the queries "
                "asked for that are there and new, mean"),
     )
@@ -53,9 +53,9 @@ AS_THE_PAPER = tuple(
     metric
     for rubric, against, what in _BY_RUBRIC
     for metric in (
-        Metric(f"relevant_{rubric}", f"Relevant responses, against {against} (as the paper counts)", "rate", "higher",
+        Metric(f"relevant_{rubric}", f"Responses relevant to {against} (as the paper counts)", "rate", "higher",
                f"share of responses the judge calls relevant to {what} (sentence template); writing less is free"),
-        Metric(f"words_{rubric}", f"Relevant words, against {against} (as the paper counts)", "rate", "higher",
+        Metric(f"words_{rubric}", f"Words relevant to {against} (as the paper counts)", "rate", "higher",
                f"share of the words written judged relevant to {what} (token template), mean; writing less is free"),
     )
 )  # fmt: skip

@@ -258,7 +258,7 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "relevance": asked if metrics.counts_asked else paper,
         "paper": paper if metrics.counts_asked else None,
         "second": {
-            judge: grid(metrics, scope, BY_JUDGE, "Relevance by the second judge", judge)
+            judge: grid(metrics, scope, _measured(metrics, scope, judge), "Relevance by the second judge", judge)
             for judge in metrics.second_judges
         },
         "known": grid(metrics, scope, KNOWN, "True relevance, known of the synthetic log")
@@ -270,6 +270,12 @@ def scope_tables(metrics: Metrics, scope: str) -> dict[str, Any]:
         "differences": difference_table(metrics, scope),
         "wins": wins_table(metrics, scope),
     }
+
+
+def _measured(metrics: Metrics, scope: str, judge: str) -> list[Metric]:
+    """What a second judge was asked for; all where it abstained on everything."""
+    found = [m for m in BY_JUDGE if metrics.cell(scope, "sft", m.name, judge).value is not None]
+    return found or list(BY_JUDGE)
 
 
 def head(metric: Metric, unit: str, reader: str = "") -> str:
