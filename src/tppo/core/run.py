@@ -228,6 +228,7 @@ class RunFolder:
             folders.check_removable(self.path(stage), stage)
         to_make = [stage for stage in stages if stage in doomed or not self.is_done(stage)]
         for stage in to_make:
+            self.check_own(stage)
             check_free(self.root, stage, wait=wait)
             missing = [f"{setting}: {words}" for setting, thing in stage_outside(stage, self.recipe).items()
                        if (words := thing.missing())]  # fmt: skip
