@@ -212,7 +212,8 @@ class RunFolder:
             )
 
     def check(self, stages: Sequence[str], redo: Collection[str] = (), *, wait: bool = False) -> list[str]:
-        """Those of `stages` that are to be made, once all that can be refused has been checked; writes nothing.
+        """Those of `stages` that are to be made, once all that is in the way has been looked for; writes nothing. Their
+        settings are checked by `check_sections`.
 
         Args:
             redo: stages to make anew, with what follows from them.
@@ -234,7 +235,6 @@ class RunFolder:
                        if (words := thing.missing())]  # fmt: skip
             if missing:
                 raise UserError(missing[0])
-        check_sections(self.recipe, to_make)
         return to_make
 
     def check_left(self, stages: Sequence[str], redo: Collection[str] = ()) -> None:
