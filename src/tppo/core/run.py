@@ -177,7 +177,7 @@ class RunFolder:
 
     def _same_inputs(self, stage: str, record: dict[str, Any]) -> bool:
         """An input that is to be made yet will be another one than that which was read."""
-        return not self.missing_inputs(stage) and record["inputs"] == self.input_hashes(stage)
+        return not self.missing_inputs(stage) and record.get("inputs") == self.input_hashes(stage)
 
     def _changes(self, stage: str, record: dict[str, Any]) -> list[str]:
         """Settings, and things outside, that are not as in the stage's manifest or started.json, in words."""
@@ -230,6 +230,8 @@ class RunFolder:
         to_make = [stage for stage in stages if stage in doomed or not self.is_done(stage)]
         for stage in to_make:
             self.check_own(stage)
+            if STAGES[split_stage(stage)[0]].derived:  # it will delete what it made before
+                folders.check_removable(self.path(stage), stage)
             check_free(self.root, stage, wait=wait)
             missing = [f"{setting}: {words}" for setting, thing in stage_outside(stage, self.recipe).items()
                        if (words := thing.missing())]  # fmt: skip
