@@ -126,7 +126,8 @@ class RunFolder:
             if name.startswith("answers of "):
                 raise UserError(f"evaluate.answers: {found[name]} holds no finished evaluation")
             self.require(name)
-        for name, folder in found.items():
+        # A derived stage says itself what it does not find; commands look at all that it reads first.
+        for name, folder in found.items() if not STAGES[split_stage(stage)[0]].derived else ():
             folders.check_outputs(folder, name, self._way_out(name))
         return {name: sha256_file(folder / MANIFEST) for name, folder in found.items()}
 
@@ -258,7 +259,9 @@ class RunFolder:
                 if name not in stages:
                     self.input_hashes(stage)  # says what is missing
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
-            if stage not in self.recipe.stage_dirs and (manifest := self.manifest(stage)):
+            if stage in self.recipe.stage_dirs:
+                folders.check_outputs(self.path(stage), stage, self._way_out(stage))
+            elif manifest := self.manifest(stage):
                 self._check_made(stage, manifest)
                 if not self.missing_inputs(stage):
                     self.require_current(stage)
