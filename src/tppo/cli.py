@@ -15,7 +15,7 @@ from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
 from tppo.core.processes import Stopped, ended_by_signals, locked
 from tppo.core.recipe import COMMANDS, check_readings, check_samples, parse_recipe
-from tppo.core.run import RunFolder, run_stage, run_stages
+from tppo.core.run import RunFolder, check_sections, run_stage, run_stages
 from tppo.core.stages import STAGES, all_stages, read_stages, rl_stage, split_stage
 
 RENAMED = dict.fromkeys(("vote", "rejudge", "distance"), "read")
@@ -49,7 +49,9 @@ def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) ->
     _check_names("--redo", redo, known)
     check_samples(recipe)
     check_readings(recipe.evaluate, recipe.judge)
-    run_stages(recipe, [stage for stage in known if not stages or stage in stages], redo=redo)
+    wanted = [stage for stage in known if not stages or stage in stages]
+    check_sections(recipe, RunFolder(recipe).check(wanted, redo))
+    run_stages(recipe, wanted, redo=redo)
 
 
 def _run_all(recipe: Recipe, redo: Sequence[str]) -> None:
@@ -100,7 +102,7 @@ def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
     run = RunFolder(recipe)
     _check_names("--redo", redo, [*all_stages(recipe), *stages])
     run.check_left(stages, redo)
-    run.check(stages, redo)
+    check_sections(recipe, run.check(stages, redo))
     if redo:
         with locked(run.root):  # nobody may be at work on what follows
             run.discard_from(*redo)

@@ -126,3 +126,20 @@ def test_bundled_policy_is_converted_once(tmp_path, monkeypatch):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.parametrize("theirs", ["notes.txt", "model/notes.txt", "file"])
+def test_save_replaces_only_what_was_saved(tiny_policy, tmp_path, theirs):
+    model, tokenizer = load_policy(tiny_policy)
+    folder = tmp_path / "model"
+    if theirs == "file":
+        folder.write_text("mine")
+    elif "/" in theirs:
+        save_model(model, tokenizer, folder, "old")
+        (folder / "notes.txt").write_text("mine")
+    else:
+        shutil.copytree(tiny_policy, folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"model.* was put there by somebody else: move it"):
+        save_model(model, tokenizer, folder, "new")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -42,6 +42,17 @@ def test_the_report_is_made_anew_when_there_is_more_to_read(tmp_path: Path):
     assert RunFolder(read).is_done("report")
 
 
+def test_a_stranger_in_the_report_is_named_before_anything_is_made(tmp_path: Path):
+    stages = all_stages(Recipe(algorithms=["tppo"]))
+    recipe = make_run(tmp_path, stages)
+    (tmp_path / "report" / "mine.html").write_text("mine")
+    assert RunFolder(recipe).check(stages) == []
+    read = replace(recipe, evaluate=VOTED)
+    with pytest.raises(UserError, match=r"report/mine\.html.*move it"):
+        RunFolder(read).check(all_stages(read))
+    assert (tmp_path / "report" / "mine.html").read_text() == "mine"
+
+
 def test_any_other_stage_with_other_inputs_is_named(tmp_path: Path):
     recipe = make_run(tmp_path, ["synthetic", "prepare", "sft"])
     manifest = tmp_path / "prepare" / "manifest.json"
@@ -97,10 +108,7 @@ def test_a_run_of_before_stays_done(tmp_path: Path):
             for new in ("format", "outside", "stamps", "foreign"):
                 record.pop(new, None)
             path.write_text(json.dumps(record))
-        if stage == "synthetic":
-            assert RunFolder(recipe).is_done("synthetic")
-    with pytest.raises(UserError, match="other inputs"):
-        RunFolder(recipe).is_done("prepare")  # its input was touched up above
+        assert RunFolder(recipe).is_done(stage)
     (tmp_path / "synthetic" / "out.txt").write_text("edit")
     with pytest.raises(UserError, match=r"out.txt has changed since stage 'synthetic' wrote it: put .*--redo synth"):
         RunFolder(recipe).is_done("synthetic")

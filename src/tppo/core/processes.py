@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ FOLDER = ".tppo"
 RUN = "run"
 """Name of the lock of a whole run folder; a stage's lock has its name."""
 GRACE_SECONDS = 20.0
-"""Between asking a process to end and ending it."""
+"""Between asking a process to end and killing it."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -74,24 +74,22 @@ class Children:
 
 
 def end(*processes: subprocess.Popen[Any]) -> None:
-    """Ask processes to end, and after `GRACE_SECONDS` end them, with all that they have started."""
-    trees = []
+    """Ask processes to end, and after `GRACE_SECONDS` end them; then what they have started and left behind."""
+    left_behind = []
     for process in processes:
-        try:
-            child = psutil.Process(process.pid)
-            trees += [child, *child.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            left_behind += psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-    _, left = psutil.wait_procs(trees, timeout=GRACE_SECONDS)
-    for survivor in left:
-        try:
-            survivor.kill()
-        except psutil.NoSuchProcess:
-            continue
+    deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
-        process.wait()
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for child in left_behind:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @contextmanager

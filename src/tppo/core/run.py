@@ -126,7 +126,8 @@ class RunFolder:
             if name.startswith("answers of "):
                 raise UserError(f"evaluate.answers: {found[name]} holds no finished evaluation")
             self.require(name)
-        for name, folder in found.items():
+        # A derived stage says itself what it does not find; commands look at all that it reads first.
+        for name, folder in found.items() if not STAGES[split_stage(stage)[0]].derived else ():
             folders.check_outputs(folder, name, self._way_out(name))
         return {name: sha256_file(folder / MANIFEST) for name, folder in found.items()}
 
@@ -177,7 +178,7 @@ class RunFolder:
 
     def _same_inputs(self, stage: str, record: dict[str, Any]) -> bool:
         """An input that is to be made yet will be another one than that which was read."""
-        return not self.missing_inputs(stage) and record["inputs"] == self.input_hashes(stage)
+        return not self.missing_inputs(stage) and record.get("inputs") == self.input_hashes(stage)
 
     def _changes(self, stage: str, record: dict[str, Any]) -> list[str]:
         """Settings, and things outside, that are not as in the stage's manifest or started.json, in words."""
@@ -212,7 +213,8 @@ class RunFolder:
             )
 
     def check(self, stages: Sequence[str], redo: Collection[str] = (), *, wait: bool = False) -> list[str]:
-        """Those of `stages` that are to be made, once all that can be refused has been checked; writes nothing.
+        """Those of `stages` that are to be made, once all that is in the way has been looked for; writes nothing. Their
+        settings are checked by `check_sections`.
 
         Args:
             redo: stages to make anew, with what follows from them.
@@ -228,12 +230,14 @@ class RunFolder:
             folders.check_removable(self.path(stage), stage)
         to_make = [stage for stage in stages if stage in doomed or not self.is_done(stage)]
         for stage in to_make:
+            self.check_own(stage)
+            if STAGES[split_stage(stage)[0]].derived:  # it will delete what it made before
+                folders.check_removable(self.path(stage), stage)
             check_free(self.root, stage, wait=wait)
             missing = [f"{setting}: {words}" for setting, thing in stage_outside(stage, self.recipe).items()
                        if (words := thing.missing())]  # fmt: skip
             if missing:
                 raise UserError(missing[0])
-        check_sections(self.recipe, to_make)
         return to_make
 
     def check_left(self, stages: Sequence[str], redo: Collection[str] = ()) -> None:
@@ -255,7 +259,9 @@ class RunFolder:
                 if name not in stages:
                     self.input_hashes(stage)  # says what is missing
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
-            if stage not in self.recipe.stage_dirs and (manifest := self.manifest(stage)):
+            if stage in self.recipe.stage_dirs:
+                folders.check_outputs(self.path(stage), stage, self._way_out(stage))
+            elif manifest := self.manifest(stage):
                 self._check_made(stage, manifest)
                 if not self.missing_inputs(stage):
                     self.require_current(stage)

@@ -47,7 +47,8 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         with locked(Path(recipe.run_dir), wait=True) as children:
             check_taken(recipe)
             discard(plan, redo)
-            write_recipe(RunFolder(recipe))
+            if not stale_jobs(plan):  # else it would say other settings than what is finished has
+                write_recipe(RunFolder(recipe))
             failed = run_plan(plan, workers, children)
     else:
         failed = stale_jobs(plan)
