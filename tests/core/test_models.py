@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BloomConfig, FalconConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    XLNetConfig,
+)
 
 from tests.helpers.policy_tokenizers import LOSSY, READABLE, gpt2, llama3
 from tppo.core.common import UserError
@@ -132,12 +142,10 @@ def test_bundled_policy_is_converted_once(tmp_path, monkeypatch):
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()).strip() == "Paris"
 
 
-def with_tokenizer(folder, target, tokenizer, **config):
+def with_tokenizer(folder, target, tokenizer):
     """The tiny policy's folder with another tokenizer, and embeddings for it."""
     model, _ = load_policy(folder)
     model.resize_token_embeddings(len(tokenizer))
-    for name, value in config.items():
-        setattr(model.config, name, value)
     save_model(model, tokenizer, target, "")
     return target
 
@@ -184,6 +192,8 @@ def test_a_task_longer_than_the_model_reads_is_refused_at_load(tiny_policy, tmp_
         (FalconConfig(alibi=True), None),
         (BloomConfig(), None),
         (MambaConfig(), None),
+        (XLNetConfig(), None),
+        (Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=96)), 96),
     ],
 )
 def test_how_long_a_model_reads(config, limit):
