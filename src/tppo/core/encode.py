@@ -290,19 +290,16 @@ def _without_spellings(content: dict[str, Any], control: Collection[str]) -> int
     Returns:
         Id of what the model cannot spell, if it has one.
     """
-    names = {token: f"<{secrets.token_hex(16)}>" for token in control}
+    model = content["model"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    # The unknown token need not be a special one.
+    names = {token: f"<{secrets.token_hex(16)}>" for token in {*control, unknown} - {None}}
     content["truncation"] = content["padding"] = None
     for token in content["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    model = content["model"]
-    vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score] by id
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
         return model.get("unk_id")
-    unknown = model.get("unk_token")
-    # The unknown token need not be a special one.
-    if unknown is not None and unknown not in names:
-        names[unknown] = f"<{secrets.token_hex(16)}>"
     held = names.keys() & vocab.keys()
     unknown_id = vocab.get(unknown)
     for token in held:
