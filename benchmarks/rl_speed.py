@@ -118,8 +118,9 @@ def write_inputs(work: Work, weights: str, folder: Path, seed: int) -> None:
 
 def build_trainer(folder: Path, work: Work, algorithm: str, seed: int) -> Any:
     """Our trainer on this work. The only place that knows its constructor and its reward function's form."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from tppo.core.config import RL
-    from tppo.core.models import load_policy
     from tppo.rl.trainer import TokenPPOTrainer
 
     def parity(samples: Any) -> Any:
@@ -145,9 +146,10 @@ def build_trainer(folder: Path, work: Work, algorithm: str, seed: int) -> Any:
         temperature=1.0,
         precision="bf16",
     )
-    policy, tokenizer = load_policy(folder)
+    # Not by `load_policy`, which refuses a tokenizer that writes no queries: the random one knows no text.
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return TokenPPOTrainer(
-        policy,
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(),
         parity,
         json.loads((folder / "prompts.json").read_text(encoding="utf-8")),
         config,

@@ -19,6 +19,7 @@ from tppo.core.encode import (
     decode_prompt,
     decode_text,
     encode_batch,
+    encode_padded,
     encode_text,
     start_ids,
 )
@@ -201,6 +202,19 @@ def test_pairs_for_an_encoder_are_begun_and_ended_but_hold_no_control_token():
         assert encode_batch(tokenizer, *([t] for t in ordinary))[0].ids == tokenizer(*ordinary)["input_ids"]
         [cut] = encode_batch(tokenizer, ["hotels in tokyo " * 9], max_length=12)
         assert cut.ids == tokenizer("hotels in tokyo " * 9, truncation=True, max_length=12)["input_ids"]
+
+
+def test_a_padded_batch_is_what_the_tokenizer_makes_of_ordinary_text():
+    texts = ["hotels in tokyo", "best", "hotels in tokyo " * 9]
+    for kind in ("minilm", "unigram"):
+        tokenizer = get_tokenizer(kind)
+        batch, offsets_BT2 = encode_padded(tokenizer, texts, 12)
+        expected = tokenizer(
+            texts, padding=True, truncation=True, max_length=12, return_offsets_mapping=True, return_tensors="pt"
+        )
+        assert (offsets_BT2 == expected.pop("offset_mapping").numpy()).all()
+        assert set(batch) == set(expected)
+        assert all((batch[name] == expected[name]).all() for name in batch)
 
 
 @pytest.mark.parametrize("family", [make.__name__ for make in READABLE])

@@ -6,9 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    XLNetConfig,
+)
 
+from tests.helpers.policy_tokenizers import LOSSY, READABLE, gpt2, llama3
 from tppo.core.common import UserError
-from tppo.core.models import load_encoder_path, load_policy, save_model, smollm2_folder
+from tppo.core.config import Task
+from tppo.core.encode import encode_text
+from tppo.core.models import load_encoder_path, load_policy, position_limit, save_model, smollm2_folder
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -143,3 +157,69 @@ def test_save_replaces_only_what_was_saved(tiny_policy, tmp_path, theirs):
     with pytest.raises(UserError, match=r"model.* was put there by somebody else: move it"):
         save_model(model, tokenizer, folder, "new")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def with_tokenizer(folder, target, tokenizer):
+    """The tiny policy's folder with another tokenizer, and embeddings for it."""
+    model, _ = load_policy(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    save_model(model, tokenizer, target, "")
+    return target
+
+
+@pytest.mark.parametrize("make", LOSSY)
+def test_a_tokenizer_that_loses_line_breaks_is_refused_at_load(tiny_policy, tmp_path, make):
+    folder = with_tokenizer(tiny_policy, tmp_path / "m", make())
+    with pytest.raises(UserError, match=r"does not bring back what it is given: line breaks .*are lost"):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize("make", READABLE)
+def test_tokenizers_of_other_families_load(tiny_policy, tmp_path, make):
+    _, tokenizer = load_policy(with_tokenizer(tiny_policy, tmp_path / "m", make()))
+    assert encode_text(tokenizer, "a </s> b") == encode_text(make(), "a </s> b")
+
+
+def test_a_task_longer_than_the_model_reads_is_refused_at_load(tiny_policy, tmp_path):
+    load_policy(tiny_policy, task=Task(max_prompt_tokens=480, max_response_tokens=32))
+    with pytest.raises(
+        UserError,
+        match=r"task\.max_prompt_tokens=490 and task\.max_response_tokens=32 make 522 tokens, .* has 512 positions",
+    ):
+        load_policy(tiny_policy, task=Task(max_prompt_tokens=490))
+    config = GPT2Config(vocab_size=len(gpt2()), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    save_model(GPT2LMHeadModel(config), gpt2(), tmp_path / "table", "")
+    with pytest.raises(UserError, match="has 64 positions"):
+        load_policy(tmp_path / "table", task=Task())
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=128), 128),
+        (LlamaConfig(max_position_embeddings=128, rope_parameters={"rope_type": "linear", "factor": 4.0}), 512),
+        (
+            LlamaConfig(
+                max_position_embeddings=512,
+                rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            ),
+            512,
+        ),
+        (FalconConfig(alibi=True), None),
+        (BloomConfig(), None),
+        (MambaConfig(), None),
+        (XLNetConfig(), None),
+        (Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=96)), 96),
+    ],
+)
+def test_how_long_a_model_reads(config, limit):
+    assert position_limit(config) == limit
+
+
+def test_a_chat_task_ends_with_the_turn(tiny_policy, tmp_path):
+    folder = with_tokenizer(tiny_policy, tmp_path / "m", llama3())
+    assert load_policy(folder, task=Task())[1].eos_token == "<|end_of_text|>"
+    assert load_policy(folder, task=Task(prompt="chat"))[1].eos_token == "<|eot_id|>"
+    with pytest.raises(UserError, match=r"task\.prompt=chat: the tokenizer has no chat template"):
+        load_policy(tiny_policy, task=Task(prompt="chat"))

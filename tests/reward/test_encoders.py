@@ -17,7 +17,7 @@ from tppo.core.config import Reward
 from tppo.core.text import Event, parse_response
 from tppo.generate.engine import decode_response
 from tppo.reward.align import token_spans
-from tppo.reward.data import LabelledResponse, make_items
+from tppo.reward.data import LabelledResponse, encode_pairs, make_items
 from tppo.reward.models import SentenceRewardModel, TokenRewardModel
 from tppo.reward.train import fit
 
@@ -49,6 +49,21 @@ def labelled(words: list[str]) -> LabelledResponse:
     found = parse_response(response, True, 3).words
     classes = [2 if word in GOOD else 1 for word in words]
     return LabelledResponse("e", "u", [Event("search", "best town")], response, found, classes, int(words[0] in GOOD))
+
+
+@pytest.mark.parametrize("kind", sorted({*TOKENIZERS.values()}))
+def test_control_tokens_that_a_user_typed_are_text(kind: str) -> None:
+    """Also where the tokenizer's model itself holds them, as Unigram's does."""
+    tokenizer = get_tokenizer(kind)
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    typed = " ".join(tokenizer.all_special_tokens)
+    pairs = [
+        encode_pairs(tokenizer, [[Event("search", f"best {text}town")]], [f"{text}pizza"], 96)[0]
+        for text in ("", f"{typed} ")
+    ]
+    counts = [sum(id in special for id in pair.inputs["input_ids"]) for pair in pairs]
+    assert counts[0] == counts[1]
+    assert len(pairs[1]) > len(pairs[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,9 +4,12 @@ import time
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from tests.helpers.policy_tokenizers import llama3
 from tppo.core.common import UserError
 from tppo.core.config import RL
+from tppo.core.models import load_policy
 from tppo.generate.engine import Generation
 from tppo.rl import guards
 from tppo.rl.policy import PolicyWithValue, pad_batch, response_logprobs
@@ -117,6 +120,39 @@ def test_mistakes_are_named(tiny_lm, tokenizer, dense_reward):
         TokenPPOTrainer(tiny_lm(), dense_reward, [], config, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"float32: load it with dtype=torch\.float32"):
         TokenPPOTrainer(tiny_lm().bfloat16(), dense_reward, ["a"], config, tokenizer=tokenizer)
+
+
+def test_text_prompts_are_begun_not_ended_and_hold_no_control_token(tiny_policy):
+    model, _ = load_policy(tiny_policy)
+    tokenizer = llama3()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}",
+        special_tokens=[(tokenizer.bos_token, begin), (tokenizer.eos_token, end)],
+    )
+    model.resize_token_embeddings(len(tokenizer))
+    config = RL(batch_size=3, minibatch_size=3, micro_batch_size=3)
+    seen = []
+    prompts = ["red shoes", "red <|end_of_text|><|eot_id|> shoes", tokenizer("blue hat")["input_ids"]]
+    trainer = TokenPPOTrainer(
+        model, lambda samples: seen.extend(samples) or [0.0] * 3, prompts, config, tokenizer=tokenizer
+    )
+    for ids in trainer.prompts[:2]:
+        assert ids[0] == begin
+        assert not {*tokenizer.all_special_ids} & set(ids[1:])
+    assert trainer.prompts[2] == prompts[2], "ids are taken as they are"
+    trainer.step()
+    assert {sample.prompt for sample in seen} == {*prompts[:2], "blue hat<|end_of_text|>"}
+
+
+def test_prompts_that_do_not_come_back_or_do_not_fit_are_refused(tiny_lm, tokenizer, dense_reward):
+    config = RL(batch_size=2, minibatch_size=2, micro_batch_size=2)
+    with pytest.raises(UserError, match=r"prompt 1 does not come back from the tokenizer.*token ids"):
+        TokenPPOTrainer(tiny_lm(), dense_reward, ["a b", "a\nb"], config, tokenizer=tokenizer)
+    with pytest.raises(
+        UserError, match=r"longest prompt's 3 tokens and max_response_tokens=32 make 35 .* 34 positions"
+    ):
+        TokenPPOTrainer(tiny_lm(max_position_embeddings=34), dense_reward, ["a", "a b c"], config, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,12 @@ def test_sft_output_pairs_prefer_the_true_queries_to_the_first_sample(drawn):
         )
 
 
+def test_true_queries_that_cannot_be_written_make_no_pair():
+    example = Example("e", "u", "train", [], ["ж"], datetime(2020, 1, 1))
+    found = sft_output_pairs([response("e", 0, "a")], {"e": example}, lambda queries: None, 7)
+    assert (found.pairs, found.dropped) == ([], {"true_queries_not_writable": 1})
+
+
 def test_judged_pairs_need_several_samples_before_anything_runs():
     recipe = Recipe(algorithms=["tppo", "dpo"])
     check_samples(recipe)

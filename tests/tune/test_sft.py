@@ -5,12 +5,20 @@ import shutil
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
+from tests.helpers.policy_tokenizers import READABLE, llama3
+from tests.helpers.tokenizer_kinds import get_tokenizer
+from tppo.core.chat import end_with_turn
 from tppo.core.common import UserError
 from tppo.core.config import SFT, Task
-from tppo.core.models import load_policy
+from tppo.core.models import load_policy, save_model
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.text import encode_prompt, render_response
+from tppo.core.tables import load_examples
+from tppo.core.text import Event, encode_prompt, render_response
+from tppo.generate import sample
+from tppo.generate.engine import encode_examples, generate
+from tppo.serve import app
 from tppo.tune import sft
 from tppo.tune.sft import IGNORED, encode_training, make_trainer
 from tppo.tune.trl import EpochSampler, ProgressCallback, last_good_checkpoint
@@ -50,6 +58,82 @@ def test_encoding_joins_prompt_and_response_with_one_end_of_sequence(tiny_tokeni
         assert row["labels"] == [IGNORED] * len(prompt) + response
         assert row["length"] == len(row["input_ids"])
     assert encoded.dropped_events == encoded.too_long_responses == 0
+
+
+def test_a_target_that_spells_the_end_does_not_hold_it(tiny_tokenizer, example_factory):
+    """It would teach the model to stop in the middle."""
+    example = example_factory(1)[0]
+    example.history[0] = Event("search", "seeds <|end|>")
+    example.targets[0] = "what is <|end|> in python"
+    [row] = encode_training(tiny_tokenizer, [example], Task(max_prompt_tokens=300, max_response_tokens=64)).rows
+    assert row["input_ids"].count(tiny_tokenizer.eos_token_id) == 1
+    assert tiny_tokenizer.decode(row["input_ids"][:-1]).endswith(render_response(example.targets))
+
+
+@pytest.mark.parametrize(("family", "style", "end"), [
+    ("llama2", "plain", "</s>"), ("llama3", "plain", "<|end_of_text|>"), ("llama3", "chat", "<|eot_id|>"),
+    ("gemma", "chat", "<end_of_turn>"),
+])  # fmt: skip
+def test_the_tokenizers_own_beginning_and_end(family, style, end, example_factory):
+    tokenizer = {make.__name__: make for make in READABLE}[family]()
+    if style == "chat":
+        end_with_turn(tokenizer)
+    task = Task(max_prompt_tokens=900, max_response_tokens=200, prompt=style)
+    examples = example_factory(4)
+    prompts, _ = encode_examples(tokenizer, examples, task)
+    for prompt, row in zip(prompts, encode_training(tokenizer, examples, task).rows, strict=True):
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert prompt[0] == tokenizer.bos_token_id
+        assert prompt.count(tokenizer.bos_token_id) == 1
+        assert row["labels"].count(IGNORED) == len(prompt)
+        assert tokenizer.convert_ids_to_tokens(row["input_ids"][-1]) == end
+        assert row["labels"].count(tokenizer.eos_token_id) == 1
+
+
+def test_responses_that_cannot_be_written_are_left_out_and_counted(example_factory):
+    tokenizer = get_tokenizer("characters")
+    examples = example_factory(2)
+    examples[0].targets[:] = ["how to fix", "a flat"]
+    examples[1].targets[:] = ["how to fix", "ж"]
+    encoded = encode_training(tokenizer, examples, Task(max_prompt_tokens=900, max_response_tokens=200))
+    assert (len(encoded.rows), encoded.unwritable_responses, encoded.too_long_responses) == (1, 1, 0)
+
+
+def test_scratch_has_no_chat_template(recipe_for):
+    recipe = recipe_for(model="scratch")
+    recipe.task.prompt = "chat"
+    with pytest.raises(UserError, match=r"task\.prompt=chat: sft\.model=scratch has no chat template"):
+        run_stage(recipe, "sft", sft.run)
+
+
+def test_every_stage_has_the_same_prompt_and_end_in_a_chat(recipe_for, tiny_policy, tmp_path, monkeypatch):
+    model, _ = load_policy(tiny_policy)
+    tokenizer = llama3()
+    model.resize_token_embeddings(len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "chat", "")
+    recipe = recipe_for(model=str(tmp_path / "chat"), epochs=1.0)
+    recipe.task = Task(max_prompt_tokens=400, max_response_tokens=60, prompt="chat")
+    run_stage(recipe, "sft", sft.run)
+    seen = []
+
+    def spied(model, tokenizer, prompts, **settings):
+        seen.append((tokenizer.eos_token, prompts))
+        return generate(model, tokenizer, prompts, **settings)
+
+    run = RunFolder(recipe)
+    monkeypatch.setattr(sample, "generate", spied)
+    run_stage(recipe, "sample", sample.run)
+    monkeypatch.setattr(app, "generate", spied)
+    model, tokenizer = load_policy(run.path("sft") / "model", task=recipe.task)
+    [example, *_] = load_examples(run.path("prepare"), "train")
+    client = TestClient(app.create_app({"sft": (model, tokenizer)}, recipe.task, 0.0))
+    history = [{"kind": event.kind, "text": event.text} for event in example.history]
+    assert client.post("/v1/suggest", json={"history": history}).status_code == 200
+    sampled, served = seen
+    trained = encode_training(tokenizer, [example], recipe.task).rows[0]["input_ids"]
+    assert sampled[0] == served[0] == "<|eot_id|>"
+    assert sampled[1][0] == served[1][0] == trained[: len(served[1][0])]
+    assert trained[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
 
 
 def test_long_responses_are_left_out_and_counted_never_cut(tiny_tokenizer, example_factory):

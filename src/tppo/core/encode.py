@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from tppo.core.common import UserError
@@ -90,6 +91,25 @@ def encode_batch(
         return backend.encode_batch(whole)
     finally:
         backend.no_truncation()
+
+
+def encode_padded(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[dict[str, Any], np.ndarray]:
+    """What an encoder is called with for a batch of texts (see `encode_batch`), as tensors (B,T) of torch, and the span
+    of characters of every token, (B,T,2); empty for padding and for what begins and ends a text.
+
+    Args:
+        tokenizer: a fast (Rust) one with a padding token.
+        max_length: the end of a longer text is cut off.
+    """
+    encodings = encode_batch(tokenizer, texts, max_length=max_length)
+    rows = {"input_ids": [encoding.ids for encoding in encodings]}
+    if "token_type_ids" in tokenizer.model_input_names:
+        rows["token_type_ids"] = [encoding.type_ids for encoding in encodings]
+    batch = tokenizer.pad(rows, return_tensors="pt")
+    mask_BT = batch["attention_mask"].numpy().astype(bool)
+    offsets_BT2 = np.zeros((*mask_BT.shape, 2), dtype=np.int64)
+    offsets_BT2[mask_BT] = np.concatenate([encoding.offsets for encoding in encodings])
+    return dict(batch), offsets_BT2
 
 
 def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -270,19 +290,16 @@ def _without_spellings(content: dict[str, Any], control: Collection[str]) -> int
     Returns:
         Id of what the model cannot spell, if it has one.
     """
-    names = {token: f"<{secrets.token_hex(16)}>" for token in control}
+    model = content["model"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    # The unknown token need not be a special one.
+    names = {token: f"<{secrets.token_hex(16)}>" for token in {*control, unknown} - {None}}
     content["truncation"] = content["padding"] = None
     for token in content["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    model = content["model"]
-    vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score] by id
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
         return model.get("unk_id")
-    unknown = model.get("unk_token")
-    # The unknown token need not be a special one.
-    if unknown is not None and unknown not in names:
-        names[unknown] = f"<{secrets.token_hex(16)}>"
     held = names.keys() & vocab.keys()
     unknown_id = vocab.get(unknown)
     for token in held:

@@ -153,10 +153,10 @@ def check_positions(config: Any, prompt: int, response: int, limits: str, name: 
 
 
 def position_limit(config: Any) -> int | None:
-    """Longest sequence that a model was made to read; None where it has no such limit (ALiBi, recurrent models)."""
+    """Longest sequence that a model was made to read; None where it declares no limit (ALiBi, most recurrent ones)."""
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or getattr(config, "alibi", False):
+    if limit is None or limit < 1 or getattr(config, "alibi", False):  # XLNet says -1
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # Some configs declare the length before scaling (Qwen's YaRN), some the one after (Llama 3): the longer is right.

@@ -43,6 +43,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tppo.core.common import UserError, track
 from tppo.core.config import Rubric
+from tppo.core.encode import encode_padded
 from tppo.core.files import sha256_file, write_json
 from tppo.core.models import load_encoder_path
 from tppo.core.tables import Example
@@ -102,16 +103,8 @@ class Encoder:
         embeddings: dict[str, TextEmbedding] = {}
         for start in range(0, len(distinct), self.batch_size):
             batch = distinct[start : start + self.batch_size]
-            encoding = self.tokenizer(
-                batch,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_offsets_mapping=True,
-                split_special_tokens=True,  # a text that spells "[SEP]" is a text
-                return_tensors="pt",
-            )
-            offsets_BT2 = encoding.pop("offset_mapping").numpy()
+            # Not by calling the tokenizer: a word that spells "[SEP]" or "</s>" would be a control token.
+            encoding, offsets_BT2 = encode_padded(self.tokenizer, batch, self.max_length)
             hidden_BTD = self.model(**encoding).last_hidden_state.numpy()
             mask_BT = encoding["attention_mask"].numpy().astype(bool)
             ids_BT = encoding["input_ids"]

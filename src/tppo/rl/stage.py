@@ -67,7 +67,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     card = (
         f"# Query suggestions: {config.algorithm}\n\nTuned from the run's SFT model by {saved_update} updates of "
         f"{config.batch_size} prompts with tppo's `rl` stage. Writes a user's next searches, one per line, after "
-        "the prompt of `tppo.core.text.render_prompt`.\n"
+        "the prompt of `tppo.core.text.encode_prompt`.\n"
     )
     save_model(model, tokenizer, folder / "model", card)
     remove_checkpoints(folder)

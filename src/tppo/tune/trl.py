@@ -152,7 +152,7 @@ def save_trained(
     """
     card = (
         f"# Query suggestions: {title}\n\n{made} Writes a user's next searches, one per line, after the prompt of "
-        "`tppo.core.text.render_prompt`.\n"
+        "`tppo.core.text.encode_prompt`.\n"
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     if settings.tuning == "lora":
