@@ -22,12 +22,13 @@ from tppo.core.config import Evaluate, Precision, Recipe, Task
 from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
-from tppo.core.stages import DISPLAY, REFERENCES, rl_stage
+from tppo.core.stages import DISPLAY, REFERENCES, evaluated_models, rl_stage
 from tppo.core.tables import Example, field, load_examples, read_table
 from tppo.core.text import Event, parse_response, render_response
 from tppo.generate.engine import Generation, encode_examples, generate
 from tppo.generate.simple import FrequentNext, NearestNeighbour, best_sample, last_query, repeat_recent
 from tppo.judge.embedding import Encoder
+from tppo.judge.probes import log_texts
 from tppo.judge.verdict import other_user_items
 from tppo.rl.reward_function import make_sample
 from tppo.rl.stage import QueryReward, query_reward
@@ -157,6 +158,29 @@ def from_queries(queries: Iterable[Sequence[str]]) -> Answers:
     """Answers of something that ends by itself and counts no tokens."""
     responses = [render_response(found) for found in queries]
     return Answers(responses, [True] * len(responses), [None] * len(responses))
+
+
+def readable_encoder(recipe: Recipe, examples: Sequence[Example]) -> Encoder | None:
+    """The encoder of the similarities and of `nearest`; None, and it is said, when it cannot read the log's script.
+
+    Raises:
+        UserError: it cannot, and `nearest` is to answer.
+    """
+    encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
+    setting = f"evaluate.encoder={recipe.evaluate.encoder}"
+    try:
+        encoder.legibility.check(
+            log_texts(examples),
+            setting,
+            "give a sentence encoder for the log's languages, or take nearest out of evaluate.baselines and do without "
+            "similarities",
+        )
+    except UserError as error:
+        if "nearest" in evaluated_models(recipe):
+            raise
+        console.print(f"WARNING: {error}")
+        return None
+    return encoder
 
 
 def embed_texts(encoder: Encoder, texts: Sequence[str], description: str | None = None) -> np.ndarray:

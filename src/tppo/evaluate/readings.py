@@ -99,7 +99,8 @@ def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encod
     """Everything that comparing texts says of each answer.
 
     Args:
-        encoder: of the embedding similarity (`tppo.judge.embedding.Encoder`), which is not measured without it.
+        encoder: of the embedding similarity (`tppo.judge.embedding.Encoder`), which is not measured without it, nor
+            where it cannot read a query.
     """
     vectors = {}
     if encoder:
@@ -107,6 +108,7 @@ def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encod
         texts |= {target for row in answers for target in examples[row["example_id"]].targets}
         distinct = sorted(texts)
         vectors = dict(zip(distinct, embed_texts(encoder, distinct), strict=True))
+        unread = {text for text, marks in zip(distinct, encoder.legibility.unread(distinct), strict=True) if any(marks)}
     rows = []
     for row in answers:
         example, usable = examples[row["example_id"]], row["problem"] is None
@@ -117,7 +119,7 @@ def text_readings(examples: Mapping[str, Example], answers: Sequence[Row], encod
             **truth_metrics(row["queries"], example.targets, usable),
             **form_metrics(row["queries"], example.history),
         }
-        if encoder:
+        if encoder and unread.isdisjoint([*row["queries"], *example.targets]):  # else its cosines would be guesses
             written, true = (np.array([vectors[text] for text in part]) for part in (row["queries"], example.targets))
             found |= similarity_metrics(written, true, usable)
         rows += [_row(row, TEXT, name, value) for name, value in found.items() if value is not None]

@@ -27,7 +27,7 @@ from tppo.core.models import SCRATCH
 from tppo.core.run import RunFolder
 from tppo.core.stages import evaluated_models
 from tppo.core.tables import Example, load_examples, read_table, write_table
-from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer
+from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer, readable_encoder
 from tppo.evaluate.compare import build_metrics, user_bootstrap
 from tppo.evaluate.readings import READINGS, judge_readings, text_readings, truth_readings
 from tppo.judge.embedding import Encoder
@@ -44,10 +44,10 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """
     check_settings(recipe)
     judge, truth = choose_judge(recipe, run), known_truth(run)
-    encoder = Encoder(recipe.evaluate.encoder, setting="evaluate.encoder")
     prepare, splits = run.require("prepare"), recipe.evaluate.splits
     examples: dict[str, list[Example]]
     examples = {split: choose_examples(recipe.evaluate, prepare, split, recipe.data_seed) for split in splits}
+    encoder = readable_encoder(recipe, [example for chosen in examples.values() for example in chosen])
     num_queries = recipe.task.num_queries
 
     def read(model: str, chosen: list[Example], answers: list[Row]) -> list[Row]:
@@ -83,7 +83,7 @@ def _write_parts(
     recipe: Recipe,
     run: RunFolder,
     examples: dict[str, list[Example]],
-    encoder: Encoder,
+    encoder: Encoder | None,
     read: Callable[[str, list[Example], list[Row]], list[Row]],
     parts: Path,
 ) -> dict[str, Any]:

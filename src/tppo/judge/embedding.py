@@ -53,7 +53,9 @@ from tppo.judge.probes import log_texts, noise_items
 from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 
 RULE_VERSION = 2
-_OTHER_ENCODER = "give label.encoder a sentence encoder for the log's languages, or set label.judge to llm"
+_OTHER_ENCODER = (
+    "give label.encoder a sentence encoder for the log's languages, or let a language model judge (label.judge: llm)"
+)
 _CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
 
 

@@ -27,6 +27,7 @@ from tppo.core.config import Recipe, Reward
 from tppo.core.device import autocast
 from tppo.core.models import load_encoder_path
 from tppo.core.run import RunFolder
+from tppo.judge.legible import Legibility
 from tppo.judge.verdict import CONSTRUCTED_FILE
 from tppo.reward import losses
 from tppo.reward.align import IRRELEVANT, RELEVANT
@@ -198,6 +199,11 @@ def train_model(
         global_attention=settings.global_attention,
         dropout=settings.dropout,
         layers=settings.encoder_layers,
+    )
+    Legibility(reward_model.tokenizer, spelling=False).check(
+        (text for row in labels.train for text in [row.response, *(event.text for event in row.history)]),
+        f"reward.encoder={settings.encoder}",
+        "give reward.encoder an encoder for the log's languages",
     )
     if isinstance(reward_model, SentenceRewardModel):
         reward_model.use_pooling(settings.sentence_pooling)
