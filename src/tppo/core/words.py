@@ -69,7 +69,7 @@ _LETTER = regex.compile(r"[\p{L}\p{N}\p{Co}]")
 # ICU does not end a word where such a script meets letters or digits of another.
 _MEETING = regex.compile(
     rf"(?<=[{_COMPLEX}])(?=[[\p{{L}}\p{{N}}]--[{_COMPLEX}]])"
-    rf"|(?<=[[\p{{L}}\p{{N}}]--[{_COMPLEX}]]\p{{M}}*)(?=[[{_COMPLEX}]--[\p{{M}}]])",
+    rf"|(?=[[{_COMPLEX}]--[\p{{M}}]])(?<=[[\p{{L}}\p{{N}}]--[{_COMPLEX}]]\p{{M}}*)",
     regex.VERSION1,
 )
 _OPENING = regex.compile(r"[\p{Ps}\p{Pi}\p{Sc}#@]+$")
