@@ -300,7 +300,7 @@ def _load_tokenizer(source: str) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a family's configuration or tokenizer raises
         raise UserError(f"the tokenizer in '{source}' does not load ({_first_line(error)}): {_WAY_OUT}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
