@@ -201,7 +201,7 @@ def test_configuration_that_a_family_does_not_take(tiny_policy, tmp_path):
 
 
 def test_adapters_that_are_not_merged_are_refused(tiny_policy, tmp_path):
-    model, tokenizer = load_policy(tiny_policy)
+    model, _ = load_policy(tiny_policy)
     with_adapters(model, 2).save_pretrained(tmp_path / "adapters")
     folder = copy(tiny_policy, tmp_path / "m")
     shutil.copytree(tmp_path / "adapters", folder, dirs_exist_ok=True)
@@ -213,7 +213,7 @@ def test_adapters_that_are_not_merged_are_refused(tiny_policy, tmp_path):
 def test_a_model_without_anything_to_adapt_names_full_tuning(tiny_policy):
     model, _ = load_policy(tiny_policy)
     model.model.layers = torch.nn.ModuleList()
-    with pytest.raises(UserError, match="takes no LoRA adapters .*tuning=full"):
+    with pytest.raises(UserError, match=r"takes no LoRA adapters .*tuning=full"):
         with_adapters(model, 2)
 
 

@@ -20,7 +20,18 @@ from tppo.core.common import UserError
 from tppo.core.models import load_policy
 from tppo.generate.engine import generate
 
-SLOW = ("bloom", "deepseek_v3", "gemma2", "gemma3_text", "gpt_neox", "jamba", "qwen2_moe", "qwen3_next", "xglm", "zamba2")
+SLOW = (
+    "bloom",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "jamba",
+    "qwen2_moe",
+    "qwen3_next",
+    "xglm",
+    "zamba2",
+)
 
 
 @pytest.mark.parametrize("family", families.QUICK)

@@ -43,7 +43,7 @@ def _arguments(kind: type) -> tuple[frozenset[str], bool]:
 
 def takes(model: Any, name: str) -> bool:
     """Whether the family's forward has an argument of this name."""
-    return name in _arguments(type(plain(model)))[0]
+    return name in _arguments(plain(model).__class__)[0]
 
 
 _UNPADDED = "_tppo_unpadded"
@@ -65,7 +65,7 @@ def _call(model: Any, ids_BT: Tensor, mask_BT: Tensor | None, use_cache: bool = 
     Args:
         mask_BT: of all tokens so far, those in the cache included; 0 (False) is padding. None: there is none.
     """
-    names, hands_on = _arguments(type(plain(model)))
+    names, hands_on = _arguments(plain(model).__class__)
     if mask_BT is not None:
         # Positions count from the first token that is no padding.
         positions_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
@@ -230,7 +230,7 @@ def _problem(model: Any, unpadded: bool) -> str | None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         # Ordinary words stand in the middle of a vocabulary, special ones at its ends.
         ids = [vocabulary // 4 + (5 * i) % max(1, vocabulary // 2) for i in range(16)]
-        rows = [ids[: total] for _, total in _LENGTHS[unpadded]]
+        rows = [ids[:total] for _, total in _LENGTHS[unpadded]]
         rows[1] = ids[8 : 8 + len(rows[1])]
         alone = [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float() for row in rows]
         if not all(logits_TV.isfinite().all() for logits_TV in alone):

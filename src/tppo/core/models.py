@@ -77,8 +77,8 @@ def load_policy(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32)
         ) from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would be "
-            "random: save it there by the class that it was trained as"
+            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would "
+            "be random: save it there by the class that it was trained as"
         )
     refuse_adapters(model, f"'{source}'")
     embeddings = model.get_input_embeddings().weight.shape[0]

@@ -86,7 +86,9 @@ def generate(
     finally:
         model.train(training)
     return [
-        Generation(list(prompt), ids, decode_response(tokenizer, ids[:-1] if ids[-1] in stops else ids), ids[-1] in stops)
+        Generation(
+            list(prompt), ids, decode_response(tokenizer, ids[:-1] if ids[-1] in stops else ids), ids[-1] in stops
+        )
         for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
