@@ -198,8 +198,8 @@ _NOT_CAUSAL = (
 
 @torch.no_grad()
 def check_family(model: Any, name: str) -> None:
-    """Two prompts of different length, one ended earlier, beside each other and alone: six short forwards, and four
-    more of a model that sees padding. Finds out whether it does (`is_unpadded`).
+    """Two prompts of different length, one ended earlier, beside each other and alone: eight short forwards, and as
+    many again of a model that sees padding. Finds out whether it does (`is_unpadded`).
 
     Args:
         name: how the error calls the model.
@@ -286,7 +286,10 @@ def _training_problem(model: Any, rows: list[list[int]], alone: list[Tensor]) ->
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, :left] = 0
     mask_BT[1, end - right :] = 0
-    logits_BKV, hidden_BKD = read(model, ids_BT, mask_BT, num_response + 1)
+    # SFT trains with dropout on; some families then read a text in another way (Reformer: of one length only).
+    with torch.random.fork_rng(devices=[]):
+        read(model.train(), ids_BT, mask_BT, num_response + 1)
+    logits_BKV, hidden_BKD = read(model.eval(), ids_BT, mask_BT, num_response + 1)
     if hidden_BKD.dim() != 3 or hidden_BKD.shape[:2] != logits_BKV.shape[:2]:
         return "the hidden states that its output layer reads are not one for each token"
     for row, (prompt, total) in enumerate(((start, end), (second_start, second_end))):
