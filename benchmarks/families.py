@@ -309,9 +309,9 @@ INTRODUCTION = """# Start models
 
 Any causal language model that transformers loads is checked when it is loaded, before anything is trained: two short
 prompts beside each other, continued token by token with one of them ended early, must get the logits that each gets
-alone, and so must a padded batch as training reads it (`tppo.core.causal.check_family`, eight forwards of eight
-tokens, or twice as many). A model that does not pass is refused with the reason. So is one with weights missing, with adapters that are
-not merged, and with a `generation_config.json` that cannot be read.
+alone, and so must a padded batch as training reads it (`tppo.core.causal.check_family`, seven forwards of eight tokens,
+or twice as many). A model that does not pass is refused with the reason. So is one with weights missing, with adapters
+that are not merged, and with a `generation_config.json` that cannot be read.
 
 - **Padding.** Most families take prompts padded at the left. Some see that padding: positions are counted by column
   (BART, RoBERTa and their kin), or a recurrent state reads every token (RWKV). The check finds out; their prompts are
