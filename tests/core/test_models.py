@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
     Gemma3Config,
@@ -22,7 +24,16 @@ from tests.helpers.policy_tokenizers import LOSSY, READABLE, gpt2, llama3
 from tppo.core.common import UserError
 from tppo.core.config import Task
 from tppo.core.encode import encode_text
-from tppo.core.models import load_encoder_path, load_policy, position_limit, save_model, smollm2_folder
+from tppo.core.models import (
+    load_encoder_path,
+    load_policy,
+    position_limit,
+    sampling_config,
+    save_model,
+    smollm2_folder,
+    stop_ids,
+    with_adapters,
+)
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -99,6 +110,126 @@ def test_tokenizer_of_another_model(tiny_policy, tmp_path):
     save_model(model, tokenizer, tmp_path / "m", "")
     with pytest.raises(UserError, match="do not belong together"):
         load_policy(tmp_path / "m")
+
+
+def edit(folder: Path, name: str, **fields) -> None:
+    """Change fields of a JSON file of a model folder."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+SAMPLING = {
+    "do_sample": False, "temperature": 0.3, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.5, "min_new_tokens": 4,
+    "max_new_tokens": 3, "suppress_tokens": [4], "begin_suppress_tokens": [3], "forced_eos_token_id": 2,
+    "no_repeat_ngram_size": 2, "num_beams": 2,
+}  # fmt: skip
+
+
+def test_a_saved_folder_samples_as_it_was_trained(tiny_policy, tmp_path):
+    """`model.generate` draws from the softmax at the trained temperature and nothing else, ended by the same ids."""
+    folder = copy(tiny_policy, tmp_path / "m")
+    edit(folder, "generation_config.json", **SAMPLING, eos_token_id=[0, 7])
+    model, tokenizer = load_policy(folder)
+    assert stop_ids(model, tokenizer) == (0, 7)
+    model.generation_config = sampling_config(model, tokenizer, temperature=0.7, max_new_tokens=9)
+    save_model(model, tokenizer, tmp_path / "saved", "")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    config, _ = again._prepare_generation_config(None)
+    processors = again._get_logits_processor(
+        config, input_ids_seq_length=3, encoder_input_ids=None, prefix_allowed_tokens_fn=None, logits_processor=[]
+    )
+    assert [type(p).__name__ for p in processors] == ["TemperatureLogitsWarper"]
+    assert (config.do_sample, config.temperature, config.max_new_tokens) == (True, 0.7, 9)
+    assert config.eos_token_id == [0, 7]
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 6, 7]] * 4000)
+    first = again.generate(ids, max_new_tokens=1)[:, -1]
+    with torch.no_grad():
+        expected_V = torch.softmax(model(ids[:1]).logits[0, -1] / 0.7, -1)
+    shares_V = torch.bincount(first, minlength=len(expected_V)) / len(ids)
+    assert (shares_V - expected_V).abs().max() < 0.03
+    assert load_policy(tmp_path / "saved")[0].generation_config.top_k == 0
+
+
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        {"temperature": -1.0, "do_sample": True},
+        {"do_sample": False, "num_return_sequences": 4},
+        {"cache_implementation": "nonsense"},
+        {"watermarking_config": {"greenlist_ratio": 7}},
+        {"do_sample": False, "top_p": 0.9},
+        {"top_k": "many"},
+    ],
+)
+def test_invalid_sampling_settings_of_the_start_model_are_replaced_at_load(tiny_policy, tmp_path, invalid):
+    folder = copy(tiny_policy, tmp_path / "m")
+    edit(folder, "generation_config.json", **invalid)
+    model, tokenizer = load_policy(folder)
+    save_model(model, tokenizer, tmp_path / "saved", "")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in ("do_sample", "temperature", "top_p", "top_k")} == {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "cannot be read"), ("[1, 2]", "cannot be read"), ('{"eos_token_id": "<end>"}', "token's id"),
+    ('{"eos_token_id": [[1]]}', "token's id"),
+])  # fmt: skip
+def test_stop_ids_that_cannot_be_read_are_refused(tiny_policy, tmp_path, text, message):
+    folder = copy(tiny_policy, tmp_path / "m")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"generation_config.json .*{message}"):
+        load_policy(folder)
+
+
+def test_stop_ids_without_a_generation_config_are_the_models(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    (folder / "generation_config.json").unlink()
+    edit(folder, "config.json", eos_token_id=[5, 0, 99_999], repetition_penalty=1.3, max_length=20)
+    model, tokenizer = load_policy(folder)
+    assert stop_ids(model, tokenizer) == (0, 5), "the tokenizer's first; what the model cannot write is no stop"
+    save_model(model, tokenizer, tmp_path / "saved", "")
+    for name in ("config.json", "generation_config.json"):
+        kept = json.loads((tmp_path / "saved" / name).read_text())
+        assert not {"repetition_penalty", "max_length"} & kept.keys()
+
+
+def test_weights_that_would_be_random_are_named(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights .*first: model.layers.0.mlp.up_proj.weight"):
+        load_policy(folder)
+
+
+def test_configuration_that_a_family_does_not_take(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    edit(folder, "config.json", num_attention_heads="many")
+    with pytest.raises(UserError, match=r"does not load .*num_attention_heads"):
+        load_policy(folder)
+
+
+def test_adapters_that_are_not_merged_are_refused(tiny_policy, tmp_path):
+    model, _ = load_policy(tiny_policy)
+    with_adapters(model, 2).save_pretrained(tmp_path / "adapters")
+    folder = copy(tiny_policy, tmp_path / "m")
+    shutil.copytree(tmp_path / "adapters", folder, dirs_exist_ok=True)
+    edit(folder, "adapter_config.json", base_model_name_or_path=str(tiny_policy))
+    with pytest.raises(UserError, match=r"has adapters \(PEFT\): merge them"):
+        load_policy(folder)
+
+
+def test_a_model_without_anything_to_adapt_names_full_tuning(tiny_policy):
+    model, _ = load_policy(tiny_policy)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UserError, match=r"takes no LoRA adapters .*tuning=full"):
+        with_adapters(model, 2)
 
 
 @pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/nowhere/at/all", Path("models/mine")])

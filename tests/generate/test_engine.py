@@ -9,6 +9,7 @@ from tppo.core.config import Task
 from tppo.core.models import load_policy
 from tppo.core.text import encode_prompt
 from tppo.generate.engine import decode_response, encode_examples, generate, sample_tokens
+from tppo.reward.align import response_spans
 
 
 @pytest.fixture
@@ -157,3 +158,18 @@ def test_bf16_folder_generates(tiny_policy, example_factory):
     prompts, _ = encode_examples(tokenizer, example_factory(3), Task())
     out = generate(model, tokenizer, prompts, max_new_tokens=5, temperature=1.0, seed=0)
     assert len(out) == 3
+
+
+def test_every_stop_id_of_the_model_ends_a_response(tiny_model, tiny_tokenizer, prompts):
+    """Also one that is an ordinary token: its text is no part of the response, and no word is paid by it."""
+    [free] = generate(tiny_model, tiny_tokenizer, prompts[:1], max_new_tokens=10, temperature=0)
+    place = next(i for i, token in enumerate(free.response_ids) if i and token not in free.response_ids[:i])
+    stop = free.response_ids[place]
+    tiny_model.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, stop]
+    [ended] = generate(tiny_model, tiny_tokenizer, prompts[:1], max_new_tokens=10, temperature=0)
+    assert ended.response_ids == free.response_ids[: place + 1]
+    assert ended.finished
+    assert ended.response == decode_response(tiny_tokenizer, free.response_ids[:place])
+    spans = response_spans(tiny_tokenizer, ended.response_ids, ended.finished)
+    assert len(spans) == place + 1
+    assert spans[-1] == (len(ended.response), len(ended.response))

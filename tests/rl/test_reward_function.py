@@ -1,5 +1,7 @@
 """What a user's reward function sees, may return, and how its mistakes are named."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -79,3 +81,97 @@ def test_metrics_and_classes_are_optional_extras(make_trainer):
     result = make_trainer(reward).step()
     assert result.metrics["mine"] == 2.5
     assert result.rewards.classes[0][0] == 1
+
+
+def everything_one(samples):
+    return [torch.ones(len(s.response_ids), requires_grad=True) for s in samples]
+
+
+GIVEN = {
+    "tensors with gradients": everything_one,
+    "lists of tensors with gradients": lambda ss: [list(reward) for reward in everything_one(ss)],
+    "bf16 tensors": lambda ss: [torch.ones(len(s.response_ids), dtype=torch.bfloat16) for s in ss],
+    "a generator": lambda ss: (torch.ones(len(s.response_ids)) for s in ss),
+    "generators in a generator": lambda ss: ((1.0 for _ in s.response_ids) for s in ss),
+    "an iterator": lambda ss: iter([[True] * len(s.response_ids) for s in ss]),
+    "booleans": lambda ss: [[np.bool_(True)] * len(s.response_ids) for s in ss],
+    "integers of NumPy": lambda ss: [np.ones(len(s.response_ids), dtype=np.uint8) for s in ss],
+    "an array of objects": lambda ss: np.array([np.ones(len(s.response_ids)) for s in ss] + [None], dtype=object)[:-1],
+    "a tuple": lambda ss: tuple([Fraction(1)] * len(s.response_ids) for s in ss),
+    "Scores with a generator": lambda ss: Scores([1] * len(s.response_ids) for s in ss),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_what_can_be_read_as_numbers_is_read(make_trainer, given):
+    rollout = rollout_of(make_trainer)
+    mask = rollout.batch.response_mask
+    rewards = score(GIVEN[given], rollout.samples, mask).rewards
+    assert torch.equal(rewards, mask.float())
+    assert not rewards.requires_grad
+
+
+def test_one_tensor_for_all_responses(make_trainer):
+    rollout = rollout_of(make_trainer)
+    rewards = score(lambda ss: torch.arange(16.0, requires_grad=True), rollout.samples, rollout.batch.response_mask)
+    assert rewards.rewards.sum(-1).tolist() == list(range(16))
+
+
+def test_tensors_with_gradients_train(make_trainer):
+    assert make_trainer(everything_one).step().metrics["reward_mean"] > 0
+
+
+@pytest.mark.parametrize("bad", [None, "1.5", {"reward": 1}, [None], ["1"], 1j, [[1.0], [2.0, 3.0]], 10**400, object()])
+def test_what_is_no_number_names_the_sample(make_trainer, bad):
+    rollout = rollout_of(make_trainer)
+
+    def reward(samples):
+        return [bad if row == 5 else 0.0 for row in range(len(samples))]
+
+    with pytest.raises(UserError, match=r"no numbers for sample 5 \(prompt \d+: '.*Return one float, or a list of"):
+        score(reward, rollout.samples, rollout.batch.response_mask)
+
+
+@pytest.mark.parametrize("bad", [[], [[0.5]], np.zeros((2, 2)), torch.zeros(1, 99)])
+def test_a_wrong_shape_names_the_sample(make_trainer, bad):
+    rollout = rollout_of(make_trainer)
+    with pytest.raises(UserError, match=r"shape \(.*\) for sample 2 "):
+        score(lambda ss: [0.0, 0.0, bad] + [0.0] * 13, rollout.samples, rollout.batch.response_mask)
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 1.0, "0123456789abcdef", dict.fromkeys(range(16), 0.0), set(range(16)), torch.tensor(1.0)]
+)
+def test_what_is_no_list_of_rewards_says_what_to_return(make_trainer, bad):
+    rollout = rollout_of(make_trainer)
+    with pytest.raises(UserError, match=rf"returned {type(bad).__name__} as rewards: return a list .* 16 samples"):
+        score(lambda ss: bad, rollout.samples, rollout.batch.response_mask)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (Scores([0.0] * 16, {"mine": "much"}), "the metric 'mine'"),
+        (Scores([0.0] * 16, {"mine": [1.0, 2.0]}), "the metric 'mine' of shape"),
+        (Scores([0.0] * 16, classes=[[1]] * 15), "15 classes for 16"),
+        (Scores([0.0] * 16, classes=[[1] * 99] * 16), "classes of sample 0 "),
+        (Scores([0.0] * 16, classes=[None] * 16), "no numbers as classes of sample 0 "),
+    ],
+)
+def test_extras_that_do_not_fit_are_named(make_trainer, scores, message):
+    rollout = rollout_of(make_trainer)
+    with pytest.raises(UserError, match=message):
+        score(lambda ss: scores, rollout.samples, rollout.batch.response_mask)
+
+
+def test_a_metric_with_our_name_does_not_steer_training(make_trainer):
+    with pytest.raises(UserError, match=r"names that are ours, \['kl'\]"):
+        make_trainer(lambda ss: Scores([0.0] * len(ss), {"kl": 0.0})).step()
+
+
+def test_metrics_of_tensors_are_written_as_numbers(make_trainer):
+    metrics = (
+        make_trainer(lambda ss: Scores([0.0] * len(ss), {"mine": torch.tensor(0.5, requires_grad=True)})).step().metrics
+    )
+    assert metrics["mine"] == 0.5
+    assert type(metrics["mine"]) is float

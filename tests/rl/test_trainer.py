@@ -2,9 +2,12 @@
 
 import time
 
+import families
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.helpers.policy_tokenizers import llama3
 from tppo.core.common import UserError
@@ -255,3 +258,41 @@ def test_a_small_fault_of_every_token_is_no_rounding(make_trainer):
     guards.check_first_ratio(rare, mask, trainer.policy, trainer.config, 1)
     with pytest.raises(guards.GuardError, match=r"is 0\.01 on average and reaches 0\.01"):
         guards.check_first_ratio(torch.full((4, 8), 2 * mean), mask, trainer.policy, trainer.config, 1)
+
+
+class TestPolicies:
+    def test_adapters_are_refused_with_the_way_out(self, make_trainer, tiny_lm):
+        adapted = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear"))
+        with pytest.raises(UserError, match=r"the policy has adapters \(PEFT\): merge .*merge_and_unload\(\)"):
+            make_trainer(lm=adapted)
+        with pytest.raises(UserError, match="has adapters"):
+            make_trainer(lm=adapted.get_base_model())
+        make_trainer(lm=adapted.merge_and_unload()).step()
+
+    def test_a_model_that_cannot_be_trained_is_refused_before_anything(self, make_trainer):
+        config = BertConfig(
+            vocab_size=21, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        )
+        with pytest.raises(UserError, match=r"'the policy' .*no causal model"):
+            make_trainer(lm=BertLMHeadModel(config).eval())
+
+    def test_what_is_saved_samples_as_the_rollouts_did(self, make_trainer, tiny_lm):
+        lm = tiny_lm()
+        lm.generation_config.update(top_p=0.5, repetition_penalty=1.3, eos_token_id=[0, 7])
+        trainer = make_trainer(lm=lm, temperature=0.8)
+        trainer.step()
+        config = trainer.policy_to_save()[0].generation_config
+        assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.8, 1.0, 0)
+        assert config.repetition_penalty is None
+        assert (config.max_new_tokens, config.eos_token_id) == (8, [0, 7])
+
+    @pytest.mark.parametrize("family", ["opt", "bart"])
+    def test_a_value_function_of_its_own_reads_what_the_output_layer_does(self, make_trainer, family):
+        """OPT projects its trunk's output, BART's forward passes its trunk by."""
+        lm = AutoModelForCausalLM.from_config(families.tiny_config(family)).eval()
+        trainer = make_trainer(lm=lm, value_function="separate", learning_rate=1e-2, value_learning_rate=1e-1)
+        before = [parameter.clone() for parameter in trainer.policy.value_trunk.parameters()]
+        for _ in range(2):  # the head is 0 at the first update, and nothing gets through it
+            trainer.step()
+        after = list(trainer.policy.value_trunk.parameters())
+        assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

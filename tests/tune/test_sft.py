@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,29 @@ def test_lora_is_merged_into_the_saved_model(recipe_for, tiny_policy):
     }
     assert changed
     assert all("proj" in name for name in changed), "embeddings and norms stay as they were"
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_saved_model_samples_as_it_was_trained(recipe_for, tiny_policy, tmp_path, tuning):
+    """At temperature 1 and no other settings, whatever the start model's; its stop ids are kept."""
+    start = Path(shutil.copytree(tiny_policy, tmp_path / "start"))
+    settings = {
+        "do_sample": False,
+        "top_p": 0.5,
+        "repetition_penalty": 1.5,
+        "max_new_tokens": 2,
+        "eos_token_id": [0, 7],
+    }
+    (start / "generation_config.json").write_text(json.dumps(settings))
+    recipe = recipe_for(tuning=tuning, epochs=1.0, model=str(start))
+    run_stage(recipe, "sft", sft.run)
+    saved = json.loads((RunFolder(recipe).path("sft") / "model" / "generation_config.json").read_text())
+    saved.pop("transformers_version")
+    limit = recipe.task.max_response_tokens
+    assert saved == {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": limit} | {
+        "eos_token_id": [0, 7],
+        "pad_token_id": 0,
+    }
 
 
 def test_order_depends_on_seed_and_epoch_only():

@@ -18,6 +18,7 @@ import huggingface_hub
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -108,8 +109,8 @@ def load_policy(
         ) from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would be "
-            "random: save it there by the class that it was trained as"
+            f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would "
+            "be random: save it there by the class that it was trained as"
         )
     refuse_adapters(model, f"'{source}'")
     embeddings = model.get_input_embeddings().weight.shape[0]
@@ -169,28 +170,44 @@ _MAMBA_KINDS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Families whose fused kernels take `out_proj`'s weights past its module: PEFT refuses adapters there."""
 
 
-def lora_config(rank: int, family: str = "") -> LoraConfig:
+def lora_config(rank: int, model: Any = None) -> LoraConfig:
     """Adapters on every linear layer but the output head, and on the fused experts of the families that PEFT knows to
     have had linear ones (Mixtral, Qwen2-MoE and like).
 
     Args:
-        family: the model's `config.model_type`.
+        model: what they are for; its layers that only look linear (routers, grouped projections) get none.
     """
-    excluded = ["out_proj"] if family in _MAMBA_KINDS else None
+    excluded = []
+    if model is not None:
+        excluded = ["out_proj"] if model.config.model_type in _MAMBA_KINDS else []
+        for name, module in model.named_modules():
+            kind = type(module)
+            own = kind.__module__.startswith("transformers.models") and kind.forward is not nn.Linear.forward
+            if isinstance(module, nn.Linear) and own:
+                excluded.append(name)
     return LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=excluded or None,
+        task_type="CAUSAL_LM",
     )
 
 
+@torch.no_grad()
 def with_adapters(model: Any, rank: int) -> PeftModel:
-    """The model with fresh adapters.
+    """The model with fresh adapters; one short forward shows that they fit.
 
     Raises:
-        UserError: the family has nothing that adapters go on, or PEFT cannot put them there.
+        UserError: the family has nothing that adapters go on, or they do not fit there.
     """
     try:
-        return get_peft_model(model, lora_config(rank, model.config.model_type))
-    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        adapted = get_peft_model(model, lora_config(rank, model))
+        adapted(input_ids=torch.tensor([[0, 1]], device=model.device))
+        return adapted
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever PEFT and a family's forward raise
         raise UserError(
             f"{type(model).__name__} takes no LoRA adapters ({_first_line(error)}): tuning=full trains all its weights"
         ) from None
@@ -395,7 +412,7 @@ def _load_tokenizer(source: str) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a family's configuration or tokenizer raises
         raise UserError(f"the tokenizer in '{source}' does not load ({_first_line(error)}): {_WAY_OUT}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -33,7 +33,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import DPO, Recipe, Rubric, Task
-from tppo.core.models import load_policy, lora_config
+from tppo.core.models import load_policy, lora_config, with_adapters
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
 from tppo.core.tables import LABELS, RESPONSES, Example, load_examples, read_table
@@ -191,6 +191,9 @@ def make_trainer(
 ) -> PairTrainer:
     """The trainer. `reference` is the frozen SFT model, or None for LoRA (adapters off)."""
     assert (reference is None) == (settings.tuning == "lora")
+    if settings.tuning == "lora":
+        with torch.random.fork_rng(devices=[]):
+            model = with_adapters(model, settings.lora_r).unload()  # that they fit; DPOTrainer adds its own
     config = trainer_config(
         DPOConfig,
         settings,
@@ -209,7 +212,7 @@ def make_trainer(
         ref_model=reference,
         args=config,
         processing_class=tokenizer,
-        peft_config=lora_config(settings.lora_r, model.config.model_type) if settings.tuning == "lora" else None,
+        peft_config=lora_config(settings.lora_r, model) if settings.tuning == "lora" else None,
     )
 
 
