@@ -185,7 +185,9 @@ def _read_header(path: Path, line: bytes, layout: Layout) -> Layout:
     try:
         return columns_of(path, next(csv.reader([header], strict=True), []), layout)
     except csv.Error:
-        raise UserError(f"{path}: line 1 is no CSV header (its quotes do not match)") from None
+        raise UserError(
+            f"{path}: line 1 is no CSV header (its quotes do not match): is prepare.format right?"
+        ) from None
 
 
 __all__ = ["MAX_LINE_BYTES", "REASONS", "BadRow", "Block", "RawRow", "list_files", "read_log", "read_rows"]

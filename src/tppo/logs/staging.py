@@ -108,11 +108,22 @@ def clean_row(
     if text.strip() in missing.texts:
         # A text without a letter or digit is no text, as ever.
         return _rejected("missing_value" if any(map(str.isalnum, text)) else "no_text")
+    if not text.isascii() and _has_surrogates(text):
+        return _rejected("bad_utf8")
     text, reason = clean_text(kind, text, max_text_chars)
     click = None
     if reason is None and url is not None and url not in missing.texts:
         click, reason = clean_url(url, max_text_chars)
     return _rejected(reason) if reason else (None, user_id, when, kind, text, click)
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether a text holds half of a character, as JSON can write one (a backslash and `ud800`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _rejected(reason: str) -> tuple[Any, ...]:

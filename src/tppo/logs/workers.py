@@ -43,7 +43,8 @@ def workers(count: int) -> Iterator[Map]:
     except BrokenProcessPool:
         raise UserError(
             "a worker process of prepare was ended from outside, for lack of memory more often than not: lower "
-            "prepare.threads or prepare.memory_limit and give the same command again (what was read is kept)"
+            "prepare.threads or prepare.memory_limit and give the same command again (what was read is kept). "
+            "A script of your own has to call tppo under `if __name__ == '__main__':`"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
