@@ -209,6 +209,7 @@ def _write_chunk(path: Path, kept: pa.Table, bucket: np.ndarray, buckets: int, r
             writer.write_batch(_filled(batch.slice(start, end - start)))
         writer.write_batch(_filled(rejected))
     temporary.replace(path)
+    pa.default_memory_pool().release_unused()
 
 
 def stage_files(
