@@ -129,9 +129,12 @@ def _settle_time(block: Block) -> Layout:
     layout = block.layout
     if layout.time_format != "auto":
         return layout
-    for row in block.rows():
-        if isinstance(row, RawRow) and (kind := time_kind(row.time)):
-            return replace(layout, time_format=kind)
+    data = block.data
+    head = data[: data.find(b"\n", _SMALL_BLOCK) + 1] if isinstance(data, bytes) else data.slice(0, 100)
+    for part in (head, data):  # nearly always, a few rows are enough
+        for row in block._replace(data=part).rows():
+            if isinstance(row, RawRow) and (kind := time_kind(row.time)):
+                return replace(layout, time_format=kind)
     return layout
 
 

@@ -139,7 +139,7 @@ def clean_user(user: str, key: bytes, missing: Missing) -> tuple[str | None, int
     return ("shared_user", 0) if folded in missing.shared else (None, hash_user(key, user))
 
 
-@lru_cache(maxsize=1 << 12)
+@lru_cache(maxsize=1 << 10)
 def split_and_bucket(seed: int, shares: tuple[float, float, float], buckets: int, user: str) -> tuple[int, int]:
     """Number of the user's split in SPLITS, and of their bucket; the same on every machine."""
     draw, bucket = user_draw(seed, user)
