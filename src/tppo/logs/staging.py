@@ -148,9 +148,27 @@ def split_and_bucket(seed: int, shares: tuple[float, float, float], buckets: int
     return SPLITS.index(split), bucket * buckets >> 64
 
 
+class Cleaned(NamedTuple):
+    """What a block became."""
+
+    kept: pa.Table
+    """Rows (STAGED but for `reason`), in the order of the log."""
+    buckets: np.ndarray
+    """Bucket of each kept row's user."""
+    rejected: pa.RecordBatch
+    """`place` and `reason` of the others."""
+
+
 def stage_block(cleaning: Cleaning, job: tuple[Path, int, Block]) -> int:
     """Write the chunk file of a block of a file (by its number); returns the number of rows."""
     path, file, block = job
+    cleaned = clean_block(cleaning, file, block)
+    _write_chunk(path, cleaned, cleaning.buckets)
+    return cleaned.kept.num_rows + cleaned.rejected.num_rows
+
+
+def clean_block(cleaning: Cleaning, file: int, block: Block) -> Cleaned:
+    """Clean every row of a block of a file (by its number)."""
     first = file << _FILE_SHIFT
     rules = (cleaning.key, cleaning.max_text_chars, cleaning.missing, block.layout.time_format, cleaning.time_zone)
     bad_places: list[int] = []
@@ -177,10 +195,8 @@ def stage_block(cleaning: Cleaning, job: tuple[Path, int, Block]) -> int:
         if len(places) == _BATCH_ROWS:
             parts.append(_batch(columns))
     parts.append(_batch(columns))
-    kept = pa.Table.from_batches(parts)
     rejected = pa.record_batch([pa.array(bad_places, pa.int64()), pa.array(bad_reasons, pa.uint8())], list(_REJECTED))
-    _write_chunk(path, kept, np.array(buckets, np.int64), cleaning.buckets, rejected)
-    return len(bad_places) + kept.num_rows
+    return Cleaned(pa.Table.from_batches(parts), np.array(buckets, np.int64), rejected)
 
 
 def _batch(columns: list[list[Any]]) -> pa.RecordBatch:
@@ -198,7 +214,8 @@ def _filled(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=STAGED)
 
 
-def _write_chunk(path: Path, kept: pa.Table, bucket: np.ndarray, buckets: int, rejected: pa.RecordBatch) -> None:
+def _write_chunk(path: Path, cleaned: Cleaned, buckets: int) -> None:
+    kept, bucket, rejected = cleaned
     order = np.argsort(bucket, kind="stable")
     (batch,) = kept.take(order).combine_chunks().to_batches() or [_batch([[] for _ in _KEPT])]
     ends = np.searchsorted(bucket[order], np.arange(buckets), side="right").tolist()
