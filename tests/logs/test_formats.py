@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tppo.core.common import UserError
 from tppo.core.config import Columns
 from tppo.logs.readers import BadRow, RawRow, list_files, read_log, read_rows
+from tppo.logs.staging import clean_row
 
 CSV = "user_id,time,kind,text\n"
 HOUR = "2024-01-20 10:"
@@ -124,6 +125,13 @@ def test_times_of_one_file_are_of_one_kind() -> None:
     assert block.layout.time_format == "iso"
     (block,) = read_log(Path("log"), io.BytesIO(content.encode()), "jsonl", Columns(time_format="epoch_ms"))
     assert block.layout.time_format == "epoch_ms"
+
+
+def test_half_a_character_is_no_text() -> None:
+    for text, reason in (("\\ud800 q", "bad_utf8"), ("\\ud83d\\ude00 q", None)):
+        line = '{"user_id": "\\ud800", "time": "2024-01-20", "kind": "search", "text": "TEXT"}'
+        (row,) = read(line.replace("TEXT", text), "jsonl")
+        assert clean_row(row, b"key", 99)[0] == reason
 
 
 def test_fields_of_nested_json() -> None:

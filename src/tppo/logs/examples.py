@@ -185,6 +185,7 @@ def connect(memory: int, threads: int, spill: Path) -> Iterator[duckdb.DuckDBPyC
         raise OSError(f"DuckDB cannot read or write in {spill.parent}: is the disk full?") from None
     finally:
         shutil.rmtree(spill, ignore_errors=True)
+        pa.default_memory_pool().release_unused()
 
 
 def sequence_bucket(work: Work, number: int) -> dict[str, Any]:

@@ -35,26 +35,32 @@ _GA4_KINDS = {
 
 def text_lines(first: int, data: bytes) -> Iterator[Line]:
     """Every line of a block, whose first line has this number."""
-    lines: list[Any] = data.split(b"\n")
-    if not lines[-1]:
-        del lines[-1]
     try:
         # At once, which is many times faster than line by line, as long as nothing is wrong.
-        whole = None if b"\0" in data else data.decode().split("\n")
+        whole = None if b"\0" in data else data.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         whole = None
-    for index, line in enumerate(lines):
+    if whole is None:
+        yield from _doubtful_lines(first, data.removesuffix(b"\n").split(b"\n"))
+        return
+    for number, text in enumerate(whole, start=first):
+        if len(text) >= MAX_LINE_BYTES // 4 and len(text.encode()) >= MAX_LINE_BYTES:
+            yield number, "", "too_long_line"
+        else:
+            yield number, text.rstrip("\r"), None
+
+
+def _doubtful_lines(first: int, lines: list[bytes]) -> Iterator[Line]:
+    for number, line in enumerate(lines, start=first):
         if len(line) >= MAX_LINE_BYTES:
-            yield first + index, "", "too_long_line"
-        elif whole is not None:
-            yield first + index, whole[index].rstrip("\r"), None
+            yield number, "", "too_long_line"
         elif b"\0" in line:
-            yield first + index, "", "nul_byte"
+            yield number, "", "nul_byte"
         else:
             try:
-                yield first + index, line.decode().rstrip("\r"), None
+                yield number, line.decode().rstrip("\r"), None
             except UnicodeDecodeError:
-                yield first + index, "", "bad_utf8"
+                yield number, "", "bad_utf8"
 
 
 def _aol_rows(layout: Layout, first: int, data: bytes) -> Rows:

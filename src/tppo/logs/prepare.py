@@ -242,7 +242,7 @@ def _by_count(counts: dict[str, int]) -> dict[str, int]:
 def _nothing_kept(rejected: dict[str, int]) -> None:
     counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "no row at all"
     raise UserError(
-        f"no row of the log could be kept ({counts}): check prepare.format and prepare.columns; "
+        f"no row of the log could be kept ({counts}): check prepare.format, .encoding and .columns; "
         f"rejects.parquet in the stage's folder lists file and line"
     )
 

@@ -129,9 +129,12 @@ def _settle_time(block: Block) -> Layout:
     layout = block.layout
     if layout.time_format != "auto":
         return layout
-    for row in block.rows():
-        if isinstance(row, RawRow) and (kind := time_kind(row.time)):
-            return replace(layout, time_format=kind)
+    data = block.data
+    head = data[: data.find(b"\n", _SMALL_BLOCK) + 1] if isinstance(data, bytes) else data.slice(0, 100)
+    for part in (head, data):  # nearly always, a few rows are enough
+        for row in block._replace(data=part).rows():
+            if isinstance(row, RawRow) and (kind := time_kind(row.time)):
+                return replace(layout, time_format=kind)
     return layout
 
 
@@ -185,7 +188,9 @@ def _read_header(path: Path, line: bytes, layout: Layout) -> Layout:
     try:
         return columns_of(path, next(csv.reader([header], strict=True), []), layout)
     except csv.Error:
-        raise UserError(f"{path}: line 1 is no CSV header (its quotes do not match)") from None
+        raise UserError(
+            f"{path}: line 1 is no CSV header (its quotes do not match): is prepare.format right?"
+        ) from None
 
 
 __all__ = ["MAX_LINE_BYTES", "REASONS", "BadRow", "Block", "RawRow", "list_files", "read_log", "read_rows"]

@@ -108,11 +108,22 @@ def clean_row(
     if text.strip() in missing.texts:
         # A text without a letter or digit is no text, as ever.
         return _rejected("missing_value" if any(map(str.isalnum, text)) else "no_text")
+    if not text.isascii() and _has_surrogates(text):
+        return _rejected("bad_utf8")
     text, reason = clean_text(kind, text, max_text_chars)
     click = None
     if reason is None and url is not None and url not in missing.texts:
         click, reason = clean_url(url, max_text_chars)
     return _rejected(reason) if reason else (None, user_id, when, kind, text, click)
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether a text holds half of a character, as JSON can write one (a backslash and `ud800`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _rejected(reason: str) -> tuple[Any, ...]:
@@ -128,7 +139,7 @@ def clean_user(user: str, key: bytes, missing: Missing) -> tuple[str | None, int
     return ("shared_user", 0) if folded in missing.shared else (None, hash_user(key, user))
 
 
-@lru_cache(maxsize=1 << 12)
+@lru_cache(maxsize=1 << 10)
 def split_and_bucket(seed: int, shares: tuple[float, float, float], buckets: int, user: str) -> tuple[int, int]:
     """Number of the user's split in SPLITS, and of their bucket; the same on every machine."""
     draw, bucket = user_draw(seed, user)
@@ -137,9 +148,27 @@ def split_and_bucket(seed: int, shares: tuple[float, float, float], buckets: int
     return SPLITS.index(split), bucket * buckets >> 64
 
 
+class Cleaned(NamedTuple):
+    """What a block became."""
+
+    kept: pa.Table
+    """Rows (STAGED but for `reason`), in the order of the log."""
+    buckets: np.ndarray
+    """Bucket of each kept row's user."""
+    rejected: pa.RecordBatch
+    """`place` and `reason` of the others."""
+
+
 def stage_block(cleaning: Cleaning, job: tuple[Path, int, Block]) -> int:
     """Write the chunk file of a block of a file (by its number); returns the number of rows."""
     path, file, block = job
+    cleaned = clean_block(cleaning, file, block)
+    _write_chunk(path, cleaned, cleaning.buckets)
+    return cleaned.kept.num_rows + cleaned.rejected.num_rows
+
+
+def clean_block(cleaning: Cleaning, file: int, block: Block) -> Cleaned:
+    """Clean every row of a block of a file (by its number)."""
     first = file << _FILE_SHIFT
     rules = (cleaning.key, cleaning.max_text_chars, cleaning.missing, block.layout.time_format, cleaning.time_zone)
     bad_places: list[int] = []
@@ -166,10 +195,8 @@ def stage_block(cleaning: Cleaning, job: tuple[Path, int, Block]) -> int:
         if len(places) == _BATCH_ROWS:
             parts.append(_batch(columns))
     parts.append(_batch(columns))
-    kept = pa.Table.from_batches(parts)
     rejected = pa.record_batch([pa.array(bad_places, pa.int64()), pa.array(bad_reasons, pa.uint8())], list(_REJECTED))
-    _write_chunk(path, kept, np.array(buckets, np.int64), cleaning.buckets, rejected)
-    return len(bad_places) + kept.num_rows
+    return Cleaned(pa.Table.from_batches(parts), np.array(buckets, np.int64), rejected)
 
 
 def _batch(columns: list[list[Any]]) -> pa.RecordBatch:
@@ -187,7 +214,8 @@ def _filled(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=STAGED)
 
 
-def _write_chunk(path: Path, kept: pa.Table, bucket: np.ndarray, buckets: int, rejected: pa.RecordBatch) -> None:
+def _write_chunk(path: Path, cleaned: Cleaned, buckets: int) -> None:
+    kept, bucket, rejected = cleaned
     order = np.argsort(bucket, kind="stable")
     (batch,) = kept.take(order).combine_chunks().to_batches() or [_batch([[] for _ in _KEPT])]
     ends = np.searchsorted(bucket[order], np.arange(buckets), side="right").tolist()
@@ -198,6 +226,7 @@ def _write_chunk(path: Path, kept: pa.Table, bucket: np.ndarray, buckets: int, r
             writer.write_batch(_filled(batch.slice(start, end - start)))
         writer.write_batch(_filled(rejected))
     temporary.replace(path)
+    pa.default_memory_pool().release_unused()
 
 
 def stage_files(

@@ -27,8 +27,8 @@ class Map(Protocol):
 
 @contextmanager
 def workers(count: int) -> Iterator[Map]:
-    """A `map` that runs in this many processes, or in this one for 1. Jobs are taken as results are: two a process
-    wait at most. Workers end with this process, however it ends.
+    """A `map` that runs in this many processes, or in this one for 1. Jobs are taken as results are: one waits at
+    most, since a job may hold a large part of a log. Workers end with this process, however it ends.
 
     Raises:
         UserError: a worker was ended from outside.
@@ -39,11 +39,12 @@ def workers(count: int) -> Iterator[Map]:
     # spawn: the threads of pyarrow and of the progress bar do not survive a fork.
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
-        yield lambda function, jobs: _in_order(pool, 2 * count, function, jobs)
+        yield lambda function, jobs: _in_order(pool, count, function, jobs)
     except BrokenProcessPool:
         raise UserError(
             "a worker process of prepare was ended from outside, for lack of memory more often than not: lower "
-            "prepare.threads or prepare.memory_limit and give the same command again (what was read is kept)"
+            "prepare.threads or prepare.memory_limit and give the same command again (what was read is kept). "
+            "A script of your own has to call tppo under `if __name__ == '__main__':`"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
