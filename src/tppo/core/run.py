@@ -38,6 +38,8 @@ from tppo.core.stages import (
 )
 
 MANIFEST = "manifest.json"
+REDONE = "redone.json"
+"""Of a run folder: when stages were last asked to be made anew."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
 
 
@@ -160,13 +162,27 @@ class RunFolder:
         return self.require(stage)
 
     def discard_from(self, stage: str) -> None:
-        """Delete a stage and every stage that reads it, directly or not; stages taken from elsewhere stay."""
+        """Delete a stage and every stage that reads it, directly or not; stages taken from elsewhere stay.
+
+        That it is to be made anew is noted (`redone`).
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.root / REDONE, {**self._all_redone(), stage: time.time()})
         stale = {stage}
         for name in all_stages(self.recipe):
             if stale & set(stage_inputs(name, self.recipe)):
                 stale.add(name)
         for name in stale - self.recipe.stage_dirs.keys():
             shutil.rmtree(self.path(name), ignore_errors=True)
+
+    def redone(self, stage: str) -> float:
+        """Unix time of the last `--redo` of this very stage in this run folder; 0: none. What a judge abstained on
+        before is asked again."""
+        return self._all_redone().get(stage, 0.0)
+
+    def _all_redone(self) -> dict[str, float]:
+        path = self.root / REDONE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""

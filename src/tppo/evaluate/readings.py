@@ -190,7 +190,7 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
     """What a judge says of finished answers, or the votes between them."""
     prepare, given = run.require("prepare"), run.answers()
     answers = answers_of(given) if given else by_model(load_answers(run.require("evaluate")))
-    seed = recipe.data_seed
+    seed, redone = recipe.data_seed, run.redone(f"read_{reading.reader}")
     examples = answered_examples(answers, prepare, reading.examples, seed)
     if reading.reader == "vote":
         if not model_pairs(answers):
@@ -198,11 +198,10 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
                 f"vote compares two of {list(MODEL_ORDER)}, but there are answers of {list(answers)}: give "
                 "`model: folder` of a finished evaluation for each in evaluate.answers"
             )
-        return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
+        return vote_readings(LLMJudge(recipe.judge, redone), recipe.reward.rubric, examples, answers)
     first = first_judges(list(given.values()) or [run.require("evaluate")])
-    judge = choose_second_judge(
-        cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, load_examples(prepare, "train"), seed
-    )
+    kind, train = cast(JudgeKind, reading.reader), load_examples(prepare, "train")
+    judge = choose_second_judge(kind, first, recipe.label, recipe.judge, train, seed, redone)
     # All answers to a history in a row: a server keeps what such prompts begin with.
     read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
     return judge_readings(judge, {e.example_id: e for e in examples}, read, "second judge")
@@ -237,14 +236,20 @@ def first_judges(folders: Sequence[Path]) -> set[str]:
 
 
 def choose_second_judge(
-    kind: JudgeKind, first: set[str], label: Label, judge: JudgeSettings, train: list[Example], seed: int
+    kind: JudgeKind,
+    first: set[str],
+    label: Label,
+    judge: JudgeSettings,
+    train: Sequence[Example],
+    seed: int,
+    retry_before: float = 0.0,
 ) -> Judge:
     """Another judge than the first ones; see `make_judge`.
 
     Raises:
         UserError: it is a first judge again.
     """
-    second, _ = make_judge(kind, label, judge, train, seed)
+    second, _ = make_judge(kind, label, judge, train, seed, retry_before)
     if second.name in first:
         raise UserError(
             f"evaluate.readings: {kind} is {second.name}, the first judge: it would only agree with itself; "

@@ -167,12 +167,12 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     Raises:
         UserError: it does not judge what the reward models learnt, the headline of the report.
     """
-    kind = recipe.evaluate.judge
+    kind, redone = recipe.evaluate.judge, run.redone("evaluate")
     if kind == "label":
-        judge = saved_judge(run.require("label"), recipe.judge)
+        judge = saved_judge(run.require("label"), recipe.judge, redone)
     else:
         train = load_examples(run.require("prepare"), "train")
-        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
+        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed, redone)
     if recipe.reward.rubric not in judge.rubrics:
         raise UserError(
             f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "

@@ -40,7 +40,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
     train = [example for example in examples.values() if example.split == "train"]
-    judge, facts = make_judge(settings.judge, settings, recipe.judge, train, recipe.data_seed)
+    judge, facts = make_judge(settings.judge, settings, recipe.judge, train, recipe.data_seed, run.redone("label"))
     asked = [(examples[row["example_id"]], row["sample"], row["response"]) for row in responses]
     rows: list[Row] = []
     shares: dict[str, Any] = {"sft_responses": {}}
@@ -139,11 +139,21 @@ def _scale(judge: Judge, held_out: list[Example], seed: int) -> dict[str, Any]:
 
 
 def make_judge(
-    kind: JudgeKind, label: Label, judge: JudgeSettings, train: list[Example], seed: int
+    kind: JudgeKind,
+    label: Label,
+    judge: JudgeSettings,
+    train: Sequence[Example],
+    seed: int,
+    retry_before: float = 0.0,
 ) -> tuple[Judge, dict[str, Any]]:
-    """A judge ready to use, and facts about how it was made. `train`: what the embedding judge is calibrated with."""
+    """A judge ready to use, and facts about how it was made.
+
+    Args:
+        train: what the embedding judge is calibrated with.
+        retry_before: Unix time; what the LLM judge abstained on before is asked again.
+    """
     if kind == "llm":
-        return LLMJudge(judge), {"settings": judge_identity(judge)}
+        return LLMJudge(judge, retry_before), {"settings": judge_identity(judge)}
     from tppo.judge.embedding import EmbeddingJudge  # here: an LLM judge need not wait for torch to load
 
     made = EmbeddingJudge(label.encoder, {}, repeats_irrelevant=label.repeats_irrelevant)
@@ -151,8 +161,12 @@ def make_judge(
     return made, {"thresholds": made.calibrate(drawn, label.null_quantile, seed, "calibrating the judge")}
 
 
-def saved_judge(label_folder: Path, settings: JudgeSettings) -> Judge:
-    """The judge of a finished label stage; UserError when what judge.json describes is not to be had any more."""
+def saved_judge(label_folder: Path, settings: JudgeSettings, retry_before: float = 0.0) -> Judge:
+    """The judge of a finished label stage; UserError when what judge.json describes is not to be had any more.
+
+    Args:
+        retry_before: see `make_judge`.
+    """
     path = label_folder / JUDGE_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -170,12 +184,12 @@ def saved_judge(label_folder: Path, settings: JudgeSettings) -> Judge:
         made_with = without_retired({"judge": saved.get("settings") or {}})["judge"]
         if made_with != judge_identity(settings):
             raise UserError(f"{path} was made with other settings of section `judge`: give `--redo label`")
-        return LLMJudge(settings)
+        return LLMJudge(settings, retry_before)
     raise UserError(f"{path} names a judge of kind {kind!r}; this version knows embedding and llm")
 
 
-def draw_examples(examples: list[Example], count: int, seed: int) -> list[Example]:
+def draw_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """`count` examples (all when there are fewer) drawn with the seed."""
     if len(examples) <= count:
-        return examples
+        return list(examples)
     return [examples[i] for i in rng(seed, "label").choice(len(examples), size=count, replace=False)]
