@@ -131,9 +131,11 @@ def test_redo_asks_again_what_was_abstained_on_and_nothing_else(tmp_path, path):
         # Another run folder with the same ledger was not asked to do anything anew.
         make_run(tmp_path / "other", 12)
         main(
-            ["label", "--config", str(tmp_path / "other" / "recipe.yaml"), "--label.judge", "llm"]
-            + ["--judge.model", "m", "--judge.base_url", f"http://127.0.0.1:{server.port}/v1"]
-            + ["--judge.ledger", str(path), "--judge.reply_attempts", "1"]
+            [
+                *("label", "--config", str(tmp_path / "other" / "recipe.yaml"), "--label.judge", "llm"),
+                *("--judge.model", "m", "--judge.base_url", f"http://127.0.0.1:{server.port}/v1"),
+                *("--judge.ledger", str(path), "--judge.reply_attempts", "1"),
+            ]
         )
         assert requests(server) == first.count("abstained")
     with running(Settings()) as server:

@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 
+from tppo.core import checkpoint as core_checkpoint
 from tppo.core.common import UserError
-from tppo.rl import checkpoint
 from tppo.rl.checkpoint import cut_rows_after, load_newest_checkpoint, save_checkpoint
 from tppo.rl.loop import train
 
@@ -130,7 +130,7 @@ class Faults:
             patch.setattr(owner, name, self.guarded(getattr(owner, name)))
         for name in ("rename", "replace"):
             patch.setattr(pathlib.Path, name, self.guarded(getattr(pathlib.Path, name)))
-        save_file, opened = checkpoint.save_file, pathlib.Path.open
+        save_file, opened = core_checkpoint.save_file, pathlib.Path.open
 
         def half_a_tensor_file(tensors, path):
             if self.next_fails():
@@ -145,7 +145,7 @@ class Faults:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             return opened(path, mode, *args, **kwargs)
 
-        patch.setattr(checkpoint, "save_file", half_a_tensor_file)
+        patch.setattr(core_checkpoint, "save_file", half_a_tensor_file)
         patch.setattr(pathlib.Path, "open", half_a_text)
 
     def next_fails(self):
@@ -186,7 +186,7 @@ def test_a_failure_inside_safetensors_is_an_os_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as error:
-            checkpoint._save_tensors(tmp_path / "big.safetensors", {"a": torch.zeros(5000)})
+            core_checkpoint._save_tensors(tmp_path / "big.safetensors", {"a": torch.zeros(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG

@@ -27,6 +27,7 @@ import yaml
 from tppo.core.common import UserError, console
 from tppo.core.config import REPLACED, RETIRED, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
+from tppo.core.resume import CHECKPOINTS, PARTS
 from tppo.core.stages import (
     STAGES,
     all_stages,
@@ -38,6 +39,8 @@ from tppo.core.stages import (
 )
 
 MANIFEST = "manifest.json"
+STARTED = "started.json"
+"""What an unfinished stage was started with, and what it said of its work once that was done."""
 REDONE = "redone.json"
 """Of a run folder: when stages were last asked to be made anew."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy")
@@ -196,7 +199,7 @@ class RunFolder:
 
     def settled_recipe(self, stage: str) -> Recipe:
         """The recipe as a started stage reads it: its precision is the one fixed when it started. Says which it is."""
-        started = json.loads((self.path(stage) / "started.json").read_text(encoding="utf-8"))
+        started = json.loads((self.path(stage) / STARTED).read_text(encoding="utf-8"))
         if not started["numerics"]:
             return self.recipe
         from tppo.core.common import console
@@ -224,7 +227,7 @@ class RunFolder:
         inputs = self.input_hashes(stage)
         folder = self.path(stage)
         started = {"config": stage_config(stage, self.recipe), "inputs": inputs}
-        started_path = folder / "started.json"
+        started_path = folder / STARTED
         before = json.loads(started_path.read_text(encoding="utf-8")) if started_path.exists() else {}
         if "config" in before:
             before["config"] = without_retired(before["config"])
@@ -234,11 +237,12 @@ class RunFolder:
         # Fixed when the stage starts: one that is resumed on another machine must not change its arithmetic halfway.
         numerics = before["numerics"] if goes_on and "numerics" in before else self._choose_numerics(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(started_path, {**started, "numerics": numerics})
+        done = {"facts": before["facts"]} if goes_on and "facts" in before else {}
+        write_json(started_path, {**started, "numerics": numerics, **done})
         facts: dict[str, Any] = {}
         start = time.monotonic()
         yield folder, facts
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, "started.json"))
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, STARTED))
         write_json(
             folder / MANIFEST,
             {
@@ -262,8 +266,21 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
     if run.is_done(stage):
         return False
     with run.stage(stage) as (folder, facts):
-        facts.update(work(run.settled_recipe(stage), run, folder))
+        facts.update(_finished(folder, lambda: work(run.settled_recipe(stage), run, folder)))
     return True
+
+
+def _finished(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The facts of a stage's work, which is not done again once started.json holds them: hashing a large model takes a
+    while, and a kill in that time must not cost the training. What the work kept to go on from is deleted then."""
+    path = folder / STARTED
+    started = json.loads(path.read_text(encoding="utf-8"))
+    if "facts" not in started:
+        started["facts"] = work()
+        write_json(path, started)
+    for name in (PARTS, CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return started["facts"]
 
 
 def _default_config(stage: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
+from tppo.core.resume import PARTS
 from tppo.core.run import RunFolder
 from tppo.core.stages import MODEL_ORDER, rl_stage
 from tppo.core.tables import Example, field, load_examples, write_table
@@ -176,7 +177,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """
     (reading,) = recipe.evaluate.readings
     if reading.reader == "distance":
-        rows = _distance_rows(recipe, run, reading.examples)
+        rows = _distance_rows(recipe, run, reading.examples, folder / PARTS)
     else:
         rows = _read_answers(recipe, run, reading)
     write_table(folder / "readings.parquet", rows, READINGS)
@@ -207,7 +208,7 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
     return judge_readings(judge, {e.example_id: e for e in examples}, read, "second judge")
 
 
-def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
+def _distance_rows(recipe: Recipe, run: RunFolder, limit: int, parts: Path) -> list[Row]:
     if not recipe.algorithms:
         raise UserError(f"distance measures {recipe.algorithms}: name an algorithm (algorithms)")
     prepare, seed = run.require("prepare"), recipe.data_seed
@@ -222,7 +223,7 @@ def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
     def load(folder: Path) -> Policy:
         return Policy.load(folder, recipe.task, recipe.rl.precision, recipe.sample.batch_size)
 
-    for model, found in distances(policies, sft, examples, load, recipe.seed):
+    for model, found in distances(policies, sft, examples, load, recipe.seed, parts):
         for example, (tokens, ratio) in zip(examples, found, strict=True):
             answer = {**vars(example), "model": model, "seed": recipe.seed}
             measures = {"sampled_tokens": float(tokens), "kl_from_sft": ratio}

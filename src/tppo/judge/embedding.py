@@ -43,10 +43,9 @@ from tppo.core.models import load_encoder_path
 from tppo.core.tables import Example
 from tppo.core.text import normalise_query, repeated_queries
 from tppo.judge.probes import noise_items
-from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
+from tppo.judge.verdict import CHUNK, JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 
 RULE_VERSION = 2
-_CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
 Text = tuple[str, ...]
 """A text as its words; they are joined by one space for the encoder."""
 
@@ -170,7 +169,7 @@ class EmbeddingJudge:
     def scores(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Scores]:
         """Cosine scores of each item's words and response, before any threshold."""
         scores: list[Scores] = []
-        chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+        chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
         for chunk in track(chunks, description) if description and chunks else chunks:
             responses = [[tuple(words) for words in split_response(item.response).query_words] for item in chunk]
             references = [_reference_texts(item, rubric) for item in chunk]

@@ -15,12 +15,25 @@ import numpy as np
 
 from tppo.core.common import UserError, rng
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Recipe, Rubric, judge_identity
+from tppo.core.resume import PARTS, chunks, make_rows
 from tppo.core.run import RunFolder, without_retired
 from tppo.core.tables import CONSTRUCTED, LABELS, RESPONSES, Example, load_examples, read_table, write_table
 from tppo.core.text import render_response
 from tppo.judge.llm import LLMJudge
 from tppo.judge.probes import CONSTRUCTIBLE, construct, noise_items
-from tppo.judge.verdict import CONSTRUCTED_FILE, JUDGE_FILE, Judge, JudgeItem, Verdict, other_user_items, verdict_to_row
+from tppo.judge.verdict import (
+    CHUNK,
+    CONSTRUCTED_FILE,
+    JUDGE_FILE,
+    RELEVANT,
+    Judge,
+    JudgeItem,
+    Verdict,
+    WordVerdict,
+    other_user_items,
+    split_response,
+    verdict_to_row,
+)
 
 Row = dict[str, Any]
 Asked = tuple[Example, int, str]
@@ -31,32 +44,36 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Label the responses of the sample stage, and constructed ones."""
     settings = recipe.label
     check_settings(settings)
-    examples = {example.example_id: example for example in load_examples(run.require("prepare"))}
-    responses = read_table(run.require("sample") / "responses.parquet", RESPONSES).to_pylist()
+    prepare = run.require("prepare")
+    columns = ("example_id", "sample", "response")
+    responses = read_table(run.require("sample") / "responses.parquet", RESPONSES, columns).to_pylist()
+    known = load_examples(prepare).with_ids({row["example_id"] for row in responses})
+    examples = {example.example_id: example for example in known}
     unknown = [row["example_id"] for row in responses if row["example_id"] not in examples]
     if unknown:
         raise UserError(
             f"responses.parquet has {len(unknown)} responses to examples that examples.parquet lacks (first: "
             f"{unknown[0]}): it was sampled from another prepare stage; give `--redo sample`"
         )
-    train = [example for example in examples.values() if example.split == "train"]
+    train = load_examples(prepare, "train")
     judge, facts = make_judge(settings.judge, settings, recipe.judge, train, recipe.data_seed, run.redone("label"))
     asked = [(examples[row["example_id"]], row["sample"], row["response"]) for row in responses]
     rows: list[Row] = []
     shares: dict[str, Any] = {"sft_responses": {}}
     for rubric in judge.rubrics:
-        found, shares["sft_responses"][rubric] = _label(judge, rubric, asked, f"labelling, rubric {rubric}")
+        what = f"labelling, rubric {rubric}"
+        found, shares["sft_responses"][rubric] = _label(judge, rubric, asked, what, folder / PARTS / rubric)
         rows += found
     write_table(folder / "labels.parquet", rows, LABELS)
     # For learning only: the held-out users are answered by the policy alone.
     constructed, kinds = _label_constructed(
-        judge, settings.constructed, train, recipe.task.num_queries, recipe.data_seed
+        judge, settings.constructed, train, recipe.task.num_queries, recipe.data_seed, folder / PARTS
     )
     if constructed:
         write_table(folder / CONSTRUCTED_FILE, constructed, CONSTRUCTED)
     judge.save(folder)
     if settings.judge == "embedding":  # the LLM judge would have to be paid for it
-        held_out = [example for example in examples.values() if example.split == "reward_eval"]
+        held_out = load_examples(prepare, "reward_eval")
         shares |= _scale(judge, draw_examples(held_out, settings.calibration_examples, recipe.seed), recipe.seed)
     return {
         "judge": judge.name,
@@ -78,7 +95,7 @@ def check_settings(settings: Label) -> None:
 
 
 def _label_constructed(
-    judge: Judge, counts: dict[str, int], train: list[Example], num_queries: int, seed: int
+    judge: Judge, counts: dict[str, int], train: Sequence[Example], num_queries: int, seed: int, parts: Path
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of constructed.parquet, and by kind the number of responses and the shares relevant among them."""
     rows: list[Row] = []
@@ -86,23 +103,46 @@ def _label_constructed(
     for rubric in judge.rubrics:
         for kind, pairs in construct(train, counts, rubric, num_queries, seed).items():
             asked = [(example, 0, response) for example, response in pairs]
-            labelled, shares = _label(
-                judge, rubric, asked, f"labelling constructed responses ({kind}), rubric {rubric}"
-            )
+            what, kept = f"labelling constructed responses ({kind}), rubric {rubric}", parts / f"{rubric}.{kind}"
+            labelled, shares = _label(judge, rubric, asked, what, kept)
             facts.setdefault(kind, {"responses": len(pairs)})[rubric] = shares
             rows += [{**row, "kind": kind} for row in labelled]
     return rows, facts
 
 
-def _label(judge: Judge, rubric: Rubric, asked: Sequence[Asked], description: str) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of labels.parquet for these responses, in order, and the shares relevant among them."""
-    items = [JudgeItem(example.history, example.targets, response) for example, _, response in asked]
-    verdicts = judge.judge(items, rubric, description)
-    rows = [
-        verdict_to_row(example, sample, rubric, judge.name, response, verdict)
-        for (example, sample, response), verdict in zip(asked, verdicts, strict=True)
-    ]
-    return rows, _relevant_shares(verdicts)
+def _label(
+    judge: Judge, rubric: Rubric, asked: Sequence[Asked], description: str, parts: Path
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of labels.parquet for these responses, in order, and the shares relevant among them.
+
+    Args:
+        parts: keeps what the embedding judge has done. The LLM judge has its ledger, and is asked all at once.
+    """
+
+    def label(numbers: Sequence[int], inner: str | None) -> list[Row]:
+        found = [asked[number] for number in numbers]
+        items = [JudgeItem(example.history, example.targets, response) for example, _, response in found]
+        return [
+            verdict_to_row(example, sample, rubric, judge.name, response, verdict)
+            for (example, sample, response), verdict in zip(found, judge.judge(items, rubric, inner), strict=True)
+        ]
+
+    if isinstance(judge, LLMJudge):
+        rows = label(range(len(asked)), description)
+    else:
+        units, made_with = chunks(len(asked), CHUNK), {"judge": judge.name}
+        table = make_rows(
+            parts, LABELS, units, lambda unit: label(unit, None), made_with=made_with, description=description
+        )
+        rows = table.to_pylist()
+    return rows, _relevant_shares([_verdict_of(row) for row in rows])
+
+
+def _verdict_of(row: Row) -> Verdict:
+    """The verdict that a row of labels.parquet was made of."""
+    judged = row["status"] == "ok" and (row["words"] or not split_response(row["response"]).words)
+    words = [WordVerdict(word["score"], word["label"] == RELEVANT) for word in row["words"]] if judged else None
+    return Verdict(words, row["sentence_score"] or 0.0, bool(row["sentence_label"]), row["status"], row["problem"])
 
 
 def _relevant_shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:
