@@ -22,6 +22,9 @@ from tppo.core.tables import write_table
 
 PARTS, CHECKPOINTS = "parts", "checkpoints"
 """Folders of an unfinished stage."""
+UNFINISHED = (PARTS, CHECKPOINTS, ".model-????????", ".token-????????", ".sentence-????????")
+"""All that a stage may leave in its folder when it is killed, and that a finished one does not need: the last three are
+half-saved models (`tppo.core.models.save_model`)."""
 SECONDS_BETWEEN_WRITES = 5.0
 """What a kill may lose, beside the unit under way."""
 Row = dict[str, Any]

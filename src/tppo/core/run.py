@@ -27,7 +27,7 @@ import yaml
 from tppo.core.common import UserError, console
 from tppo.core.config import REPLACED, RETIRED, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
-from tppo.core.resume import CHECKPOINTS, PARTS
+from tppo.core.resume import UNFINISHED
 from tppo.core.stages import (
     STAGES,
     all_stages,
@@ -267,6 +267,8 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
         return False
     with run.stage(stage) as (folder, facts):
         facts.update(_finished(folder, lambda: work(run.settled_recipe(stage), run, folder)))
+    started = json.loads((folder / STARTED).read_text(encoding="utf-8"))
+    write_json(folder / STARTED, {name: value for name, value in started.items() if name != "facts"})
     return True
 
 
@@ -278,8 +280,9 @@ def _finished(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any
     if "facts" not in started:
         started["facts"] = work()
         write_json(path, started)
-    for name in (PARTS, CHECKPOINTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in UNFINISHED:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
     return started["facts"]
 
 
