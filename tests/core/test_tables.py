@@ -88,3 +88,6 @@ def test_what_is_no_such_table_is_named(tmp_path):
     pq.write_table(table, path)
     with pytest.raises(UserError, match="a column of another type than documented"):
         load_examples(tmp_path)
+    pq.write_table(table.set_column(2, "split", pa.array([1])), path)
+    with pytest.raises(UserError, match="a column of another type than documented"):
+        load_examples(tmp_path, "train")

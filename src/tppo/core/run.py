@@ -169,8 +169,8 @@ class RunFolder:
 
         That it is to be made anew is noted (`redone`).
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_json(self.root / REDONE, {**self._all_redone(), stage: time.time()})
+        if self.root.exists():
+            write_json(self.root / REDONE, {**self._all_redone(), stage: time.time()})
         stale = {stage}
         for name in all_stages(self.recipe):
             if stale & set(stage_inputs(name, self.recipe)):

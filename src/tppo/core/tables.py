@@ -123,8 +123,10 @@ def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
             same = ds.field(name) == value
             condition = same if condition is None else condition & same
         return _checked(opened.to_table(columns=wanted.names, filter=condition), wanted, path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    except pa.ArrowNotImplementedError as error:  # no way to compare the column with text
+        raise UserError(f"{path} has a column of another type than documented: {error}") from None
 
 
 def _open(path: Path, schema: pa.Schema) -> ds.Dataset:

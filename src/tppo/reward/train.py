@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
 from tppo.core.checkpoint import remove_checkpoints
@@ -304,16 +305,8 @@ def fit(
         progress.step += 1
         step = progress.step
         generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
-        with autocast(settings.precision, device.type):
-            loss, parts = _objective(reward_model, items, settings, generator)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        rate = schedule.get_last_lr()[0]
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
         where = {"step": step, "epoch": round(step / per_epoch, 4)}
-        noted({**where, "split": "train", **parts, "grad_norm": float(norm), "learning_rate": rate})
+        noted({**where, "split": "train", **_step(reward_model, items, settings, generator, optimiser, schedule)})
         if (step - 1) % per_epoch + 1 in evals:
             progress.take(evaluated(where), model, _rank)
         checkpoints.save_if_due(progress)
@@ -322,6 +315,26 @@ def fit(
     best = progress.best
     console.print(f"{reward_model.kind} reward model: held-out AUC {best['auc']}, step {best['step']}")
     return {"best": best, "steps": progress.step, "planned_steps": len(batches)}
+
+
+def _step(
+    reward_model: RewardModel,
+    items: Sequence[Item],
+    settings: Reward,
+    generator: torch.Generator,
+    optimiser: torch.optim.Optimizer,
+    schedule: LambdaLR,
+) -> dict[str, float]:
+    """One optimiser step; returns the parts of its loss, the norm of the gradient and the learning rate."""
+    with autocast(settings.precision, reward_model.model.device.type):
+        loss, parts = _objective(reward_model, items, settings, generator)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), MAX_GRAD_NORM)
+    rate = schedule.get_last_lr()[0]
+    optimiser.step()
+    schedule.step()
+    optimiser.zero_grad()
+    return {**parts, "grad_norm": float(norm), "learning_rate": rate}
 
 
 def _objective(

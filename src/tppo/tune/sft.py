@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "mean_response_tokens": train_set.response_tokens / len(rows),
         "steps": result.global_step,
         "resumed_from_step": resumed_from,
-        "train_loss": result.training_loss,
+        # Of every step: the trainer's own mean leaves out the steps before a stop.
+        "train_loss": fmean(row["loss"] for row in trainer.state.log_history if "loss" in row),
         "eval_loss": eval_loss,
         # Evaluation and checkpoints included.
         "tokens_per_second": round(tokens * settings.epochs * trained_share / result.metrics["train_runtime"], 1),
