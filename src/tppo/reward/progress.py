@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from tppo.core.checkpoint import load_moments, moments, newest_checkpoint, read_state, read_tensors, write_checkpoint
+from tppo.core.common import console
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 """What a kill may cost; more where a checkpoint takes longer to write than `WRITING_SHARE` of it."""
@@ -37,6 +38,12 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """What was logged."""
     best_weights: Weights = field(default_factory=dict)
+    log: Callable[[dict[str, Any]], None] = lambda row: None
+    """Gets every row."""
+
+    def note(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.log(row)
 
     def take(self, scores: dict[str, Any], model: torch.nn.Module, rank: Callable[[dict[str, Any]], float]) -> None:
         """Note an evaluation: the weights are the best ones so far, or it counts as one without a better."""
@@ -62,16 +69,25 @@ class Checkpoints:
     """The resumable state of one training in a folder of its own; None keeps nothing."""
 
     def __init__(
-        self, folder: Path | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR
+        self,
+        folder: Path | None,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+        log: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.folder, self.model, self.optimizer, self.schedule = folder, model, optimizer, schedule
+        self.folder, self.model, self.optimizer, self.schedule, self.log = folder, model, optimizer, schedule, log
         self.next_write = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
 
-    def restore(self) -> Progress:
-        """The progress of the newest checkpoint, with model, optimizer and generators as they were; else of none."""
+    def restore(self, name: str) -> Progress:
+        """The progress of the newest checkpoint, with model, optimizer and generators as they were; else of none.
+
+        Args:
+            name: of the model, to say so.
+        """
         path = newest_checkpoint(self.folder) if self.folder else None
         if path is None:
-            return Progress()
+            return Progress(log=self.log)
         load_weights(self.model, read_tensors(path, "model"))
         device = next(self.model.parameters()).device
         # Adam's step counters stay where they are made: beside the weights for the fused kind.
@@ -82,9 +98,12 @@ class Checkpoints:
         if torch.cuda.is_available() and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"])
         state = read_state(path)
+        console.print(f"{name} reward model: taken up again after step {state['step']}")
         self._set_rates(state["step"])
         best_weights = {name: tensor.to(device) for name, tensor in read_tensors(path, "best").items()}
-        return Progress(**state, best_weights=best_weights)
+        for row in state["rows"]:
+            self.log(row)
+        return Progress(**state, best_weights=best_weights, log=self.log)
 
     def _set_rates(self, step: int) -> None:
         """The schedule as it is after so many steps."""

@@ -260,7 +260,7 @@ def fit(
 
     Args:
         log: gets a row for every step and evaluation, those before a stop included.
-        folder: resumable state; a training that it holds goes on. None keeps none.
+        folder: resumable state; None keeps none.
 
     Held-out rows are scored in the precision of training here; final numbers come from `check_reward`, in float32.
     (On transformers' Trainer the same numbers came out, to the last bit, of twice the code: batches drawn beforehand,
@@ -278,22 +278,13 @@ def fit(
     evals = {round(i * per_epoch / settings.evals_per_epoch) for i in range(1, settings.evals_per_epoch + 1)}
     optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
-
-    checkpoints = Checkpoints(folder, model, optimiser, schedule)
-    progress = checkpoints.restore()
-    for row in progress.rows:
-        log(row)
-    if progress.step:
-        console.print(f"{reward_model.kind} reward model: taken up again after step {progress.step}")
-
-    def noted(row: dict[str, Any]) -> None:
-        progress.rows.append(row)
-        log(row)
+    checkpoints = Checkpoints(folder, model, optimiser, schedule, log)
+    progress = checkpoints.restore(reward_model.kind)
 
     def evaluated(where: dict[str, Any]) -> dict[str, Any]:
         with autocast(settings.precision, device.type):
             scores = evaluate(reward_model, held_out, settings)
-        noted({**where, "split": "reward_eval", **scores})
+        progress.note({**where, "split": "reward_eval", **scores})
         return {**where, **scores}
 
     if not progress.step:
@@ -302,19 +293,20 @@ def fit(
     for items in track(batches[progress.step :], f"{reward_model.kind} reward model"):
         if settings.patience and progress.worse >= settings.patience:
             break
-        progress.step += 1
-        step = progress.step
+        step = progress.step = progress.step + 1
         generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
         where = {"step": step, "epoch": round(step / per_epoch, 4)}
-        noted({**where, "split": "train", **_step(reward_model, items, settings, generator, optimiser, schedule)})
+        made = _step(reward_model, items, settings, generator, optimiser, schedule)
+        progress.note({**where, "split": "train", **made})
         if (step - 1) % per_epoch + 1 in evals:
             progress.take(evaluated(where), model, _rank)
         checkpoints.save_if_due(progress)
     load_weights(model, progress.best_weights)
     model.eval()
-    best = progress.best
-    console.print(f"{reward_model.kind} reward model: held-out AUC {best['auc']}, step {best['step']}")
-    return {"best": best, "steps": progress.step, "planned_steps": len(batches)}
+    console.print(
+        f"{reward_model.kind} reward model: held-out AUC {progress.best['auc']}, step {progress.best['step']}"
+    )
+    return {"best": progress.best, "steps": progress.step, "planned_steps": len(batches)}
 
 
 def _step(
@@ -330,11 +322,11 @@ def _step(
         loss, parts = _objective(reward_model, items, settings, generator)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), MAX_GRAD_NORM)
-    rate = schedule.get_last_lr()[0]
+    rate = float(schedule.get_last_lr()[0])
     optimiser.step()
     schedule.step()
     optimiser.zero_grad()
-    return {**parts, "grad_norm": float(norm), "learning_rate": rate}
+    return {**parts, "grad_norm": norm.item(), "learning_rate": rate}
 
 
 def _objective(
