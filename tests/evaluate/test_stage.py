@@ -121,7 +121,7 @@ def test_a_restart_keeps_the_parts_it_finds(
     examples = fake_run.make_examples(3) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     asked: list[str] = []
-    real = answers.generate
+    real = answers.respond
 
     def counted(*args, **kwargs):
         asked.append(kwargs["description"])
@@ -129,7 +129,7 @@ def test_a_restart_keeps_the_parts_it_finds(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(answers, "generate", counted)
+    monkeypatch.setattr(answers, "respond", counted)
     with pytest.raises(KeyboardInterrupt):
         run_stage(recipe, "evaluate", stage.run)
     assert run.manifest("evaluate") is None

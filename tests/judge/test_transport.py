@@ -66,7 +66,8 @@ def test_verdicts_are_the_servers_and_are_paid_for_once(ledger_path, template, r
             assert verdict.sentence_relevant == sentence
             assert verdict.status == "ok"
         assert server.stats()["requests"] == 20  # the repeated item was asked once
-        assert judge(server, ledger_path, template=template).judge([*asked, asked[0]], "targets") == verdicts
+        again = judge(server, ledger_path, template=template, response_format=response_format)
+        assert again.judge([*asked, asked[0]], "targets") == verdicts
         assert server.stats()["requests"] == 20
         judge(server, ledger_path, template=template, model="another").judge(asked[:1], "targets")
         judge(server, ledger_path, template=template, rubrics=["history"]).judge(asked[:1], "history")

@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers.letters import PROMPTS
 from tests.rl.conftest import dense, make_lm
+from tppo.core import checkpoint as core_checkpoint
 from tppo.core.common import UserError
 from tppo.rl import checkpoint
 from tppo.rl.checkpoint import append_rows, cut_rows_after, load_newest_checkpoint, save_checkpoint
@@ -133,7 +134,7 @@ class Faults:
             patch.setattr(owner, name, self.guarded(getattr(owner, name)))
         for name in ("rename", "replace"):
             patch.setattr(pathlib.Path, name, self.guarded(getattr(pathlib.Path, name)))
-        save_file, opened = checkpoint.save_file, pathlib.Path.open
+        save_file, opened = core_checkpoint.save_file, pathlib.Path.open
 
         def half_a_tensor_file(tensors, path):
             if self.next_fails():
@@ -148,7 +149,7 @@ class Faults:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             return opened(path, mode, *args, **kwargs)
 
-        patch.setattr(checkpoint, "save_file", half_a_tensor_file)
+        patch.setattr(core_checkpoint, "save_file", half_a_tensor_file)
         patch.setattr(pathlib.Path, "open", half_a_text)
 
     def next_fails(self):
@@ -189,7 +190,7 @@ def test_a_failure_inside_safetensors_is_an_os_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as error:
-            checkpoint._save_tensors(tmp_path / "big.safetensors", {"a": torch.zeros(5000)})
+            core_checkpoint._save_tensors(tmp_path / "big.safetensors", {"a": torch.zeros(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
@@ -273,7 +274,7 @@ class TestWhoseFolder:
         state = json.loads((path / "state.json").read_text())
         del state["start"], state["config"]["dual_clip"]
         (path / "state.json").write_text(json.dumps(state))
-        sums = {file.name: checkpoint.sha256_file(file) for file in path.iterdir() if file.name != "checksums.json"}
+        sums = {file.name: core_checkpoint.sha256_file(file) for file in path.iterdir() if file.name != "checksums.json"}
         (path / "checksums.json").write_text(json.dumps(sums))
         append_rows(tmp_path / "metrics.jsonl", [{"update": 1}])
         append_rows(tmp_path / "samples.jsonl", [{"update": 1}])

@@ -358,3 +358,19 @@ def test_user_mistakes(recipe_for):
     recipe.task.max_response_tokens = 2
     with pytest.raises(UserError, match=r"24 of 24 have a response above task\.max_response_tokens=2"):
         run_stage(recipe, "sft", sft.run)
+
+
+def test_rows_in_a_file_are_those_in_memory(tiny_tokenizer, example_factory, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "_AT_ONCE", 4)
+    examples = example_factory(11)
+    limit = sorted(len(tiny_tokenizer(render_response(e.targets))["input_ids"]) + 1 for e in examples)[5]
+    task = Task(max_prompt_tokens=60, max_response_tokens=limit)
+    whole = encode_training(tiny_tokenizer, examples, task)
+    mapped = sft.encode_to_file(tiny_tokenizer, examples, task, tmp_path / "parts" / "rows.arrow")
+    assert list(mapped.rows) == whole.rows
+    assert mapped._replace(rows=[]) == whole._replace(rows=[])
+    assert mapped.too_long_responses > 0
+    assert mapped.dropped_events > 0
+    assert mapped.rows.cache_files, "mapped from a file"
+    empty = sft.encode_to_file(tiny_tokenizer, [], task, tmp_path / "none.arrow")
+    assert (len(empty.rows), empty.too_long_responses, empty.dropped_events) == (0, 0, 0)

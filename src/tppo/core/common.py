@@ -47,10 +47,14 @@ def rng(seed: int, *names: str | int) -> np.random.Generator:
 
 def draw(items: Sequence[Item], count: int | None, seed: int, *names: str | int) -> list[Item]:
     """`count` of the items, drawn without replacement and in their order; None means all."""
-    if count is None or len(items) <= count:
-        return list(items)
-    chosen = rng(seed, *names).choice(len(items), size=count, replace=False)
-    return [items[index] for index in sorted(chosen)]
+    return [items[index] for index in drawn_numbers(len(items), count, seed, *names)]
+
+
+def drawn_numbers(total: int, count: int | None, seed: int, *names: str | int) -> np.ndarray:
+    """Which of `total` items `draw` takes, ascending."""
+    if count is None or total <= count:
+        return np.arange(total)
+    return np.sort(rng(seed, *names).choice(total, size=count, replace=False))
 
 
 def seed_everything(seed: int, *names: str | int) -> None:

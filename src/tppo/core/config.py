@@ -256,7 +256,8 @@ class JudgeSettings:
     temperature: float = 0.0
     """Sampling temperature of the first reply."""
     max_reply_tokens: int = 1024
-    """Token limit of a reply; one that reaches it counts as broken. Raise it with the words of a response."""
+    """Token limit of a reply; one that reaches it counts as broken. Raise it with the words of a response: only what
+    was abstained on is asked again."""
     response_format: Literal["json_schema", "json_object_schema", "json_object", "none"] = "json_schema"
     """How the server is held to JSON: json_schema as OpenAI does (vLLM, Ollama, llama.cpp), json_object_schema as
     llama-cpp-python does. Replies are checked in full whichever it is."""

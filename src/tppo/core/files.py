@@ -12,6 +12,12 @@ from typing import Any
 
 from tppo.core.common import UserError
 
+PARTS, CHECKPOINTS = "parts", "checkpoints"
+"""Folders of an unfinished stage."""
+UNFINISHED = (PARTS, CHECKPOINTS, ".model-????????", ".token-????????", ".sentence-????????")
+"""All that a stage may leave in its folder when it is killed, and that a finished one does not need: the last three are
+half-saved models (`tppo.core.models.save_model`)."""
+
 
 def cache_dir() -> Path:
     """Folder for what outlives a run (converted models, the hash key): $TPPO_CACHE, or ~/.cache/tppo."""

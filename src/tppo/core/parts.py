@@ -14,7 +14,16 @@ from typing import Literal, NamedTuple, get_args
 
 from tppo.core.common import UserError, console, stream_seed
 from tppo.core.config import Parts
-from tppo.core.tables import TRAINED_ON, Example, load_examples, read_table, write_table
+from tppo.core.tables import (
+    EXAMPLES,
+    TRAINED_ON,
+    Example,
+    Examples,
+    drawn_examples,
+    load_examples,
+    read_table,
+    write_table,
+)
 
 Part = Literal["sft", "reward", "rl"]
 TRAINED_ON_FILE = "trained_on.parquet"
@@ -42,7 +51,7 @@ def part_of(user_id: str, parts: Parts, seed: int) -> Part | None:
     return None
 
 
-def train_examples(prepare: Path, part: Part, parts: Parts, seed: int) -> list[Example]:
+def train_examples(prepare: Path, part: Part, parts: Parts, seed: int) -> Examples:
     """The training examples of a part's users, in file order.
 
     Args:
@@ -51,18 +60,34 @@ def train_examples(prepare: Path, part: Part, parts: Parts, seed: int) -> list[E
     Raises:
         UserError: shares that cannot be, or no user falls into this part.
     """
+    users = _users(prepare, part, parts, seed)
     examples = load_examples(prepare, "train")
-    if not parts.disjoint:
-        return examples
+    return examples if users is None else examples.among("user_id", users)
+
+
+def drawn_train_examples(
+    prepare: Path, part: Part, parts: Parts, data_seed: int, count: int | None, seed: int, *names: str | int
+) -> Examples:
+    """`count` of `train_examples` (None: all), drawn by `seed` and `names`; only theirs are kept in memory."""
+    users = _users(prepare, part, parts, data_seed)
+    among = None if users is None else ("user_id", users)
+    return drawn_examples(prepare, "train", count, seed, *names, among=among)
+
+
+def _users(prepare: Path, part: Part, parts: Parts, seed: int) -> list[str] | None:
+    """The training users of a part; None for all."""
     check_parts(parts)
-    users = {user for user in {example.user_id for example in examples} if part_of(user, parts, seed) == part}
-    if examples and not users:
+    if not parts.disjoint:
+        return None
+    everybody = read_table(prepare / "examples.parquet", EXAMPLES, ["user_id"], split="train")["user_id"].unique()
+    users = [user for user in everybody.to_pylist() if part_of(user, parts, seed) == part]
+    if len(everybody) and not users:
         raise UserError(
-            f"{prepare}/examples.parquet has training examples of {len({e.user_id for e in examples})} users, and none "
-            f"of them falls into parts.{part}={getattr(parts, part):g}: prepare more, raise the share, or give "
-            "parts.disjoint=false (SFT, labels and RL then learn from the same users)"
+            f"{prepare}/examples.parquet has training examples of {len(everybody)} users, and none of them falls into "
+            f"parts.{part}={getattr(parts, part):g}: prepare more, raise the share, or give parts.disjoint=false (SFT, "
+            "labels and RL then learn from the same users)"
         )
-    return [example for example in examples if example.user_id in users]
+    return users
 
 
 def say_fewer(found: int, wanted: int, setting: str, parts: Parts, part: Part) -> None:

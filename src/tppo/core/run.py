@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ from tppo.core import folders, outside
 from tppo.core.changes import changed_settings, resolved, without_retired
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe
-from tppo.core.files import peak_memory_mib, sha256_file, write_json, write_text
+from tppo.core.files import UNFINISHED, peak_memory_mib, sha256_file, write_json, write_text
 from tppo.core.folders import MANIFEST, STARTED, read_record
 from tppo.core.processes import FOLDER, check_free, locked
 from tppo.core.recipe import check_recipe, check_samples, check_shared
@@ -47,6 +48,8 @@ from tppo.core.stages import (
 )
 
 __all__ = ["RunFolder", "check_sections", "run_stage", "run_stages", "without_retired", "write_recipe"]
+REDONE = "redone.json"
+"""Of a run folder: when stages were last asked to be made anew."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy", "icu4py")
 _RECIPE_HEAD = "# Every setting of the run in this folder, written by tppo; a copy of yours is kept beside it.\n"
 
@@ -277,7 +280,8 @@ class RunFolder:
         return [name for name in ordered if name in stale and name not in self.recipe.stage_dirs]
 
     def discard_from(self, *stages: str) -> None:
-        """Delete stages and every stage that reads them, directly or not; stages taken from elsewhere stay.
+        """Delete stages and every stage that reads them, directly or not; stages taken from elsewhere stay. That they
+        are to be made anew is noted (`redone`).
 
         Raises:
             UserError: a folder of theirs holds what no stage has made, or somebody is at work in it; nothing is
@@ -289,9 +293,20 @@ class RunFolder:
         with ExitStack() as held:
             for name in doomed:
                 held.enter_context(locked(self.root, name))
+            if stages and self.root.exists():
+                write_json(self.root / REDONE, {**self._all_redone(), **dict.fromkeys(stages, time.time())})
             # From the right: what is left after a stop on the way has all that it reads.
             for name in reversed(doomed):
                 folders.remove(self.path(name), name)
+
+    def redone(self, stage: str) -> float:
+        """Unix time of the last `--redo` of this very stage in this run folder; 0: none. What a judge abstained on
+        before is asked again."""
+        return self._all_redone().get(stage, 0.0)
+
+    def _all_redone(self) -> dict[str, float]:
+        path = self.root / REDONE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
@@ -358,6 +373,8 @@ class RunFolder:
             # One that is resumed on another machine must not change its arithmetic halfway.
             "numerics": before["numerics"] if "numerics" in before else self._choose_numerics(stage),
             "foreign": folders.unknown_names(folder, stage) if folder.exists() else [],
+            # Of work that was done when the stage was stopped.
+            **({"facts": before["facts"]} if "facts" in before else {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / STARTED, started)
@@ -396,8 +413,25 @@ def run_stage(recipe: Recipe, stage: str, work: Callable[[Recipe, RunFolder, Pat
     if run.is_done(stage):
         return False
     with run.stage(stage) as (folder, facts):
-        facts.update(work(run.settled_recipe(stage), run, folder))
+        facts.update(_finished(folder, lambda: work(run.settled_recipe(stage), run, folder)))
+    started = json.loads((folder / STARTED).read_text(encoding="utf-8"))
+    write_json(folder / STARTED, {name: value for name, value in started.items() if name != "facts"})
     return True
+
+
+def _finished(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The facts of a stage's work, which is not done again once started.json holds them: hashing a large model takes a
+    while, and a kill in that time must not cost the training. What the work kept to go on from is deleted then."""
+    path = folder / STARTED
+    started = json.loads(path.read_text(encoding="utf-8"))
+    if "facts" not in started:
+        started["facts"] = work()
+        write_json(path, started)
+    for pattern in UNFINISHED:
+        for leftover in folder.glob(pattern):
+            if leftover.name not in started["foreign"]:
+                shutil.rmtree(leftover, ignore_errors=True)
+    return started["facts"]
 
 
 def check_sections(recipe: Recipe, stages: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from tppo.core.common import UserError
 from tppo.core.config import Algorithm, Recipe, judge_identity, rl_identity
+from tppo.core.files import UNFINISHED
 from tppo.core.outside import Log, Model, Outside
 
 # Each model is compared with those after it, the farthest (SFT) first.
@@ -134,10 +135,7 @@ def _tuned(recipe: Recipe) -> list[str]:
     return [rl_stage(algorithm) for algorithm in recipe.algorithms]
 
 
-LEFTOVERS = (
-    *("*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", ".model-????????", ".token-????????", ".sentence-????????"),
-    *("scratch", "parts", "checkpoints", "checkpoint-*", "facts.json"),
-)
+LEFTOVERS = (*UNFINISHED, "*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", "scratch", "checkpoint-*", "facts.json")
 """Names, as patterns, of what a stage that was stopped may leave in its folder: half a file, half a model, work kept to
 go on from."""
 _TRACKED = ("tensorboard", "events.out.tfevents.*", "wandb", "mlruns", "mlflow.db", ".trackio")

@@ -21,11 +21,13 @@ from tppo.core.common import UserError, console, draw, stream_seed, track
 from tppo.core.config import Evaluate, Precision, Recipe, Task
 from tppo.core.device import generation_dtype
 from tppo.core.models import load_policy
+from tppo.core.resume import Row, chunks, make_rows
 from tppo.core.run import RunFolder
 from tppo.core.stages import DISPLAY, REFERENCES, evaluated_models, rl_stage
-from tppo.core.tables import Example, field, load_examples, read_table
+from tppo.core.tables import Example, drawn_examples, field, load_examples, read_table
 from tppo.core.text import Event, parse_response, render_response
-from tppo.generate.engine import Generation, encode_examples, generate
+from tppo.generate.engine import Generation, encode_examples
+from tppo.generate.respond import as_generations, respond
 from tppo.generate.simple import FrequentNext, NearestNeighbour, best_sample, last_query, repeat_recent
 from tppo.judge.embedding import Encoder
 from tppo.judge.probes import log_texts
@@ -63,7 +65,7 @@ ANSWERS = pa.schema(
         field("response_tokens", pa.float64(), "tokens, end-of-sequence included; null for what no model wrote", True),
     ]
 )
-Row = dict[str, Any]
+RETURNS = pa.schema([field("return", pa.float64(), "sum of a sample's rewards")])
 Answered = dict[str, dict[str, Row]]
 """Rows of answers.parquet by model and example."""
 
@@ -72,11 +74,14 @@ Answerer = Callable[[str, Sequence[Example]], Answers | None]
 """Split and its examples -> answers; None: there is nothing to answer with (and it has been said)."""
 
 
-def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | None) -> Answerer:
+def make_answerer(
+    name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | None, parts: Path | None = None
+) -> Answerer:
     """The answerer called `name`: sft, an algorithm, untuned, a baseline, or a reference.
 
     Args:
         encoder: needed by `nearest` only.
+        parts: keeps the responses of a model as they come, by split; None keeps nothing.
 
     Raises:
         UserError: a stage to the left is not finished, or a model does not load.
@@ -112,12 +117,13 @@ def make_answerer(name: str, recipe: Recipe, run: RunFolder, encoder: Encoder | 
     if name == "best_of_n":
         config = replace(recipe.rl, algorithm="tppo")
         reward_of = partial(query_reward, run, config, recipe.task, tokenizer=policy.tokenizer)
-        return _best_of_n(policy, reward_of, recipe.evaluate, recipe.seed)
+        return _best_of_n(policy, reward_of, recipe.evaluate, recipe.seed, parts)
 
     def answer(split: str, examples: Sequence[Example]) -> Answers:
         # The same stream for every model: equal distributions would give equal samples.
         seed, description = stream_seed(recipe.seed, "evaluate", split), f"evaluate: {name} answers {split}"
-        return _from_generations(*policy.respond(examples, recipe.evaluate.temperature, seed, description))
+        kept = parts and parts / f"{split}.{name}"
+        return _from_generations(*policy.respond(examples, recipe.evaluate.temperature, seed, description, kept))
 
     return answer
 
@@ -137,21 +143,26 @@ class Policy(NamedTuple):
         return cls(model, tokenizer, task, batch_size)
 
     def respond(
-        self, examples: Sequence[Example], temperature: float, seed: int, description: str
+        self, examples: Sequence[Example], temperature: float, seed: int, description: str, folder: Path | None
     ) -> tuple[list[Generation], int]:
-        """One response to each example, and how many history events did not fit the prompts."""
-        prompts, dropped_events = encode_examples(self.tokenizer, examples, self.task)
-        generations = generate(
+        """One response to each example, and how many history events did not fit the prompts.
+
+        Args:
+            folder: keeps the responses as they come (`tppo.generate.respond`).
+        """
+        table = respond(
             self.model,
             self.tokenizer,
-            prompts,
-            max_new_tokens=self.task.max_response_tokens,
+            examples,
+            self.task,
             temperature=temperature,
             seed=seed,
             batch_size=self.batch_size,
             description=description,
+            folder=folder,
         )
-        return generations, dropped_events
+        prompts, dropped_events = encode_examples(self.tokenizer, examples, self.task)
+        return as_generations(self.model, self.tokenizer, table, prompts), dropped_events
 
 
 def from_queries(queries: Iterable[Sequence[str]]) -> Answers:
@@ -208,7 +219,11 @@ def _other_user(seed: int, split: str, examples: Sequence[Example]) -> Answers |
 
 
 def _best_of_n(
-    policy: Policy, reward_of: Callable[[list[Example]], QueryReward], settings: Evaluate, seed: int
+    policy: Policy,
+    reward_of: Callable[[list[Example]], QueryReward],
+    settings: Evaluate,
+    seed: int,
+    parts: Path | None,
 ) -> Answerer:
     """Of `evaluate.best_of` samples for each example the one with TPPO's largest return without KL: the sum of the
     rewards that RL pays, format terms included."""
@@ -217,12 +232,26 @@ def _best_of_n(
     def answer(split: str, examples: Sequence[Example]) -> Answers:
         repeated = [example for example in examples for _ in range(times)]
         stream, description = stream_seed(seed, "best_of_n", split), f"evaluate: best_of_n answers {split}"
-        generations, dropped = policy.respond(repeated, settings.temperature, stream, description)
+        kept = parts and parts / f"{split}.best_of_n"
+        generations, dropped = policy.respond(repeated, settings.temperature, stream, description, kept)
         reward_fn = reward_of(repeated)
         samples = [make_sample(policy.tokenizer, generation, i) for i, generation in enumerate(generations)]
-        chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
-        scored = track(chunks, "evaluate: best_of_n scores its samples")
-        returns = [float(np.sum(rewards)) for chunk in scored for rewards in reward_fn(chunk).rewards]
+
+        def score(numbers: range) -> list[Row]:
+            return [
+                {"return": float(np.sum(rewards))}
+                for rewards in reward_fn(samples[numbers.start : numbers.stop]).rewards
+            ]
+
+        scored = make_rows(
+            parts and parts / f"{split}.best_of_n.returns",
+            RETURNS,
+            chunks(len(samples), size),
+            score,
+            made_with={"seed": stream},
+            description="evaluate: best_of_n scores its samples",
+        )
+        returns = scored["return"].to_pylist()
         starts = range(0, len(generations), times)
         best = [generations[start + best_sample(returns[start : start + times])] for start in starts]
         return _from_generations(best, dropped // times)
@@ -270,13 +299,13 @@ def readable(row: Row) -> str | None:
 
 def choose_examples(settings: Evaluate, prepare: Path, split: str, seed: int) -> list[Example]:
     """`evaluate.max_examples` examples of a split, drawn with the seed, in file order (0: all)."""
-    examples = load_examples(prepare, split)
+    examples = list(drawn_examples(prepare, split, settings.max_examples or None, seed, "evaluate", split))
     if not examples:
         raise UserError(
             f"{prepare}/examples.parquet has no example of split '{split}': raise prepare.{split}_share or take the "
             "split out of evaluate.splits"
         )
-    return draw(examples, settings.max_examples or None, seed, "evaluate", split)
+    return examples
 
 
 def asked_about(examples: Mapping[str, Sequence[Example]], limit: int, seed: int) -> list[Example]:
@@ -349,7 +378,7 @@ def answered_examples(answers: Answered, prepare: Path, limit: int, seed: int) -
         UserError: the prepare stage does not know them.
     """
     ids = list(dict.fromkeys(name for rows in answers.values() for name in rows))
-    known = {example.example_id: example for example in load_examples(prepare)}
+    known = {example.example_id: example for example in load_examples(prepare).with_ids(ids)}
     if missing := [name for name in ids if name not in known]:
         raise UserError(f"{prepare} has no example {missing[0]}, which was answered: name its own prepare")
     by_split: dict[str, list[Example]] = {}

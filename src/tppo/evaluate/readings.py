@@ -20,6 +20,7 @@ import pyarrow as pa
 from tppo.core.asked import asked_share, asked_written
 from tppo.core.common import UserError, console
 from tppo.core.config import JudgeKind, JudgeSettings, Label, Reading, Recipe, Rubric
+from tppo.core.files import PARTS
 from tppo.core.parts import train_examples
 from tppo.core.recipe import check_readings
 from tppo.core.run import RunFolder
@@ -233,7 +234,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """
     (reading,) = recipe.evaluate.readings
     if reading.reader == "distance":
-        rows = _distance_rows(recipe, run, reading.examples)
+        rows = _distance_rows(recipe, run, reading.examples, folder / PARTS)
     else:
         rows = _read_answers(recipe, run, reading)
     write_table(folder / "readings.parquet", rows, READINGS)
@@ -254,7 +255,7 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
     """What a judge says of finished answers, or the votes between them."""
     prepare, given = run.require("prepare"), run.answers()
     answers = answers_of(given) if given else by_model(load_answers(run.require("evaluate")))
-    seed = recipe.data_seed
+    seed, redone = recipe.data_seed, run.redone(f"read_{reading.reader}")
     examples = answered_examples(answers, prepare, reading.examples, seed)
     if reading.reader == "vote":
         if not model_pairs(answers):
@@ -262,17 +263,17 @@ def _read_answers(recipe: Recipe, run: RunFolder, reading: Reading) -> list[Row]
                 f"vote compares two of {list(MODEL_ORDER)}, but there are answers of {list(answers)}: give "
                 "`model: folder` of a finished evaluation for each in evaluate.answers"
             )
-        return vote_readings(LLMJudge(recipe.judge), recipe.reward.rubric, examples, answers)
+        return vote_readings(LLMJudge(recipe.judge, redone), recipe.reward.rubric, examples, answers)
     first = first_judges(list(given.values()) or [run.require("evaluate")])
-    train = train_examples(prepare, "reward", recipe.parts, seed)
-    judge = choose_second_judge(cast(JudgeKind, reading.reader), first, recipe.label, recipe.judge, train, seed)
+    kind, train = cast(JudgeKind, reading.reader), train_examples(prepare, "reward", recipe.parts, seed)
+    judge = choose_second_judge(kind, first, recipe.label, recipe.judge, train, seed, redone)
     # All answers to a history in a row: a server keeps what such prompts begin with.
     read = [rows[e.example_id] for e in examples for rows in answers.values() if e.example_id in rows]
     known = {e.example_id: e for e in examples}
     return judge_readings(judge, known, read, "second judge", recipe.task.num_queries)
 
 
-def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
+def _distance_rows(recipe: Recipe, run: RunFolder, limit: int, parts: Path) -> list[Row]:
     if not recipe.algorithms:
         raise UserError(f"distance measures {recipe.algorithms}: name an algorithm (algorithms)")
     prepare, seed = run.require("prepare"), recipe.data_seed
@@ -287,7 +288,7 @@ def _distance_rows(recipe: Recipe, run: RunFolder, limit: int) -> list[Row]:
     def load(folder: Path) -> Policy:
         return Policy.load(folder, recipe.task, recipe.rl.precision, recipe.sample.batch_size)
 
-    for model, found in distances(policies, sft, examples, load, recipe.seed):
+    for model, found in distances(policies, sft, examples, load, recipe.seed, parts):
         for example, (tokens, ratio) in zip(examples, found, strict=True):
             answer = {**vars(example), "model": model, "seed": recipe.seed}
             measures = {"sampled_tokens": float(tokens), "kl_from_sft": ratio}
@@ -301,14 +302,20 @@ def first_judges(folders: Sequence[Path]) -> set[str]:
 
 
 def choose_second_judge(
-    kind: JudgeKind, first: set[str], label: Label, judge: JudgeSettings, train: list[Example], seed: int
+    kind: JudgeKind,
+    first: set[str],
+    label: Label,
+    judge: JudgeSettings,
+    train: Sequence[Example],
+    seed: int,
+    retry_before: float = 0.0,
 ) -> Judge:
     """Another judge than the first ones; see `make_judge`.
 
     Raises:
         UserError: it is a first judge again.
     """
-    second, _ = make_judge(kind, label, judge, train, seed)
+    second, _ = make_judge(kind, label, judge, train, seed, retry_before)
     if second.name in first:
         raise UserError(
             f"evaluate.readings: {kind} is {second.name}, the first judge: it would only agree with itself; "

@@ -4,13 +4,13 @@ Simple baselines (`tppo.generate.simple`) answer the same examples and go the sa
 scale of the judge: `targets` judges the user's true next queries as if a model had written them, `other_user` judges
 those of another user of the same evaluation set. Writes answers.parquet, readings.parquet and metrics.json.
 
-Each (split, model) part is written to parts/ as soon as it is read; a restarted stage keeps the parts it finds (the run
-folder guarantees the same settings and inputs).
+Each (split, model) is written to parts/ as soon as it is read, and a policy's answers as they come
+(`tppo.core.resume`); a restarted stage keeps what it finds (the run folder guarantees the same settings and inputs).
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from tppo.core.common import UserError
 from tppo.core.config import Recipe
-from tppo.core.files import write_json
+from tppo.core.files import PARTS, write_json
 from tppo.core.models import SCRATCH
 from tppo.core.parts import train_examples
 from tppo.core.run import RunFolder
@@ -36,6 +36,8 @@ from tppo.judge.label import make_judge, saved_judge
 from tppo.judge.llm import LLMJudge
 from tppo.judge.verdict import Judge
 from tppo.logs.truth import known_truth
+
+_DROPPED = ".dropped.json"
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         rows += text_readings(known, answers, encoder)
         return rows + (truth_readings(truth, known, answers, num_queries) if truth else [])
 
-    parts = folder / "parts"
+    parts = folder / PARTS
     parts.mkdir(exist_ok=True)
     facts = _write_parts(recipe, run, examples, encoder, read, parts)
     order = [(split, model) for split in examples for model in evaluated_models(recipe)]
@@ -72,7 +74,6 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     metrics = build_metrics(*frames, judge=judge.name, rubric=recipe.reward.rubric, bootstrap_of=bootstrap)
     metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
     write_json(folder / "metrics.json", metrics)
-    shutil.rmtree(parts)
     return {
         "examples": {split: len(chosen) for split, chosen in examples.items()},
         "users": {split: len({e.user_id for e in chosen}) for split, chosen in examples.items()},
@@ -90,11 +91,10 @@ def _write_parts(
     read: Callable[[str, list[Example], list[Row]], list[Row]],
     parts: Path,
 ) -> dict[str, Any]:
-    """Write every (split, model) part that is missing; returns facts about that.
+    """Write every (split, model) part that is missing; returns facts about all.
 
     Seconds are given for models that were answered and read as a whole in this attempt.
     """
-    dropped: dict[str, int] = {}
     seconds: dict[str, dict[str, float]] = {"seconds_answering": {}, "seconds_judging": {}}
     for model in evaluated_models(recipe):
         missing = {split: e for split, e in examples.items() if not _part(parts, split, model, "readings").exists()}
@@ -102,7 +102,7 @@ def _write_parts(
             continue
         took: dict[str, float] = defaultdict(float)
         start = time.monotonic()
-        answerer = make_answerer(model, recipe, run, encoder)
+        answerer = make_answerer(model, recipe, run, encoder, parts)
         for split, chosen in missing.items():
             answers = answerer(split, chosen)
             answered = time.monotonic()
@@ -110,15 +110,18 @@ def _write_parts(
             if answers is not None:
                 rows = answer_rows(answers, chosen, model=model, seed=recipe.seed, num_queries=recipe.task.num_queries)
                 write_table(_part(parts, split, model, "answers"), rows, ANSWERS)
+                if answers.dropped_events is not None:
+                    write_json(parts / f"{split}.{model}{_DROPPED}", answers.dropped_events)
                 # Last: a part is whole when its readings are there.
                 write_table(_part(parts, split, model, "readings"), read(model, chosen, rows), READINGS)
-                if answers.dropped_events is not None:
-                    dropped[f"{split}.{model}"] = answers.dropped_events
             start = time.monotonic()
             took["seconds_judging"] += start - answered
         if len(missing) == len(examples):
             for name, value in took.items():
                 seconds[name][model] = round(value, 1)
+    paths = {f"{split}.{model}": parts / f"{split}.{model}{_DROPPED}" for model in evaluated_models(recipe)
+             for split in examples}  # fmt: skip
+    dropped = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     return {"history_events_dropped_to_fit_the_prompt": dropped, **seconds}
 
 
@@ -177,12 +180,12 @@ def choose_judge(recipe: Recipe, run: RunFolder) -> Judge:
     Raises:
         UserError: it does not judge what the reward models learnt, the headline of the report.
     """
-    kind = recipe.evaluate.judge
+    kind, redone = recipe.evaluate.judge, run.redone("evaluate")
     if kind == "label":
-        judge = saved_judge(run.require("label"), recipe.judge)
+        judge = saved_judge(run.require("label"), recipe.judge, redone)
     else:
         train = train_examples(run.require("prepare"), "reward", recipe.parts, recipe.data_seed)
-        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed)
+        judge, _ = make_judge(kind, recipe.label, recipe.judge, train, recipe.data_seed, redone)
     if recipe.reward.rubric not in judge.rubrics:
         raise UserError(
             f"the reward models learn rubric '{recipe.reward.rubric}', but judge.rubrics={list(judge.rubrics)} leaves "

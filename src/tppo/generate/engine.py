@@ -49,6 +49,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int | None = None,
+    uniforms_NT: torch.Tensor | None = None,
     batch_size: int = 32,
     description: str | None = None,
 ) -> list[Generation]:
@@ -60,6 +61,7 @@ def generate(
         temperature: 0 is greedy (argmax).
         seed: makes the call reproducible and leaves torch's global generator alone; None draws from the
             global generator (as in RL, where one seed governs the whole run).
+        uniforms_NT: numbers in [0, 1) to draw the tokens of each prompt with, float64, instead of those of the seed.
         description: label of a progress bar; None shows none.
 
     Raises:
@@ -69,8 +71,9 @@ def generate(
         raise ValueError(f"bad {temperature=}, {max_new_tokens=} or {batch_size=}")
     if not all(prompts):
         raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    uniforms_NT = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    if uniforms_NT is None:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        uniforms_NT = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -86,12 +89,13 @@ def generate(
                 responses[i] = ids
     finally:
         model.train(training)
-    return [
-        Generation(
-            list(prompt), ids, decode_response(tokenizer, ids[:-1] if ids[-1] in stops else ids), ids[-1] in stops
-        )
-        for prompt, ids in zip(prompts, responses, strict=True)
-    ]
+    return [as_generation(tokenizer, prompt, ids, stops) for prompt, ids in zip(prompts, responses, strict=True)]
+
+
+def as_generation(tokenizer: Any, prompt: Sequence[int], ids: list[int], stops: Sequence[int]) -> Generation:
+    """Sampled ids with their text; `stops` are those that end a response (`tppo.core.models.stop_ids`)."""
+    finished = ids[-1] in stops
+    return Generation(list(prompt), ids, decode_response(tokenizer, ids[:-1] if finished else ids), finished)
 
 
 @torch.inference_mode()

@@ -51,13 +51,12 @@ from tppo.core.text import ParsedResponse, repeated_queries
 from tppo.core.words import Span, one_spaced, word_spans
 from tppo.judge.legible import Legibility
 from tppo.judge.probes import log_texts, noise_items
-from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
+from tppo.judge.verdict import CHUNK, JUDGE_FILE, JudgeItem, Verdict, WordVerdict, other_user_items, split_response
 
 RULE_VERSION = 2
 _OTHER_ENCODER = (
     "give label.encoder a sentence encoder for the log's languages, or let a language model judge (label.judge: llm)"
 )
-_CHUNK = 128  # items embedded at a time: bounds the memory the embeddings take
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class EmbeddingJudge:
     def scores(self, items: Sequence[JudgeItem], rubric: Rubric, description: str | None = None) -> list[Scores]:
         """Cosine scores of each item's words and response, before any threshold."""
         scores: list[Scores] = []
-        chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+        chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
         for chunk in track(chunks, description) if description and chunks else chunks:
             responses = [split_response(item.response) for item in chunk]
             references = [_reference_texts(item, rubric) for item in chunk]

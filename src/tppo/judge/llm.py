@@ -3,7 +3,8 @@
 Questions that the ledger knows are answered from it, the rest are put to the server, as many at once as it likes
 (`AdaptiveLimit`). One worker carries one question through all its attempts until it has an outcome:
 - a reply that keeps the contract: the verdict;
-- a reply that does not: asked again, `reply_attempts` times in all, then the judge abstains, and that stays;
+- a reply that does not: asked again, `reply_attempts` times in all, then the judge abstains, and that stays until more
+  or longer replies are allowed, or the stage is made anew (`tppo.judge.ledger.Limits`);
 - busy (429, 503), other 5xx, 408, 409, time-out, broken connection or body: tried again after Retry-After or an
   exponential pause with jitter, `TRANSPORT_ATTEMPTS` times in all, then listed as failed;
 - any other status (400, 401, 403, 404 ...): everybody would get it, so the run stops with the server's words.
@@ -22,20 +23,21 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import anyio
 import openai
 import tenacity
 
 from tppo.core.common import UserError, console, progress_bar
 from tppo.core.config import JudgeSettings, Rubric, judge_identity
 from tppo.core.files import write_json
-from tppo.judge.ledger import Attempt, JudgeLedger, Outcome, ledger_path
+from tppo.judge.ledger import Attempt, JudgeLedger, Limits, Outcome, ledger_path
+from tppo.judge.pace import AdaptiveLimit, Budget, Usage
 from tppo.judge.prompts import (
     TEMPLATE_VERSION,
     TOP_LOGPROBS,
@@ -49,9 +51,6 @@ from tppo.judge.prompts import (
 )
 from tppo.judge.verdict import JUDGE_FILE, JudgeItem, Verdict, WordVerdict, split_response
 
-START_CONCURRENCY = 2.0
-TOLERATED_REFUSALS = 0.15
-"""Share of refusals in a round that is no reason to ask less."""
 MOST_FAILURES_IN_A_ROW = 20
 LONGEST_RETRY_AFTER = 600.0
 """Seconds. A server that asks for more gets its question listed as failed: the next run asks again."""
@@ -62,8 +61,6 @@ RETRY_TEMPERATURE = 0.5
 API_KEY_ENV = "TPPO_JUDGE_API_KEY"  # on loopback it may be unset
 RETRY_AFTER_JITTER = 0.5
 """A server tells everybody the same whole second: coming back together, most would be refused again."""
-CHAT_FORMAT_TOKENS = 64
-"""Allowance for the tokens a chat format adds to two messages."""
 _BUSY = (429, 503)
 _TRY_AGAIN = (408, 409, 429)
 _SECONDS_BETWEEN_LINES = 30.0  # without a terminal
@@ -71,10 +68,15 @@ _pause = tenacity.wait_random_exponential(multiplier=0.25, max=8)
 
 
 class LLMJudge:
-    """Implements `tppo.judge.verdict.Judge`. Raises UserError for settings with which nobody may or can be asked."""
+    """Implements `tppo.judge.verdict.Judge`. Raises UserError for settings with which nobody may or can be asked.
 
-    def __init__(self, settings: JudgeSettings) -> None:
+    Args:
+        retry_before: Unix time; abstentions of before are asked again (`tppo.core.run.RunFolder.redone`).
+    """
+
+    def __init__(self, settings: JudgeSettings, retry_before: float = 0.0) -> None:
         self.settings = settings
+        self.limits = Limits(settings.max_reply_tokens, settings.reply_attempts, retry_before)
         self.api_key = _checked_endpoint(settings)
         self.rubrics = tuple(settings.rubrics)
         self.with_probability = settings.score == "probability"
@@ -101,17 +103,23 @@ class LLMJudge:
         The server is asked in the order of the texts: those that begin alike come in a row, so that a server that keeps
         what it computed for a common beginning reads a history once, not once for each answer to it.
         """
-        by_key = {question.key(self.settings.model): question for question in questions}
-        path, description = ledger_path(self.settings), description or "judging"
+        settings, limits = self.settings, self.limits
+        temperature, response_format = settings.temperature, settings.response_format
+        questions = [replace(q, temperature=temperature, response_format=response_format) for q in questions]
+        keys = [question.key(settings.model) for question in questions]
+        by_key = dict(zip(keys, questions, strict=True))
+        path, description = ledger_path(settings), description or "judging"
         with JudgeLedger(path) as ledger:
-            known = ledger.outcomes(by_key)
-            missing = [question for key, question in by_key.items() if key not in known]
+            known = self._known(ledger, by_key)
+            missing = {key: question for key, question in by_key.items() if key not in known}
             if missing:
                 if known:
                     console.print(f"{description}: {len(known)} verdicts from the ledger, {len(missing)} to ask")
-                missing.sort(key=lambda question: (question.system, question.user))
-                asyncio.run(Asker(self.settings, ledger, self.api_key).ask(missing, description))
-                known = ledger.outcomes(by_key)
+                had = ledger.broken_replies(missing, limits)
+                asked = sorted(missing.items(), key=lambda pair: (pair[1].system, pair[1].user))
+                asker = Asker(settings, ledger, self.api_key)
+                asyncio.run(asker.ask([(question, had.get(key, 0)) for key, question in asked], description))
+                known = ledger.outcomes(by_key, limits)
         failed = len(by_key) - len(known)
         if failed:
             raise UserError(
@@ -119,7 +127,26 @@ class LLMJudge:
                 f"`tppo ledger --judge.ledger {path}`). The others are kept: the same command asks only for the "
                 "missing ones"
             )
-        return [known[question.key(self.settings.model)] for question in questions]
+        return [known[key] for key in keys]
+
+    def _known(self, ledger: JudgeLedger, questions: Mapping[str, Question]) -> dict[str, Outcome]:
+        """Outcomes of those questions, by key, that need not be asked."""
+        known = ledger.outcomes(questions, self.limits)
+        missing = {key: question for key, question in questions.items() if key not in known}
+        settings = self.settings
+        # Of a ledger that did not note the temperature only the default may be taken for what it was.
+        if not missing or settings.temperature != JudgeSettings.temperature:
+            return known
+        if adopted := ledger.adopt(missing, settings.model):
+            console.print(
+                f"judge.ledger {ledger.path}: {adopted} finished requests of an older tppo, which did not note how it "
+                f"asked, count as asked with temperature {settings.temperature} and response_format "
+                f"{settings.response_format} from now on; another judge.ledger asks anew",
+                soft_wrap=True,
+                markup=False,
+            )
+            known = ledger.outcomes(questions, self.limits)
+        return known
 
     def save(self, folder: Path) -> None:
         """Write judge.json: the settings that the verdicts depend on, not where the server is."""
@@ -166,95 +193,6 @@ def _checked_endpoint(settings: JudgeSettings) -> str:
     return key or "none"  # the client library insists on one
 
 
-class AdaptiveLimit:
-    """How many questions may be under way (each holds one of `places`), by the server's answers.
-
-    `limit` grows by 1 for every answer until the first refusal (429, 503, or no answer in time): slow start, it doubles
-    each round of `limit` answers. Then it grows by 1 each round, and at the round's end is multiplied by 1 - excess/2,
-    with excess the share of refusals above `TOLERATED_REFUSALS` (as DCTCP, RFC 8257): a few cost nothing, a server that
-    refuses everybody is left alone at once. A question that waits out a refusal keeps its place, so that waiting
-    throttles the rest, too.
-    """
-
-    def __init__(self, maximum: int) -> None:
-        self.maximum = maximum
-        self.limit = min(START_CONCURRENCY, maximum)
-        self.places = anyio.CapacityLimiter(int(self.limit))
-        self._slow_start = True
-        self._answers = self._refusals = 0
-
-    def note(self, refused: bool) -> None:
-        """Count an answer of the server."""
-        self._answers += 1
-        self._refusals += refused
-        if not refused:
-            self.limit += 1.0 if self._slow_start else 1.0 / self.limit
-        elif self._slow_start:
-            self._slow_start = False
-            self._answers = self._refusals = 1
-        if self._answers >= self.limit:
-            excess = self._refusals / self._answers - TOLERATED_REFUSALS
-            self.limit *= 1 - max(excess, 0.0) / 2
-            self._answers = self._refusals = 0
-        self.limit = min(max(self.limit, 1.0), float(self.maximum))
-        self.places.total_tokens = int(self.limit)
-
-
-class Usage(NamedTuple):
-    """Tokens of one request, or of many."""
-
-    prompt_tokens: int
-    reply_tokens: int
-
-    def plus(self, other: Usage, times: int = 1) -> Usage:
-        return Usage(self.prompt_tokens + times * other.prompt_tokens, self.reply_tokens + times * other.reply_tokens)
-
-
-class Budget:
-    """Tokens and money that may still be spent, enforced before sending.
-
-    What a request can cost at most is set aside before it is sent: a token has at least one byte, so the bytes of
-    the messages bound its prompt tokens. When nothing more fits, requests under way are waited for (most cost less
-    than was set aside), then `UserError` ends the run.
-    """
-
-    def __init__(self, settings: JudgeSettings, spent: tuple[int, int]) -> None:
-        self.settings = settings
-        self.spent = Usage(*spent)
-        self.reserved = Usage(0, 0)
-        self._settled = asyncio.Event()
-
-    def estimate(self, question: Question) -> Usage:
-        num_bytes = len(question.system.encode()) + len(question.user.encode())
-        return Usage(num_bytes + CHAT_FORMAT_TOKENS, self.settings.max_reply_tokens)
-
-    def cost(self, usage: Usage) -> float:
-        return (usage.prompt_tokens * self.settings.prompt_price + usage.reply_tokens * self.settings.reply_price) / 1e6
-
-    def _fits(self, estimate: Usage) -> bool:
-        total = self.spent.plus(self.reserved).plus(estimate)
-        tokens, money = self.settings.token_budget, self.settings.cost_budget
-        return (not tokens or sum(total) <= tokens) and (not money or self.cost(total) <= money)
-
-    async def reserve(self, estimate: Usage) -> None:
-        while not self._fits(estimate):
-            if self.reserved == (0, 0):
-                raise UserError(
-                    f"the next request might exceed the budget: {sum(self.spent):,} tokens are spent on "
-                    f"{self.settings.model} (cost {self.cost(self.spent):.2f}), judge.token_budget="
-                    f"{self.settings.token_budget:,}, judge.cost_budget={self.settings.cost_budget}. Every verdict so "
-                    "far is kept: raise the budget and give the same command again"
-                )
-            self._settled.clear()
-            await self._settled.wait()
-        self.reserved = self.reserved.plus(estimate)
-
-    def settle(self, estimate: Usage, used: Usage) -> None:
-        self.reserved = self.reserved.plus(estimate, times=-1)
-        self.spent = self.spent.plus(used)
-        self._settled.set()
-
-
 class TryAgain(Exception):
     """A failure of transport that may pass."""
 
@@ -281,8 +219,11 @@ class Asker:
         self.problems: Counter[str] = Counter()
         self.tokens = self.failures_in_a_row = 0
 
-    async def ask(self, questions: Sequence[Question], description: str) -> None:
-        """Bring every question to an outcome in the ledger. UserError: the server refuses, or the budget is spent."""
+    async def ask(self, questions: Sequence[tuple[Question, int]], description: str) -> None:
+        """Bring every question to an outcome in the ledger; each comes with the number of broken replies it has had.
+
+        UserError: the server refuses, or the budget is spent.
+        """
         settings = self.settings
         # A redirect or a proxy from the environment could carry log data to another host.
         http_client = openai.DefaultAsyncHttpxClient(
@@ -303,10 +244,10 @@ class Asker:
                 # One worker's error has cancelled the others; a second one says nothing new.
                 raise group.exceptions[0] from None
 
-    async def _work(self, waiting: Iterator[Question]) -> None:
-        for question in waiting:
+    async def _work(self, waiting: Iterator[tuple[Question, int]]) -> None:
+        for question, broken in waiting:
             async with self.limit.places:
-                outcome = await self._outcome(question)
+                outcome = await self._outcome(question, broken)
             self.outcomes[outcome.status] += 1
             self._show()
             self.failures_in_a_row = self.failures_in_a_row + 1 if outcome.status == "failed" else 0
@@ -316,9 +257,10 @@ class Asker:
                     f"{outcome.problem}. Is the server up? Finished verdicts are kept: give the same command again"
                 )
 
-    async def _outcome(self, question: Question) -> Outcome:
+    async def _outcome(self, question: Question, broken: int) -> Outcome:
         """Ask until the reply keeps the contract, the judge abstains, or transport fails for good."""
-        for reply_number in range(1, self.settings.reply_attempts + 1):
+        attempts = self.settings.reply_attempts
+        for reply_number in range(min(broken + 1, attempts), attempts + 1):
             async for again in tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(TryAgain), wait=_wait):
                 with again:
                     outcome = await self._attempt(question, reply_number, again.retry_state.attempt_number)
@@ -356,7 +298,8 @@ class Asker:
             result, problem, raised = "refused", str(error), error
         finally:
             self.budget.settle(estimate, used)
-        attempt = Attempt(started, time.monotonic() - clock, result, problem, reply, *used)
+        seconds = time.monotonic() - clock
+        attempt = Attempt(started, seconds, result, problem, reply, *used, settings.max_reply_tokens, reply_number)
         self.ledger.record(question.key(settings.model), settings.model, attempt, outcome, question)
         self.tokens += sum(used)
         if result != "ok":

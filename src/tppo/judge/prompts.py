@@ -32,7 +32,8 @@ from tppo.core.text import QUERY_SEPARATOR, Event, normalise_query
 from tppo.judge.verdict import JudgeItem, split_response
 
 TEMPLATE_VERSION = 1
-"""Part of every ledger key: raise it with any change of wording, and no old verdict is taken for a new one."""
+"""Part of every ledger key: raise it with any change of wording, of a reply's schema, or of how a broken reply is asked
+for again, and no old verdict is taken for a new one."""
 Template = Literal["token", "sentence", "pair"]
 TOP_LOGPROBS = 20
 """Alternatives asked for at each place: the most that OpenAI's interface takes."""
@@ -104,6 +105,10 @@ class Question:
     """The words to be scored, in order; empty unless the template is `token`."""
     with_probability: bool = False
     """Ask for the token log probabilities as well, for those of the verdict on the whole."""
+    temperature: float = 0.0
+    """Of the first reply (`judge.temperature`)."""
+    response_format: str = "json_schema"
+    """How the server is held to JSON (`judge.response_format`): it may choose among other replies under another."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -114,10 +119,27 @@ class Question:
         return hashlib.sha256(self.user.encode()).hexdigest()
 
     def key(self, model: str) -> str:
-        """Ledger key: model, template and its version, rubric, and every character of both messages."""
-        probability = ["probability"] if self.with_probability else []
-        parts = [model, self.template, TEMPLATE_VERSION, self.rubric, self.system, self.user, *probability]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """Ledger key, of everything that a verdict depends on: model, template and its version, rubric, every character
+        of both messages, temperature, response format, and how many log probabilities are asked for.
+
+        Not the limits (`judge.max_reply_tokens`, `judge.reply_attempts`): a reply that ended by itself would be the
+        same under a larger one. The ledger keeps them beside the outcome (`tppo.judge.ledger.Limits`).
+        """
+        asked_with = {"temperature": float(self.temperature), "response_format": self.response_format}
+        if self.with_probability:
+            asked_with["top_logprobs"] = TOP_LOGPROBS
+        return _sha256([*self._first_key_parts(model), asked_with])
+
+    def first_key(self, model: str) -> str:
+        """The key that ledgers of schema version 1 have for it, whatever the temperature and the response format."""
+        return _sha256([*self._first_key_parts(model), *(["probability"] if self.with_probability else [])])
+
+    def _first_key_parts(self, model: str) -> list[Any]:
+        return [model, self.template, TEMPLATE_VERSION, self.rubric, self.system, self.user]
+
+
+def _sha256(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def judge_question(

@@ -115,7 +115,8 @@ def make_key(labels: Path, rubric: Rubric, count: int, seed: int, examples: Sequ
             f"agreement.examples is {count}, but {labels} has {len(keys)} labelled responses of rubric '{rubric}': "
             f"give a number from 1 to {len(keys)}"
         )
-    by_id = {example.example_id: example for example in examples}
+    wanted = {example_id for example_id, _ in keys}
+    by_id = {example.example_id: example for example in examples if example.example_id in wanted}
     items = []
     for place in rng(seed, "agreement", rubric).permutation(len(keys))[:count]:
         example_id, sample = keys[place]

@@ -20,6 +20,8 @@ from tppo.core.text import Event, ParsedResponse, parse_response, render_respons
 Status = Literal["ok", "abstained"]
 JUDGE_FILE = "judge.json"
 CONSTRUCTED_FILE = "constructed.parquet"
+CHUNK = 128
+"""Items that the offline judge embeds at a time: it bounds the memory that embeddings take, and what a kill loses."""
 IRRELEVANT, RELEVANT = 1, 2
 """Classes of a word. Class 0 (separators, masked tokens) arises only when words are mapped to tokens."""
 

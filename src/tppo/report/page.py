@@ -290,7 +290,7 @@ def samples(
     labels = marks.set_index(["example_id", "model"])["labels"].to_dict()
     rows = {(row["example_id"], row["model"]): row for row in records(answers)}
     wanted = draw(list(dict.fromkeys(example_id for example_id, _ in rows)), SAMPLES, seed, "report samples")
-    examples = {e.example_id: e for e in load_examples(prepare) if e.example_id in set(wanted)}
+    examples = {e.example_id: e for e in load_examples(prepare).with_ids(wanted)}
     shown = []
     for example_id in wanted:
         columns = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -80,11 +81,13 @@ def load_labelled(
         UserError: a row contradicts itself (naming file, row and how) or its example is unknown.
     """
     path = label_folder / file
-    examples = {example.example_id: example for example in load_examples(prepare_folder, split)}
+    table = read_table(path, LABELS)
+    asked = pc.and_(pc.equal(table["split"], split), pc.equal(table["rubric"], rubric))
+    numbers, table = np.flatnonzero(asked.to_numpy()), table.filter(asked)
+    known = load_examples(prepare_folder, split).with_ids(set(table["example_id"].to_pylist()))
+    examples = {example.example_id: example for example in known}
     labelled, abstained = [], 0
-    for number, row in enumerate(read_table(path, LABELS).to_pylist()):
-        if row["split"] != split or row["rubric"] != rubric:
-            continue
+    for number, row in zip(numbers, table.to_pylist(), strict=True):
         if row["status"] != "ok":
             abstained += 1
             continue

@@ -29,13 +29,13 @@ import torch
 from scipy.special import softmax
 from scipy.stats import spearmanr
 
-from tppo.core.common import UserError, console, draw, stream_seed
+from tppo.core.common import UserError, console, stream_seed
 from tppo.core.config import RL, CheckReward, Recipe, Reward, Rubric
 from tppo.core.files import write_json, write_text
 from tppo.core.run import RunFolder
 from tppo.core.show import Cell, Table, digits, interval, number
 from tppo.core.stats import IntervalEstimate, UserBootstrap, estimate, win_tie_lose
-from tppo.core.tables import Example, load_examples
+from tppo.core.tables import Example, drawn_examples, load_examples
 from tppo.core.text import Event
 from tppo.judge.probes import PROBES, log_words, make_probes
 from tppo.reward.align import RELEVANT
@@ -164,16 +164,14 @@ def load_held_out(
     """
     prepare = run.require("prepare")
     rows, abstained = load_labelled(run.require("label"), prepare, rubric, HELD_OUT)
-    everyone = load_examples(prepare)
-    examples = [example for example in everyone if example.split == HELD_OUT]
+    examples = list(drawn_examples(prepare, HELD_OUT, max_examples or None, seed, "check_reward", "examples"))
     if not rows or not examples:
         raise UserError(
             f"{run.root} has {len(examples)} examples and {len(rows)} judged responses of split {HELD_OUT} for rubric "
             f"'{rubric}': raise prepare.reward_eval_share or sample.reward_eval_examples"
         )
-    examples = draw(examples, max_examples or None, seed, "check_reward", "examples")
     seed = stream_seed(seed, "check_reward", "probes")
-    probes = make_probes(examples, log_words(everyone), rubric, num_queries, seed)
+    probes = make_probes(examples, log_words(load_examples(prepare)), rubric, num_queries, seed)
     trained_on = run.facts("reward")["train"]
     return HeldOut(rows, examples, probes, trained_on["words_relevant"] / trained_on["words"]), abstained
 

@@ -3,12 +3,12 @@
 Both see the same rows in the same order from the same encoder; number of passes, learning rate and class balance are
 the same unless the rival is given its own (`reward.sentence_*`); both keep the checkpoint with the best AUC on held-out
 users. Writes token/, sentence/ (model folders) and metrics.jsonl: rows {model, step, epoch, split, ...}, split `train`
-per optimiser step and `reward_eval` per evaluation. An unfinished attempt is done anew: it is a matter of minutes.
+per optimiser step and `reward_eval` per evaluation. A stage that was stopped goes on (`tppo.reward.progress`) and ends
+in the same models.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import time
@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
+from tppo.core.checkpoint import remove_checkpoints
 from tppo.core.common import UserError, console, rng, seed_everything, stream_seed, track
 from tppo.core.config import Recipe, Reward
 from tppo.core.device import autocast
+from tppo.core.files import PARTS, write_json
 from tppo.core.models import load_encoder_path
 from tppo.core.run import RunFolder
 from tppo.judge.legible import Legibility
@@ -34,6 +37,7 @@ from tppo.reward.align import IRRELEVANT, RELEVANT
 from tppo.reward.data import Item, LabelledResponse, collate, load_labelled, make_items, suggested_length, targets
 from tppo.reward.metrics import evaluate, sentence_check, sentence_scores
 from tppo.reward.models import RewardModel, SentenceRewardModel, TokenRewardModel
+from tppo.reward.progress import Checkpoints, load_weights
 
 KINDS: tuple[type[RewardModel], ...] = (TokenRewardModel, SentenceRewardModel)
 WEIGHT_DECAY = 0.01
@@ -60,30 +64,43 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Train both reward models on the labels; returns facts for the manifest."""
     settings = recipe.reward
     labels = load_labels(run, settings)
-    for kind in KINDS:
-        shutil.rmtree(folder / kind.kind, ignore_errors=True)
     counts = {
         "train": _describe(labels.train),
         "constructed": _describe(labels.constructed),
         "reward_eval": _describe(labels.held_out),
     }
     facts: dict[str, Any] = {"abstained": labels.abstained, **counts}
+    parts = folder / PARTS
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for kind in KINDS:
+            rows: list[dict[str, Any]] = []
 
-            def log(row: dict[str, Any], name: str = kind.kind) -> None:
+            def log(row: dict[str, Any], name: str = kind.kind, rows: list[dict[str, Any]] = rows) -> None:
+                rows.append(row)
                 file.write(json.dumps({"model": name, **row}) + "\n")
                 file.flush()
 
-            model, train_items, found = train_model(kind, labels, settings, recipe.seed, log)
-            model.save(
-                folder / kind.kind,
-                rubric=settings.rubric,
-                metrics=found["best"],
-                sl=suggested_length(labels.train, train_items, recipe.task.num_queries),
-                **label_facts(run),
-                **counts,
-            )
+            finished = parts / f"{kind.kind}.json"
+            if finished.exists():
+                before = json.loads(finished.read_text(encoding="utf-8"))
+                found = before["found"]
+                for row in before["rows"]:
+                    log(row)
+            else:
+                shutil.rmtree(folder / kind.kind, ignore_errors=True)
+                checkpoints = parts / kind.kind
+                model, train_items, found = train_model(kind, labels, settings, recipe.seed, log, checkpoints)
+                model.save(
+                    folder / kind.kind,
+                    rubric=settings.rubric,
+                    metrics=found["best"],
+                    sl=suggested_length(labels.train, train_items, recipe.task.num_queries),
+                    **label_facts(run),
+                    **counts,
+                )
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                write_json(finished, {"found": found, "rows": rows})
+                remove_checkpoints(checkpoints)
             facts[kind.kind] = found
             if found["collapsed"]:
                 console.print(
@@ -186,9 +203,12 @@ def check_labels(labels: Labels, path: Path, settings: Reward) -> None:
 
 
 def train_model(
-    kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log
+    kind: type[RewardModel], labels: Labels, settings: Reward, seed: int, log: Log, checkpoints: Path | None = None
 ) -> tuple[RewardModel, list[Item], dict[str, Any]]:
     """One reward model from the start encoder, seeded; `log` gets the rows of metrics.jsonl.
+
+    Args:
+        checkpoints: folder of the resumable state; None keeps none.
 
     Returns:
         The model as its best checkpoint; the sampled responses it has learnt from, encoded; and the facts `fit` and
@@ -216,7 +236,8 @@ def train_model(
         make_items(reward_model.tokenizer, rows, settings.max_length)
         for rows in (labels.train, labels.constructed, labels.held_out)
     )
-    fitted = fit(reward_model, [*train_items, *constructed_items], held_out_items, settings, seed, log)
+    rows = [*train_items, *constructed_items]
+    fitted = fit(reward_model, rows, held_out_items, settings, seed, log, checkpoints)
     reward_model.info["encoder"] = settings.encoder
     check = sentence_check(
         sentence_scores(reward_model, held_out_items),
@@ -237,9 +258,19 @@ def settings_for(kind: type[RewardModel], settings: Reward) -> Reward:
 
 
 def fit(
-    reward_model: RewardModel, train: Sequence[Item], held_out: Sequence[Item], settings: Reward, seed: int, log: Log
+    reward_model: RewardModel,
+    train: Sequence[Item],
+    held_out: Sequence[Item],
+    settings: Reward,
+    seed: int,
+    log: Log,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train in place; the model ends as its best checkpoint. `settings` are those of `settings_for`.
+
+    Args:
+        log: gets a row for every step and evaluation, those before a stop included.
+        folder: resumable state; None keeps none.
 
     Held-out rows are scored in the precision of training here; final numbers come from `check_reward`, in float32.
     (On transformers' Trainer the same numbers came out, to the last bit, of twice the code: batches drawn beforehand,
@@ -257,43 +288,55 @@ def fit(
     evals = {round(i * per_epoch / settings.evals_per_epoch) for i in range(1, settings.evals_per_epoch + 1)}
     optimiser = torch.optim.AdamW(_parameter_groups(model, settings), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimiser, round(WARMUP_SHARE * len(batches)), len(batches))
+    checkpoints = Checkpoints(folder, model, optimiser, schedule, log)
+    progress = checkpoints.restore(reward_model.kind)
 
     def evaluated(where: dict[str, Any]) -> dict[str, Any]:
         with autocast(settings.precision, device.type):
             scores = evaluate(reward_model, held_out, settings)
-        log({**where, "split": "reward_eval", **scores})
+        progress.note({**where, "split": "reward_eval", **scores})
         return {**where, **scores}
 
-    evaluated({"step": 0, "epoch": 0.0})
-    best: dict[str, Any] = {}
-    best_weights: dict[str, Tensor] = {}
-    worse = step = 0
+    if not progress.step:
+        evaluated({"step": 0, "epoch": 0.0})
     model.train()
-    for step, items in enumerate(track(batches, f"{reward_model.kind} reward model"), start=1):
-        generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
-        with autocast(settings.precision, device.type):
-            loss, parts = _objective(reward_model, items, settings, generator)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        rate = schedule.get_last_lr()[0]
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        where = {"step": step, "epoch": round(step / per_epoch, 4)}
-        log({**where, "split": "train", **parts, "grad_norm": float(norm), "learning_rate": rate})
-        if (step - 1) % per_epoch + 1 not in evals:
-            continue
-        scores = evaluated(where)
-        if not best or _rank(scores) > _rank(best):
-            best, best_weights, worse = scores, copy.deepcopy(model.state_dict()), 0
-        else:
-            worse += 1
-        if settings.patience and worse >= settings.patience:
+    for items in track(batches[progress.step :], f"{reward_model.kind} reward model"):
+        if settings.patience and progress.worse >= settings.patience:
             break
-    model.load_state_dict(best_weights)
+        step = progress.step = progress.step + 1
+        generator = torch.Generator().manual_seed(stream_seed(seed, "reward", "class_ratio", step))
+        where = {"step": step, "epoch": round(step / per_epoch, 4)}
+        made = _step(reward_model, items, settings, generator, optimiser, schedule)
+        progress.note({**where, "split": "train", **made})
+        if (step - 1) % per_epoch + 1 in evals:
+            progress.take(evaluated(where), model, _rank)
+        checkpoints.save_if_due(progress)
+    load_weights(model, progress.best_weights)
     model.eval()
-    console.print(f"{reward_model.kind} reward model: held-out AUC {best['auc']}, step {best['step']}")
-    return {"best": best, "steps": step, "planned_steps": len(batches)}
+    console.print(
+        f"{reward_model.kind} reward model: held-out AUC {progress.best['auc']}, step {progress.best['step']}"
+    )
+    return {"best": progress.best, "steps": progress.step, "planned_steps": len(batches)}
+
+
+def _step(
+    reward_model: RewardModel,
+    items: Sequence[Item],
+    settings: Reward,
+    generator: torch.Generator,
+    optimiser: torch.optim.Optimizer,
+    schedule: LambdaLR,
+) -> dict[str, float]:
+    """One optimiser step; returns the parts of its loss, the norm of the gradient and the learning rate."""
+    with autocast(settings.precision, reward_model.model.device.type):
+        loss, parts = _objective(reward_model, items, settings, generator)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), MAX_GRAD_NORM)
+    rate = float(schedule.get_last_lr()[0])
+    optimiser.step()
+    schedule.step()
+    optimiser.zero_grad()
+    return {**parts, "grad_norm": norm.item(), "learning_rate": rate}
 
 
 def _objective(

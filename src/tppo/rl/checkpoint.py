@@ -1,11 +1,7 @@
-"""Resumable state of an RL run: a folder that appears whole or not at all, and proves that it is whole.
+"""Resumable state of an RL run (files: `tppo.core.checkpoint`).
 
 Everything random in an update depends on (seed, update) alone, so weights, optimizer moments, the adaptive KL
 coefficient, the probe's sums, the kept policies and the number of updates done are the whole state.
-
-A checkpoint is written under another name, every file is fsynced, their sha256 are written last, and then the folder
-is renamed. Whatever fails or is killed on the way leaves the older checkpoints as they were. (Accelerate's `save_state`
-pickles the optimizer, and neither fsyncs nor renames.)
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,24 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from tppo.core import checkpoint
 from tppo.core.changes import of_before, without_retired
-from tppo.core.common import UserError, console
+from tppo.core.checkpoint import newest_checkpoint, read_state, read_tensors, write_checkpoint
+from tppo.core.common import UserError
 from tppo.core.config import RL_DISPLAY
-from tppo.core.files import sha256_file, write_json
+from tppo.core.files import write_json
 from tppo.core.models import SAVED
 from tppo.rl.guards import KeptPolicy
 from tppo.rl.policy import load_training_state, training_state
 from tppo.rl.trainer import TokenPPOTrainer
 
-_PREFIX = "checkpoint-"
-_TEMPORARY = "tmp-"
-_CHECKSUMS = "checksums.json"
-_FILES = re.compile(r"(policy|optimizer|best|last_good)\.safetensors|(state|checksums)\.json(\.tmp)?")
-"""Of a checkpoint, whole or half: a folder with any other file in it is somebody else's."""
 RUN = "run.json"
 """What the run in a folder is: seed, settings, prompts, start weights."""
 _SAMPLED = 256
@@ -54,29 +43,15 @@ def save_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> Path:
     Raises:
         OSError: it cannot be written; older checkpoints are untouched.
     """
-    final = folder / f"{_PREFIX}{trainer.update}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    remove_leftovers(folder)
-    temporary.mkdir(parents=True)
     tensors = training_state(trainer.policy, trainer.optimizer)
     tensors |= {name: kept.weights for name, kept in trainer.kept.items()}
-    for name, named_tensors in tensors.items():
-        _save_tensors(temporary / f"{name}.safetensors", named_tensors)
     state = {
         "update": trainer.update,
         "kl_coef": trainer.kl_coef,
         **run_identity(trainer),
         "kept": {name: {"update": kept.update, "value": kept.value} for name, kept in trainer.kept.items()},
     }
-    write_json(temporary / "state.json", state)
-    write_json(temporary / _CHECKSUMS, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
-    fsync(temporary)
-    if final.exists():  # a damaged one that was skipped
-        _doom(final)
-    temporary.rename(final)
-    fsync(folder)
-    remove_checkpoints(folder, keep=trainer.config.keep_checkpoints)
-    return final
+    return write_checkpoint(folder, trainer.update, tensors, state, trainer.config.keep_checkpoints)
 
 
 def load_newest_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> bool:
@@ -85,21 +60,15 @@ def load_newest_checkpoint(trainer: TokenPPOTrainer, folder: Path) -> bool:
     Raises:
         UserError: it was made with other settings, or for another model.
     """
-    for path in _newest_first(folder):
-        problem = _damage(path)
-        if problem is None:
-            _restore(trainer, path)
-            return True
-        console.print(f"skipping the damaged checkpoint {path}: {problem}", soft_wrap=True)
-    return False
+    path = newest_checkpoint(folder)
+    if path:
+        _restore(trainer, path)
+    return path is not None
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed writer left: half a checkpoint, half a saved model. Whatever else has such a name stays."""
-    for pattern in (f"{_TEMPORARY}{_PREFIX}*", f"{_TEMPORARY}old-{_PREFIX}*"):
-        for path in folder.glob(pattern):
-            if _number(path.name.removeprefix(_TEMPORARY).removeprefix("old-")) is not None and _is_ours(path):
-                shutil.rmtree(path)
+    checkpoint.remove_leftovers(folder)
     for path in folder.glob(".model-*"):
         if path.is_dir() and ((path / SAVED).exists() or not any(path.iterdir())):
             shutil.rmtree(path)
@@ -107,20 +76,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_checkpoints(folder: Path, keep: int = 0) -> None:
     """Delete all but the newest ones, and leftovers."""
-    for path in _newest_first(folder)[keep:]:
-        _doom(path)
+    checkpoint.remove_checkpoints(folder, keep)
     remove_leftovers(folder)
-
-
-def fsync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -163,10 +120,8 @@ def claim(trainer: TokenPPOTrainer, folder: Path) -> None:
     Raises:
         UserError: another run, or something else that this run would write over, is there.
     """
-    for path in folder.glob(f"*{_PREFIX}*"):
-        name = path.name.removeprefix(_TEMPORARY).removeprefix("old-")
-        if _number(name) is not None and not _is_ours(path):
-            raise UserError(f"{path} is no checkpoint of this package: move it elsewhere, or give another folder")
+    if foreign := checkpoint.foreign(folder):
+        raise UserError(f"{foreign[0]} is no checkpoint of this package: move it elsewhere, or give another folder")
     mark = folder / RUN
     if mark.exists():
         try:
@@ -176,11 +131,11 @@ def claim(trainer: TokenPPOTrainer, folder: Path) -> None:
         _check_same_run(trainer, then, folder)
         return
     rows = [path for name in ("metrics.jsonl", "samples.jsonl") if (path := folder / name).exists()]
-    if not _newest_first(folder) and any(path.stat().st_size for path in rows):
+    if not checkpoint.newest_first(folder) and any(path.stat().st_size for path in rows):
         raise UserError(
             f"{rows[0]} is of another run, of which there is no checkpoint: give another folder, or move it"
         )
-    if not _newest_first(folder):  # else its checkpoints say what it is
+    if not checkpoint.newest_first(folder):  # else its checkpoints say what it is
         write_json(mark, run_identity(trainer))
 
 
@@ -213,49 +168,6 @@ def _start_weights(trainer: TokenPPOTrainer) -> str:
     return digest.hexdigest()
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{_PREFIX}*") if _number(path.name) is not None and _is_ours(path)]
-    return sorted(found, key=lambda path: -(_number(path.name) or 0))
-
-
-def _number(name: str) -> int | None:
-    """Of the checkpoint called `checkpoint-<number>`."""
-    number = name.removeprefix(_PREFIX)
-    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a folder holds nothing but the files of a checkpoint."""
-    return path.is_dir() and all(_FILES.fullmatch(child.name) for child in path.iterdir())
-
-
-def _doom(checkpoint: Path) -> None:
-    """Make a checkpoint a leftover: so half a deleted one is never taken for a whole."""
-    checkpoint.rename(checkpoint.with_name(f"{_TEMPORARY}old-{checkpoint.name}"))
-
-
-def _damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
-    try:
-        checksums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
-        for name, expected in checksums.items():
-            if sha256_file(path / name) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # Written by Rust, whose I/O errors carry the number in their text only.
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 5, str(error), str(path)) from error
-    fsync(path)
-
-
 def _check_same_run(trainer: TokenPPOTrainer, record: dict[str, Any], path: Path) -> None:
     """Raise UserError when a record of `run_identity` is another run's than this trainer's."""
     before = of_before("rl_tppo")["rl"]
@@ -279,9 +191,9 @@ _START = {"prompts": "other prompts", "start_weights": "other start weights", "m
 
 
 def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_state(path)
     _check_same_run(trainer, {name: state[name] for name in ("seed", "config")}, path)
-    saved = {name: load_file(path / f"{name}.safetensors") for name in ("policy", "optimizer")}
+    saved = {name: read_tensors(path, name) for name in ("policy", "optimizer")}
     live = training_state(trainer.policy, trainer.optimizer)
     shapes, expected = ({n: t.shape for n, t in state["policy"].items()} for state in (saved, live))
     if shapes != expected:
@@ -289,6 +201,6 @@ def _restore(trainer: TokenPPOTrainer, path: Path) -> None:
     _check_same_run(trainer, state, path)
     load_training_state(trainer.policy, trainer.optimizer, saved)
     for name, facts in state["kept"].items():
-        trainer.kept[name] = KeptPolicy(**facts, weights=load_file(path / f"{name}.safetensors"))
+        trainer.kept[name] = KeptPolicy(**facts, weights=read_tensors(path, name))
     trainer.kl_coef = state["kl_coef"]
     trainer.update = state["update"]

@@ -24,6 +24,7 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 
 from tppo.core.causal import Read, headless_copy, hidden_size, read
+from tppo.core.checkpoint import load_moments, moments
 from tppo.core.common import UserError, stream_seed
 from tppo.core.config import RL, Precision
 from tppo.core.device import autocast, generation_dtype, resolved
@@ -314,15 +315,10 @@ def training_state(policy: PolicyWithValue, optimizer: torch.optim.Optimizer) ->
 
     Tied weights appear once among the parameters; state_dict would hold them twice.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters()}
-    weights = {name: parameter.detach() for parameter, name in names.items() if parameter.requires_grad}
+    parameters = dict(policy.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
     sums = {f"value_head.{name}": buffer for name, buffer in policy.value_head.named_buffers()}
-    moments = {
-        f"{names[parameter]}|{moment}": value
-        for parameter, state in optimizer.state.items()
-        for moment, value in state.items()
-    }
-    return {"policy": weights | sums, "optimizer": moments}
+    return {"policy": weights | sums, "optimizer": moments(parameters, optimizer)}
 
 
 @torch.no_grad()
@@ -330,8 +326,4 @@ def load_training_state(policy: PolicyWithValue, optimizer: torch.optim.Optimize
     """Bring back the state that `training_state` gave; the optimizer keeps its tensors of `saved`."""
     for name, tensor in training_state(policy, optimizer)["policy"].items():
         tensor.copy_(saved["policy"][name])
-    parameters = dict(policy.named_parameters())
-    optimizer.state.clear()
-    for key, value in saved["optimizer"].items():
-        name, _, moment = key.rpartition("|")
-        optimizer.state[parameters[name]][moment] = value
+    load_moments(dict(policy.named_parameters()), optimizer, saved["optimizer"])

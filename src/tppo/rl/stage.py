@@ -92,7 +92,7 @@ def check(recipe: Recipe) -> None:
     check_config(recipe.rl, recipe.task.max_response_tokens)
 
 
-def query_reward(run: RunFolder, config: RL, task: Task, examples: list[Example], tokenizer: Any) -> QueryReward:
+def query_reward(run: RunFolder, config: RL, task: Task, examples: Sequence[Example], tokenizer: Any) -> QueryReward:
     """The reward of responses to `examples` by the run's reward models; `prompt_index` counts these examples."""
     sl = config.suggested_length or median_suggested_length(run.require("sample"), tokenizer, task)
     reward_folder, labelled = run.require("reward"), run.facts("reward")["train"]

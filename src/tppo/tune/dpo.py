@@ -33,6 +33,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tppo.core.common import UserError, draw, stream_seed
 from tppo.core.config import DPO, Recipe, Rubric, Task
+from tppo.core.files import CHECKPOINTS
 from tppo.core.models import load_policy, lora_config, with_adapters
 from tppo.core.recipe import check_samples
 from tppo.core.run import RunFolder
@@ -96,7 +97,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     measured = draw(held_out, recipe.sft.max_eval_examples, recipe.data_seed, "dpo", "eval")
     reference = load_policy(sft_folder, dtype=torch.float32)[0] if settings.tuning == "full" else None
     seed = stream_seed(recipe.seed, "dpo")
-    trainer = make_trainer(model, reference, tokenizer, rows, measured, settings, seed, folder / "checkpoints")
+    trainer = make_trainer(model, reference, tokenizer, rows, measured, settings, seed, folder / CHECKPOINTS)
     result, resumed_from = train(trainer, "DPO", METRICS, folder / "metrics.jsonl")
     made = f"Tuned from the run's SFT model on {len(rows)} pairs ({settings.pairs}) by tppo's `dpo` stage."
     save_trained(trainer, tokenizer, settings, recipe.task, folder / "model", "dpo", made)
@@ -126,8 +127,9 @@ def make_pairs(
     Returns:
         Rows for the trainer, and counts for the manifest: pairs, why the other examples gave none, mean lengths.
     """
-    examples = {example.example_id: example for example in load_examples(run.require("prepare"), split)}
     responses = _rows_of(run.require("sample") / "responses.parquet", RESPONSES, split)
+    known = load_examples(run.require("prepare"), split).with_ids({row["example_id"] for row in responses})
+    examples = {example.example_id: example for example in known}
     facts: dict[str, Any] = {"responses": len(responses)}
     if unknown := [row["example_id"] for row in responses if row["example_id"] not in examples]:
         raise UserError(
@@ -156,7 +158,7 @@ def make_pairs(
 
 
 def _rows_of(path: Path, schema: Any, split: str) -> list[Row]:
-    return [row for row in read_table(path, schema).to_pylist() if row["split"] == split]
+    return read_table(path, schema, split=split).to_pylist()
 
 
 def trainer_rows(pairs: Sequence[Pair], prompts: Sequence[list[int]]) -> list[Row]:

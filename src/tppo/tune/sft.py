@@ -22,28 +22,41 @@ Shapes: B examples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from trl import SFTConfig, SFTTrainer
 
 from tppo.core.causal import takes
-from tppo.core.common import UserError, draw, stream_seed
+from tppo.core.common import UserError, stream_seed, track
 from tppo.core.config import SFT, Recipe, Task
 from tppo.core.encode import brings_back, encode_text
+from tppo.core.files import CHECKPOINTS, PARTS
 from tppo.core.models import SCRATCH, load_policy, with_adapters
-from tppo.core.parts import say_fewer, train_examples, write_trained_on
+from tppo.core.parts import drawn_train_examples, say_fewer, write_trained_on
+from tppo.core.resume import chunks
 from tppo.core.run import RunFolder
-from tppo.core.tables import Example, load_examples
+from tppo.core.tables import Example, drawn_examples
 from tppo.core.text import render_response
 from tppo.generate.engine import encode_examples
 from tppo.tune.scratch import check_settings as check_scratch
 from tppo.tune.scratch import start_from_scratch
-from tppo.tune.trl import ReadyRows, check_batch_sizes, planned_steps, save_trained, train, trainer_config
+from tppo.tune.trl import (
+    ReadyRows,
+    Rows,
+    check_batch_sizes,
+    mapped_rows,
+    planned_steps,
+    save_trained,
+    train,
+    trainer_config,
+)
 
 IGNORED = -100
+_AT_ONCE = 4096  # examples encoded as Python objects at a time
 METRICS = ({"loss": "loss", "learning_rate": "learning_rate"}, {"eval_loss": "eval_loss"})
 """Rows of metrics.jsonl, beside `step` (see tppo.tune.trl.Metrics)."""
 
@@ -51,13 +64,15 @@ METRICS = ({"loss": "loss", "learning_rate": "learning_rate"}, {"eval_loss": "ev
 class Encoded(NamedTuple):
     """Rows {input_ids, labels, length} ready for the trainer, and what was lost on the way to them."""
 
-    rows: list[dict[str, Any]]
+    rows: Rows
     too_long_responses: int
     dropped_events: int
     unwritable_responses: int
     """With characters that the tokenizer cannot write."""
-    kept: list[Example]
-    """The examples of the rows."""
+    response_tokens: int
+    """In all rows, end-of-sequence included."""
+    kept: list[str]
+    """Ids of the examples of the rows."""
 
 
 def encode_response(tokenizer: Any, queries: Sequence[str]) -> list[int] | None:
@@ -83,7 +98,25 @@ def encode_training(tokenizer: Any, examples: Sequence[Example], task: Task) -> 
         }
         for prompt, (_, response) in zip(prompts, kept, strict=True)
     ]
-    return Encoded(rows, len(written) - len(kept), dropped, len(examples) - len(written), kept_examples)
+    tokens = sum(len(response) for _, response in kept)
+    ids = [example.example_id for example in kept_examples]
+    return Encoded(rows, len(written) - len(kept), dropped, len(examples) - len(written), tokens, ids)
+
+
+def encode_to_file(tokenizer: Any, examples: Sequence[Example], task: Task, path: Path) -> Encoded:
+    """As `encode_training`, a piece at a time; the rows are mapped into memory from `path`."""
+    lost: list[Encoded] = []
+
+    def pieces() -> Iterator[list[dict[str, Any]]]:
+        numbers = chunks(len(examples), _AT_ONCE)
+        for part in track(numbers, "encoding examples") if len(numbers) > 1 else numbers:
+            piece = encode_training(tokenizer, examples[part.start : part.stop], task)
+            lost.append(piece._replace(rows=[]))
+            yield list(piece.rows)
+
+    rows = mapped_rows(path, pieces())
+    counts = {name: sum(getattr(piece, name) for piece in lost) for name in Encoded._fields[1:-1]}
+    return Encoded(rows, **counts, kept=[example_id for piece in lost for example_id in piece.kept])
 
 
 def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
@@ -91,15 +124,18 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
     settings = recipe.sft
     check_batch_sizes(settings, "sft")
     prepared = run.require("prepare")
-    mine = train_examples(prepared, "sft", recipe.parts, recipe.data_seed)
-    say_fewer(len(mine), settings.max_examples, "sft.max_examples", recipe.parts, "sft")
-    examples = draw(mine, settings.max_examples or None, recipe.seed, "sft", "train")
-    held_out = draw(load_examples(prepared, "reward_eval"), settings.max_eval_examples, recipe.seed, "sft", "eval")
+    limit = settings.max_examples or None
+    examples = drawn_train_examples(prepared, "sft", recipe.parts, recipe.data_seed, limit, recipe.seed, "sft", "train")
+    say_fewer(len(examples), settings.max_examples, "sft.max_examples", recipe.parts, "sft")
+    held_out = drawn_examples(prepared, "reward_eval", settings.max_eval_examples, recipe.seed, "sft", "eval")
     model, tokenizer = _start_model(settings, examples, recipe.task, recipe.seed)
-    train_set, eval_set = (encode_training(tokenizer, part, recipe.task) for part in (examples, held_out))
+    train_set, eval_set = (
+        encode_to_file(tokenizer, part, recipe.task, folder / PARTS / f"{name}.arrow")
+        for name, part in (("train", examples), ("eval", held_out))
+    )
     rows = train_set.rows
-    write_trained_on(folder, train_set.kept)
-    if not rows:
+    write_trained_on(folder, examples.with_ids(train_set.kept))
+    if not len(rows):
         raise UserError(
             f"no training example is left: {train_set.too_long_responses} of {len(examples)} have a response "
             f"above task.max_response_tokens={recipe.task.max_response_tokens}; raise it, or prepare more"
@@ -111,12 +147,12 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
             f"Made from scratch ({model.num_parameters():,} random weights, a tokenizer of {len(tokenizer):,} tokens "
             "trained on the same examples) for demos, tests and controlled studies: it knows nothing but this log"
         )
-    trainer = make_trainer(model, tokenizer, rows, eval_set.rows, settings, recipe.seed, folder / "checkpoints")
+    trainer = make_trainer(model, tokenizer, rows, eval_set.rows, settings, recipe.seed, folder / CHECKPOINTS)
     result, resumed_from = train(trainer, "SFT", METRICS, folder / "metrics.jsonl")
-    eval_loss = _final_eval_loss(trainer) if eval_set.rows else None
+    eval_loss = _final_eval_loss(trainer) if len(eval_set.rows) else None
     made = f"{base}; {settings.tuning} tuning on {len(rows)} examples by tppo's `sft` stage."
     save_trained(trainer, tokenizer, settings, recipe.task, folder / "model", "supervised start", made)
-    tokens = sum(row["length"] for row in rows)
+    tokens = sum(trainer.train_dataset["length"])
     trained_share = 1 - (resumed_from or 0) / max(1, result.global_step)
     return {
         "train_examples": len(rows),
@@ -126,10 +162,11 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         "unwritable_responses_excluded": train_set.unwritable_responses + eval_set.unwritable_responses,
         "history_events_dropped_to_fit_the_prompt": train_set.dropped_events,
         "mean_tokens": tokens / len(rows),
-        "mean_response_tokens": sum(label != IGNORED for row in rows for label in row["labels"]) / len(rows),
+        "mean_response_tokens": train_set.response_tokens / len(rows),
         "steps": result.global_step,
         "resumed_from_step": resumed_from,
-        "train_loss": result.training_loss,
+        # Of every step: the trainer's own mean leaves out the steps before a stop.
+        "train_loss": fmean(row["loss"] for row in trainer.state.log_history if "loss" in row),
         "eval_loss": eval_loss,
         # Evaluation and checkpoints included.
         "tokens_per_second": round(tokens * settings.epochs * trained_share / result.metrics["train_runtime"], 1),
@@ -195,8 +232,8 @@ class ResponseOnlySFTTrainer(ReadyRows, SFTTrainer):
 def make_trainer(
     model: Any,
     tokenizer: Any,
-    train_rows: list[dict[str, Any]],
-    eval_rows: list[dict[str, Any]],
+    train_rows: Rows,
+    eval_rows: Rows,
     settings: SFT,
     seed: int,
     output_dir: Path,
@@ -210,9 +247,9 @@ def make_trainer(
         output_dir,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        eval_strategy="steps" if eval_rows else "no",
+        eval_strategy="steps" if len(eval_rows) else "no",
         # Before, half-way, and after (if need be by `run`): an evaluation costs as much as several steps.
-        eval_on_start=bool(eval_rows),
+        eval_on_start=len(eval_rows) > 0,
         eval_steps=math.ceil(steps / 2),
     )
     return ResponseOnlySFTTrainer(train_rows, eval_rows, model=model, args=config, processing_class=tokenizer)

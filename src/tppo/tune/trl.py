@@ -6,11 +6,12 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from zipfile import BadZipFile, ZipFile
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors import SafetensorError, safe_open
@@ -112,12 +113,42 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+Rows: TypeAlias = Dataset | list[dict[str, Any]]
+"""Ready for a trainer: ids as they are, and a `length`."""
+
+
+def mapped_rows(path: Path, pieces: Iterable[list[dict[str, Any]]]) -> Dataset:
+    """Rows of ids in a file that is mapped into memory, not read into it: a million examples of 200 tokens take no more
+    than the pages in use, where Python's lists would take 10 GB.
+
+    Args:
+        path: written anew.
+        pieces: rows, some at a time, all with the same columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = None
+    with path.open("wb") as file:
+        for rows in filter(None, pieces):
+            if writer is None:
+                ids, number = pa.list_(pa.int32()), pa.int32()
+                kinds = {name: ids if isinstance(value, list) else number for name, value in rows[0].items()}
+                schema = pa.schema(list(kinds.items()))
+                writer = pa.ipc.new_stream(file, schema)
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        if writer is not None:
+            writer.close()
+    return Dataset.from_file(str(path)) if writer is not None else Dataset.from_list([])
+
+
 class ReadyRows(Trainer):
     """Put before a trainer of TRL: rows of ids as they are, batched by their `length` in an order that resumes."""
 
-    def __init__(self, train_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]], **arguments: Any) -> None:
-        held_out = Dataset.from_list(eval_rows) if eval_rows else None
-        super().__init__(train_dataset=Dataset.from_list(train_rows), eval_dataset=held_out, **arguments)
+    def __init__(self, train_rows: Rows, eval_rows: Rows, **arguments: Any) -> None:
+        train, held_out = (
+            rows if isinstance(rows, Dataset) or not rows else Dataset.from_list(rows)
+            for rows in (train_rows, eval_rows)
+        )
+        super().__init__(train_dataset=train, eval_dataset=held_out if len(held_out) else None, **arguments)
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -144,7 +175,8 @@ def save_trained(
     trainer: Trainer, tokenizer: Any, settings: SFT | DPO, task: Task, folder: Path, title: str, made: str
 ) -> None:
     """Save what has been trained (adapters merged, bf16 when precision is bf16, set to sample at temperature 1, at
-    which the likelihoods were trained) and delete the checkpoints.
+    which the likelihoods were trained). The checkpoints stay until the stage has nothing left to lose
+    (`tppo.core.run.run_stage`).
 
     Args:
         title: of the model card.
@@ -161,7 +193,6 @@ def save_trained(
         model = model.to(torch.bfloat16)
     model.generation_config = sampling_config(model, tokenizer, max_new_tokens=task.max_response_tokens)
     save_model(model, tokenizer, folder, card)
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
