@@ -12,7 +12,7 @@ from tppo.core.config import Reward
 from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.evaluate.answers import ANSWERS, Answers, answer_rows
-from tppo.evaluate.compare import Metrics, _Scope, user_bootstrap
+from tppo.evaluate.compare import Metrics, _Scope
 from tppo.evaluate.readings import READINGS, judge_readings
 from tppo.judge.verdict import Verdict
 from tppo.report import words
@@ -76,7 +76,7 @@ def test_scores_are_label_plus_word_share(tmp_path: Path):
         answers("sft", [GOOD, HALF, BAD, GOOD], [True, True, True, False]), answers("tppo", [GOOD] * 4)
     )
     frames = (pa.Table.from_pylist(part, schema=s).to_pandas() for part, s in ((rows, ANSWERS), (readings, READINGS)))
-    scope = _Scope("eval1", *frames, "word-overlap-v1", user_bootstrap(100, 0))
+    scope = _Scope("eval1", *frames, "word-overlap-v1")
     assert scope.scores("sft", "targets").tolist() == [2.0, 1.5, 0.0, 0.0]
     assert np.isnan(scope.scores("ppo", "targets")).all(), "nobody of that name was read"
 

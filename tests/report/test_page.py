@@ -19,7 +19,7 @@ from tppo.core.run import RunFolder, run_stage
 from tppo.core.stats import Estimate
 from tppo.core.tables import Example
 from tppo.core.text import Event
-from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
+from tppo.evaluate.compare import Metrics, build_metrics
 from tppo.evaluate.metrics import BY_NAME
 from tppo.report import page, words
 
@@ -223,8 +223,7 @@ def test_the_truth_of_a_synthetic_log_is_in_summary_and_claims(finished: tuple[R
         known = {"known_words": {"tppo": 0.75, "sft": 0.5}.get(row["model"], 0.25), "known_queries": 0.5}
         readings += [{**own, "than": None, "reader": "log", "measure": m, "value": v} for m, v in known.items()]
     frames = pd.DataFrame(answers), pd.DataFrame(readings)
-    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
-    data = build_metrics(*frames, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    data = build_metrics(*frames, judge=fake_run.JUDGE["judge"], rubric="targets")
     metrics = Metrics({**fake_run.JUDGE, **data})
     assert metrics.knows_truth
     said = " ".join(words.lead(metrics, metrics.scopes[0]))

@@ -513,7 +513,7 @@ class Evaluate:
     answers: dict[str, str] = field(default_factory=dict)
     """Finished evaluations whose answers are read, and voted on, as `model: folder`; empty: this run's own."""
     bootstrap_samples: int = 2000
-    """Bootstrap resamples of users for the 95% intervals."""
+    """Without effect: intervals are in closed form now (`tppo.core.stats`). It stays so that older recipes do."""
 
 
 @dataclass
@@ -575,7 +575,7 @@ class Study:
     workers: int = 1
     """Cells at work at the same time, each on a GPU of its own; without one they share the CPU's threads and memory."""
     bootstrap_samples: int = 10000
-    """Bootstrap draws of seeds and users for intervals and p-values of the study's report."""
+    """Without effect, as `evaluate.bootstrap_samples`."""
 
 
 @dataclass
@@ -645,6 +645,8 @@ RETIRED: dict[str, Any] = {
     "agreement.bootstrap_samples": 2000,
 }  # fmt: skip
 """Settings that have become constants, and their value: what was made with it is not stale for lack of the setting."""
+WITHOUT_EFFECT = ("evaluate.bootstrap_samples",)
+"""Settings that nothing depends on any more: no value of theirs makes anything stale."""
 REPLACED = {
     **dict.fromkeys(
         ("evaluate.second_judge", "evaluate.second_judge_examples", "evaluate.vote", "evaluate.vote_examples"),

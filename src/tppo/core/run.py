@@ -25,7 +25,7 @@ from typing import Any, cast
 import yaml
 
 from tppo.core.common import UserError, console
-from tppo.core.config import REPLACED, RETIRED, Evaluate, Reader, Reading, Recipe
+from tppo.core.config import REPLACED, RETIRED, WITHOUT_EFFECT, Evaluate, Reader, Reading, Recipe
 from tppo.core.files import sha256_file, write_json, write_text
 from tppo.core.stages import (
     STAGES,
@@ -259,12 +259,13 @@ def _default_config(stage: str) -> dict[str, Any]:
 
 def without_retired(config: dict[str, Any]) -> dict[str, Any]:
     """Settings by section, as files of before hold them, without those that are constants today, where they had that
-    value."""
+    value, and without those that have no effect."""
     return {
         section: {
             name: value
             for name, value in values.items()
-            if f"{section}.{name}" not in RETIRED or value != RETIRED[f"{section}.{name}"]
+            if (place := f"{section}.{name}") not in WITHOUT_EFFECT
+            and (place not in RETIRED or value != RETIRED[place])
         }
         if isinstance(values, dict)
         else values

@@ -239,9 +239,8 @@ def check_study(recipe: Recipe) -> None:
             )
         if unknown := set(setting.algorithms) - set(recipe.algorithms):
             raise UserError(f"study.settings '{name}': {sorted(unknown)} are none of {recipe.algorithms}")
-    for option, least in (("workers", 1), ("bootstrap_samples", 1000)):
-        if (value := getattr(study, option)) < least:
-            raise UserError(f"study.{option}={value}: give at least {least}")
+    if study.workers < 1:
+        raise UserError(f"study.workers={study.workers}: give at least 1")
     if recipe.evaluate.models or recipe.evaluate.answers:
         raise UserError("evaluate.models and evaluate.answers are set by the study: leave them empty")
     check_samples(recipe)

@@ -98,8 +98,7 @@ def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: s
     if SFT not in set(answers["model"]):
         return None
     cell = collected.metrics[answers["job"].iloc[0]]
-    draws, rubric = recipe.study.bootstrap_samples, recipe.reward.rubric
-    return study_metrics(answers, readings, cell, rubric=rubric, draws=draws, seed=recipe.seed)
+    return study_metrics(answers, readings, cell, recipe.reward.rubric)
 
 
 def study_context(
@@ -185,7 +184,7 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         ("examples", str(context["scopes"][0]["examples"])),
         ("users", str(context["scopes"][0]["users"])),
         *judge_facts(metrics),
-        ("intervals", f"95%, bootstrap over users and seeds, {context['recipe'].study.bootstrap_samples} draws"),
+        words.intervals_fact(metrics),
     ]
     tables: list[Table] = [*context["corrected"], *context["tables"], *(table for table, _ in context["ablations"])]
     said = "".join(f"{sentence}\n\n" for sentence in claims(metrics, metrics.scopes[0]))
