@@ -60,7 +60,8 @@ def make_study(
                     fake_run._write_jsonl(folder / "samples.jsonl", fake_run._token_rows(EXAMPLES, job.model))
                 elif stage == "evaluate":
                     models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
-                    parts = [fake_run.made_up_rows(EXAMPLES, m, 7 * job.seed + 1, job.seed) for m in models]
+                    draw = 7 * job.seed + (1 if job.setting in ("base", "kl") else 1000)
+                    parts = [fake_run.made_up_rows(EXAMPLES, m, draw, job.seed) for m in models]
                     for place, (name, schema) in enumerate((("answers", ANSWERS), ("readings", READINGS))):
                         rows = [row for part in parts for row in part[place]]
                         write_table(folder / f"{name}.parquet", rows, schema)
@@ -205,6 +206,11 @@ def test_page_and_summary(study: Path):
     assert re.match(
         r"TPPO minus PPO: [+−][\d.]+ points \[.*\], corrected p [=<] [\d.]+; 3 seeds, 40 examples\.", claim[1]
     )
+    claims = re.findall(r"points \[([^,]+), ([^\]]+)\], corrected p [=<] ([\d.]+); 3 seeds", summary)
+    assert len(claims) == 3
+    for low, high, p in claims:
+        ends = [float(end.replace("−", "-")) for end in (low, high)]
+        assert (ends[0] <= 0 <= ends[1]) == (float(p) >= 0.05)
     for text in ("3 seeds", "15 of 15 cells finished", "corrected-eval1", "tuned 3 times", "kl_coef", "DPO loss",
                  "Held-out AUC on its own task"):  # fmt: skip
         assert text in html

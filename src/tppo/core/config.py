@@ -486,8 +486,8 @@ class Reading:
 class Evaluate:
     """Judge SFT and every tuned policy on users never trained on."""
 
-    splits: list[Literal["eval1", "eval2"]] = field(default_factory=lambda: ["eval1", "eval2"])
-    """Evaluation sets."""
+    splits: list[Literal["eval1", "eval2", "reward_eval"]] = field(default_factory=lambda: ["eval1", "eval2"])
+    """Evaluation sets; reward_eval, alone: the users that reward models are checked on, to choose settings by."""
     max_examples: int = 150
     """Examples of each set, drawn with the seed; 0 means all."""
     temperature: float = 1.0
@@ -572,6 +572,9 @@ class Study:
     examples, keep the recipe's `seed`, so that differences between cells are paired."""
     settings: list[Setting] = field(default_factory=list)
     """Variations tried beside the recipe as it stands."""
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    """Values tried for settings of `rl` and `dpo`, all combinations, as `{rl.gae_lambda: [0.95, 1.0]}`. Each algorithm
+    is compared at the one that has the best headline on the reward_eval users, who are in no evaluation set."""
     workers: int = 1
     """Cells at work at the same time, each on a GPU of its own; without one they share the CPU's threads and memory."""
     bootstrap_samples: int = 10000

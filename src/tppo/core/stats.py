@@ -9,8 +9,9 @@ each with the t of its own degrees of freedom (Banerjee, Sankhya 22 (1960)):
     half width^2 = t(S - 1)^2 x variance by seeds + t(U - 1)^2 x variance by users
 
 which holds the truth at least as often as it says, whatever the two variances are. Satterthwaite's degrees of freedom
-give narrower intervals, but three seeds that are alike by chance pass for hundreds of users there: at 3 seeds and a
-nominal 0.1% it errs in 1.4% of studies (`benchmarks/coverage.py`, docs/evaluation.md). A mean over unequal numbers of
+give narrower intervals, but three seeds that are alike by chance pass for hundreds of users there: of studies of four
+like models it calls two different in up to 16%, where 5% are promised (`benchmarks/coverage.py`, docs/evaluation.md).
+A mean over unequal numbers of
 answers is a ratio of sums; its terms are linearised first. The difference of two models is taken within a seed and an
 example, so what is common to both (easy users) cancels out; that is right whether or not trainings of the same seed
 number have anything in common. One seed leaves the users: the interval covers the choice of users only.

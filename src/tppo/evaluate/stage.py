@@ -132,6 +132,10 @@ def check_settings(recipe: Recipe) -> None:
     everybody = evaluated_models(replace(recipe, evaluate=replace(settings, models=[])))
     wrong = [
         (not settings.splits, "splits is empty: name eval1, eval2 or both"),
+        (
+            "reward_eval" in settings.splits and len(settings.splits) > 1,
+            f"splits={settings.splits}: reward_eval is no evaluation set, so it stands alone",
+        ),
         (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
         (
             "best_of_n" in settings.baselines and settings.best_of < 2,

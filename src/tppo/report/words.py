@@ -29,7 +29,8 @@ from tppo.core.stats import FEW_USERS, Estimate, estimate, verdict
 from tppo.evaluate.compare import POOLED, Metrics
 from tppo.evaluate.metrics import BY_JUDGE, BY_NAME, CORPUS, FORM, KL, KNOWN, RELEVANCE, TRUTH, Metric
 
-SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
+SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time",
+          "reward_eval": "Users of the reward models' check"}  # fmt: skip
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
 TONES = {"an improvement": "good", "worse": "bad", "no difference shown": "flat", NOT_MEASURED: "none",
          "higher": "flat", "lower": "flat"}  # fmt: skip

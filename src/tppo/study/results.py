@@ -74,8 +74,11 @@ class Collected:
         jobs = [job.name for (name, *_), job in [*plan.cell_of.items(), *plan.reading_of.items()] if name == setting]
         return self.answers[self.answers["job"].isin(jobs)], self.readings[self.readings["job"].isin(jobs)]
 
-    def curves_of(self, setting: str) -> pd.DataFrame:
-        return self.curves[self.curves["setting"] == setting]
+    def curves_of(self, plan: Plan, setting: str) -> pd.DataFrame:
+        """Of the trainings of the cells that stand for this setting."""
+        made = {(job.setting, job.model) for (name, *_), job in plan.cell_of.items() if name == setting}
+        own = [pair in made for pair in zip(self.curves["setting"], self.curves["model"], strict=True)]
+        return self.curves[np.array(own, dtype=bool)]
 
     def means(self, measures: Sequence[str]) -> pd.DataFrame:
         """Mean over the answers of each measure (columns), by job and model; of the first judge where it is one's."""
@@ -101,7 +104,7 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
         readings=_rows(finished, "readings", READINGS),
         curves=pd.DataFrame(curves, columns=CURVES.names),
         metrics={job.name: load_metrics(_last_folder(job)).data for job in cells},
-        missing=[job.name for job in wanted if job not in finished],
+        missing=[job.name for job in (*wanted, *plan.search_of.values()) if job.name in left_out or not job.finished()],
     )
 
 

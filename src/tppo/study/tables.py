@@ -30,7 +30,7 @@ from tppo.evaluate.metrics import BY_NAME
 from tppo.judge.agreement import RESULT
 from tppo.report import words
 from tppo.report.charts import Chart, curve, drawn, seed_line
-from tppo.study.grid import BASE, Plan, settings_tried, varied
+from tppo.study.grid import BASE, Plan, all_settings, settings_tried, varied
 from tppo.study.results import MEASURES, Collected, at_equal_kl, models_with, reaching, steadiness
 
 FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
@@ -201,7 +201,7 @@ def point_cost_table(plan: Plan, metrics: Metrics) -> Table:
     scope = metrics.scopes[0]
     by_model: dict[str, list[Cost]] = {model: [] for model in metrics.policies}
     for (setting, model, _), job in plan.cell_of.items():
-        if setting == BASE and model in by_model and job.run.manifest("evaluate") is not None:
+        if setting == plan.shown and model in by_model and job.run.manifest("evaluate") is not None:
             found = model_costs(job.recipe, job.run, metrics, scope)
             by_model[model] += [cost for cost in found if cost.model == model]
 
@@ -245,7 +245,7 @@ class Ablation:
 def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: list[str]) -> list[Ablation]:
     """The ablations of a study with at least one point beside the recipe's own."""
     values: dict[str, dict[str, float]] = {}
-    for setting in recipe.study.settings:
+    for setting in all_settings(recipe):
         names = setting.overrides.keys() - CHANGE_NO_ANSWER
         if len(names) == 1:
             (name,) = names
