@@ -378,6 +378,7 @@ def wins_table(metrics: Metrics, scope: str, bars: bool = False) -> Table:
         [*heads[:2], "win · tie · lose", *heads[2:]] if bars else heads,
         rows,
         f"Win, tie, lose, {SCOPES[scope]}",
+        "Intervals of win minus lose hold with 95% for all pairs that are judged alike together (Bonferroni).",
         series=[row["model"] for row in shown],
     )
 
