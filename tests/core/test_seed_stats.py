@@ -10,6 +10,7 @@ from tppo.core.stats import (
     CrossedMeans,
     Difference,
     crossed_errors,
+    estimate,
     half_width,
     mean_over_seeds,
     p_of,
@@ -192,17 +193,17 @@ def test_interval_corrected_p_and_verdict_never_disagree(seed: int, shift: float
     values = crossed(np.random.default_rng(seed), 3, 12, between_seeds=0.3, between_users=0.3) + shift
     found = means_of(values).difference(values.reshape(-1))
     row = found.as_dict() | simultaneous(found.as_dict(), comparisons)
-    leaves_out = not row["low"] <= 0 <= row["high"]
+    leaves_out = not row["low_corrected"] <= 0 <= row["high_corrected"]
     assert leaves_out == (row["p_corrected"] < 0.05)
-    outcome = verdict(Difference(**{name: row[name] for name in found.as_dict()}))
-    assert (outcome in ("an improvement", "worse")) == leaves_out
-    assert row["low"] <= found.low <= found.value <= found.high <= row["high"]
+    assert (not row["low"] <= 0 <= row["high"]) == (row["p_value"] < 0.05)
+    assert (verdict(estimate(row)) in ("an improvement", "worse")) == leaves_out
+    assert row["low_corrected"] <= row["low"] <= found.value <= row["high"] <= row["high_corrected"]
     assert row["p_corrected"] == pytest.approx(min(1, comparisons * found.p_value))
 
 
 def test_what_was_not_measured_has_no_corrected_p():
     row = simultaneous(Difference(None, None, None, 0, 0).as_dict(), 3)
-    assert row == {"comparisons": 3, "p_corrected": None}
+    assert row == {"comparisons": 3, "p_corrected": None, "low_corrected": None, "high_corrected": None}
 
 
 def test_a_share_stays_within_0_and_1_and_none_of_fifty_is_not_never():

@@ -126,7 +126,8 @@ def test_a_verdict_its_interval_and_its_corrected_p_go_by_one_rule(tmp_path: Pat
         if row["p_value"] is not None:
             assert row["comparisons"] == 10  # of five policies, and of each with two baselines
             assert row["p_corrected"] == pytest.approx(min(1, 10 * row["p_value"]))
-            assert (row["p_corrected"] < 0.05) == (not row["low"] <= 0 <= row["high"])
+            assert (row["p_corrected"] < 0.05) == (not row["low_corrected"] <= 0 <= row["high_corrected"])
+            assert (row["p_value"] < 0.05) == (not row["low"] <= 0 <= row["high"])
             borderline += row["p_value"] < 0.05 <= row["p_corrected"]
     assert borderline, "some pairs that would be called different alone"
     better = {

@@ -306,13 +306,18 @@ def p_of(value: float, errors: Sequence[float], counts: Sequence[int]) -> float:
 
 
 def simultaneous(found: Mapping[str, Any], comparisons: int) -> dict[str, Any]:
-    """What becomes of a `Difference`, as a dict, that is one of a family of so many (Bonferroni)."""
-    row: dict[str, Any] = {"comparisons": comparisons, "p_corrected": None}
+    """What a `Difference`, as a dict, is as one of a family of so many (Bonferroni)."""
+    none = dict.fromkeys(("low_corrected", "high_corrected", "p_corrected"))
     if found["p_value"] is None:
-        return row
+        return {"comparisons": comparisons, **none}
     errors, counts = (found["error_seeds"], found["error_users"]), (found["seeds"], found["users"])
     half, value = half_width(errors, counts, ALPHA / comparisons), found["value"]
-    return row | {"low": value - half, "high": value + half, "p_corrected": min(1.0, comparisons * found["p_value"])}
+    return {
+        "comparisons": comparisons,
+        "low_corrected": value - half,
+        "high_corrected": value + half,
+        "p_corrected": min(1.0, comparisons * found["p_value"]),
+    }
 
 
 def _wilson(found: Difference) -> tuple[float | None, float | None]:
@@ -320,6 +325,7 @@ def _wilson(found: Difference) -> tuple[float | None, float | None]:
     share, low = found.value, found.low
     if share is None or low is None:
         return None, None
+    assert 0 <= share <= 1, share
     if 0 < share < 1:
         # t^2 / n, with n the number of independent answers that have this variance.
         weight = (share - low) ** 2 / (share * (1 - share))
@@ -360,7 +366,9 @@ def mean_over_seeds(values_S: Sequence[float], comparisons: int = 1) -> SeedMean
 
 
 def estimate(row: Mapping[str, Any] | None) -> Estimate:
-    """The estimate in a row of metrics.json, which may say more than that; of no row, none."""
+    """The estimate in a row of metrics.json; of no row, none. That of a difference has the interval of its family: what
+    is shown and what verdicts go by."""
     if row is None:
         return Estimate(None, None, None, 0, 0)
-    return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"], row.get("seeds", 1))
+    low, high = (row.get(f"{end}_corrected", row[end]) for end in ("low", "high"))
+    return Estimate(row["value"], low, high, row["examples"], row["users"], row.get("seeds", 1))

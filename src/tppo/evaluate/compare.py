@@ -4,9 +4,10 @@ Splits are shown one by one and, when there are several, pooled as `all` (a user
 independent of each other). Answers of one run have one seed; those of a study have several (`tppo.core.stats`).
 
 A family of comparisons is what stands in one column of a table: the pairs of policies in one measure, by one reader, in
-one scope; the pairs of a policy and a simple baseline are a family of their own. `low` and `high` of a difference hold
-for all of its family together, so `p_corrected` is below 0.05 exactly when they leave 0 out; `p_value`,
-`error_seeds` and `error_users` are of the pair alone. Intervals of a model's own numbers (`rows`) are 95% each.
+one scope; the pairs of a policy and a simple baseline are a family of their own. `low_corrected`, `high_corrected` and
+`p_corrected` of a difference hold for all of its family together: what is shown, and what verdicts go by (`estimate`).
+`low`, `high`, `p_value`, `error_seeds` and `error_users` are of the pair alone. In both, p is below 0.05 exactly when
+the interval leaves 0 out. Intervals of a model's own numbers (`rows`) are 95% each.
 
 Win-tie-lose (the paper compares models response by response): the score of a response is its sentence label (0 or 1)
 plus the share of its words that are relevant (0 to 1), under one rubric; unparseable responses score 0. The higher
@@ -94,7 +95,7 @@ def build_metrics(answers: pd.DataFrame, readings: pd.DataFrame, *, judge: str, 
 
 
 def _correct(result: dict[str, Any]) -> None:
-    """Make the intervals and p-values of every family those of all its comparisons together. The vote on the references
+    """Add to the differences of every family what holds for all of them together. The vote on the references
     compares no models: a family of one."""
     families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in result["differences"]:
