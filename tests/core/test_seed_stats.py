@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from benchmarks.coverage import CASES, coverage, false_claims
 from tppo.core.stats import (
     CrossedMeans,
     Difference,
@@ -86,6 +87,14 @@ def test_intervals_hold_the_truth_at_least_93_times_in_100(seeds: int, between: 
     # The binomial standard error at 0.95 is 0.9 points.
     assert held / trials >= 0.93
     assert wrong == trials - held
+
+
+def test_the_benchmark_shows_what_the_bootstrap_missed():
+    """Its first row and its second table, in small: three seeds whose trainings differ most."""
+    found = coverage(CASES[0], 3, 10, 300, 0)
+    assert found["bootstrap"] < 88 < 92 < found["product"]
+    product, _, single_pairs = false_claims(CASES[0], 3, 10, 3, 100)
+    assert product <= 11 < 30 < single_pairs
 
 
 def test_differences_are_paired_within_seed_and_example():
