@@ -175,6 +175,13 @@ def test_errors_do_not_hang_on_the_order_and_are_not_below_what_the_fewer_show(r
         assert by_seeds == pytest.approx(np.sqrt(seeds) * parts.sum(axis=0).std(ddof=1))
     else:
         assert by_users == pytest.approx(np.sqrt(users) * parts.sum(axis=1).std(ddof=1))
+    # No interval is narrower than that of the users, the seeds or the answers alone.
+    of_users, of_seeds = parts.sum(axis=1), parts.sum(axis=0)
+    least = [users * of_users.var(ddof=1)]
+    if seeds > 1:
+        rest = parts - of_users[:, None] / seeds - of_seeds / users
+        least += [seeds * of_seeds.var(ddof=1), users * seeds * (rest**2).sum() / ((users - 1) * (seeds - 1))]
+    assert by_seeds**2 + by_users**2 >= max(least) * (1 - 1e-9)
     assert crossed_errors(parts[::-1, ::-1]) == pytest.approx((by_seeds, by_users), abs=1e-6)
 
 
@@ -188,6 +195,16 @@ def test_a_p_value_is_the_level_at_which_the_interval_ends_at_0(
     if p > 1e-200:
         assert half_width((by_seeds, by_users), (seeds, users), p) == pytest.approx(value, rel=1e-6)
     assert p_of(-value, (by_seeds, by_users), (seeds, users)) == p
+
+
+def test_seeds_and_users_that_agree_by_chance_are_no_certainty():
+    """0 and 1 answers of two seeds, every user's mean and every seed's the same: the answers still vary."""
+    values = np.array([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]]) - 0.6
+    found = means_of(values).difference(values.reshape(-1))
+    assert found.error_seeds == pytest.approx(0, abs=1e-12)
+    assert found.low < found.value == pytest.approx(-0.1)
+    assert found.high > 0
+    assert verdict(found) == "no difference shown"
 
 
 def test_three_trainings_alike_by_chance_prove_little():

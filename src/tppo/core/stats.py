@@ -275,10 +275,12 @@ def crossed_errors(parts_US: np.ndarray) -> tuple[float, float]:
     by_seeds = seeds / (seeds - 1) * float(of_seeds_S @ of_seeds_S)
     rest_US = parts_US - of_users_U[:, None] / seeds - of_seeds_S / users
     by_rest = users * seeds / ((users - 1) * (seeds - 1)) * float((rest_US**2).sum())
+    # By chance the whole may come out below one of its parts (two seeds that agree); it is not taken to be.
+    whole = max(by_seeds + by_users - by_rest, by_seeds, by_users, by_rest)
     if seeds <= users:
-        by_users = max(by_users - by_rest, 0.0)
+        by_users = whole - by_seeds
     else:
-        by_seeds = max(by_seeds - by_rest, 0.0)
+        by_seeds = whole - by_users
     return math.sqrt(by_seeds), math.sqrt(by_users)
 
 
