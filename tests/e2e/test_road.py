@@ -49,7 +49,7 @@ def write_recipe(folder: Path, model: str, **sections) -> Path:
         "check_reward": {"allow_failed": True},
         "rl": {"updates": 2, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
         "dpo": {"batch_size": 16, "micro_batch_size": 8, "epochs": 1, "save_steps": 1},
-        "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
+        "evaluate": {"splits": ["eval1"], "max_examples": 8},
     }
     for name, section in sections.items():
         recipe[name] = {**recipe.get(name, {}), **section}

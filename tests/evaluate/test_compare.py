@@ -1,5 +1,6 @@
 """The tables of metrics.json from rows that can be counted by hand."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 from tests.helpers import fake_run
 from tppo.core.config import Reward
+from tppo.core.stages import DISPLAY
 from tppo.core.tables import Example
 from tppo.core.text import Event
 from tppo.evaluate.answers import ANSWERS, Answers, answer_rows
-from tppo.evaluate.compare import Metrics, _Scope, user_bootstrap
+from tppo.evaluate.compare import Metrics, _Scope
 from tppo.evaluate.readings import READINGS, judge_readings
 from tppo.judge.verdict import Verdict
 from tppo.report import words
@@ -76,7 +78,7 @@ def test_scores_are_label_plus_word_share(tmp_path: Path):
         answers("sft", [GOOD, HALF, BAD, GOOD], [True, True, True, False]), answers("tppo", [GOOD] * 4)
     )
     frames = (pa.Table.from_pylist(part, schema=s).to_pandas() for part, s in ((rows, ANSWERS), (readings, READINGS)))
-    scope = _Scope("eval1", *frames, "word-overlap-v1", user_bootstrap(100, 0))
+    scope = _Scope("eval1", *frames, "word-overlap-v1")
     assert scope.scores("sft", "targets").tolist() == [2.0, 1.5, 0.0, 0.0]
     assert np.isnan(scope.scores("ppo", "targets")).all(), "nobody of that name was read"
 
@@ -156,6 +158,33 @@ def test_splits_are_pooled_only_when_there_are_several(tmp_path: Path):
     sizes = [found.cell(scope, "sft", "hit").examples for scope in found.scopes]
     assert sizes == [16, 8, 8]
     assert found.pairs("all") == []
+
+
+def test_a_verdict_its_interval_and_its_corrected_p_go_by_one_rule(tmp_path: Path):
+    """The first sentences claimed by intervals of single pairs what the corrected p-values beside them took back."""
+    examples, models = fake_run.make_examples(40), ("sft", "dpo", "ppo", "ppo_sum", "tppo", "nearest", "frequent_next")
+    parts = [fake_run.made_up_rows(examples, model, seed) for seed, model in enumerate(models)]
+    metrics = fake_run.metrics_of(*joined(*parts), fake_run.make_recipe(tmp_path))
+    found, borderline = metrics.data, 0
+    for row in [*found["differences"], *(row["net"] | {"than": row["than"]} for row in found["wins"])]:
+        if row["p_value"] is not None:
+            assert row["comparisons"] == 10  # of five policies, and of each with two baselines
+            assert row["p_corrected"] == pytest.approx(min(1, 10 * row["p_value"]))
+            assert (row["p_corrected"] < 0.05) == (not row["low_corrected"] <= 0 <= row["high_corrected"])
+            assert (row["p_value"] < 0.05) == (not row["low"] <= 0 <= row["high"])
+            borderline += row["p_value"] < 0.05 <= row["p_corrected"]
+    assert borderline, "some pairs that would be called different alone"
+    better = {
+        (row["model"], row["than"])
+        for row in found["differences"]
+        if row["metric"] == metrics.headline and row["p_corrected"] < 0.05 and row["value"] > 0
+    }
+    said = words.lead(metrics, "eval1")
+    for model, than in metrics.pairs("eval1"):
+        sentence = next((text for text in said if text.startswith(f"{DISPLAY[model]} is better than")), "")
+        named = re.split(", | and ", sentence.partition(" than ")[2].rstrip("."))
+        assert (DISPLAY[than] in named) == ((model, than) in better)
+    assert 0 < len(better) < 10
 
 
 class AgainstEverything:

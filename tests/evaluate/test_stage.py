@@ -34,7 +34,7 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Example]) -> tuple[Recipe, RunFolder]:
     """Everything evaluate reads; ppo is the SFT model itself, tppo another one."""
     recipe = replace(
-        fake_run.make_recipe(root, ["tppo", "ppo"], bootstrap_samples=100),
+        fake_run.make_recipe(root, ["tppo", "ppo"]),
         sample=Sample(batch_size=4),
         task=Task(max_prompt_tokens=200, max_response_tokens=12),
         rl=RL(precision="fp32"),
@@ -164,7 +164,6 @@ def test_an_empty_evaluation_set_is_named(tmp_path: Path, tiny_policy: Path, jud
 def test_settings_that_cannot_work_are_refused(tmp_path: Path):
     for broken, words in (
         ({"splits": []}, "splits is empty"),
-        ({"bootstrap_samples": 0}, "give at least 100"),
         ({"baselines": ["best_of_n"], "best_of": 1}, "best_of=1"),
         ({"baselines": ["best_of_n"], "temperature": 0.0}, "temperature=0"),
         ({"baselines": ["nearest", "nearest"]}, "names one twice"),

@@ -19,7 +19,7 @@ from tppo.core.stages import BASELINES
 from tppo.core.tables import EXAMPLES, Example, write_table
 from tppo.core.text import Event
 from tppo.evaluate.answers import ANSWERS, Answers, answer_rows
-from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
+from tppo.evaluate.compare import Metrics, build_metrics
 from tppo.evaluate.readings import READINGS, judge_readings, text_readings
 from tppo.judge.verdict import JudgeItem, Verdict, WordVerdict, split_response
 from tppo.reward.gate import build_report
@@ -139,8 +139,7 @@ def metrics_of(answers: list[Row], readings: list[Row], recipe: Recipe) -> Metri
         pa.Table.from_pylist(rows, schema=s).to_pandas() for rows, s in ((answers, ANSWERS), (readings, READINGS))
     )
     settings = {"judge": WordOverlapJudge.name, "rubric": recipe.reward.rubric}
-    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
-    return Metrics({**build_metrics(*frames, **settings, bootstrap_of=bootstrap), **JUDGE})
+    return Metrics({**build_metrics(*frames, **settings), **JUDGE})
 
 
 def write_evaluation(folder: Path, parts: Sequence[tuple[list[Row], list[Row]]], recipe: Recipe) -> None:
@@ -156,7 +155,7 @@ def make_recipe(root: Path, algorithms: Sequence[str] = ("tppo", "ppo", "ppo_sum
         run_dir=str(root),
         algorithms=list(algorithms),
         prepare=Prepare(source=["log.tsv"]),
-        evaluate=Evaluate(**{"bootstrap_samples": 500, **evaluate}),
+        evaluate=Evaluate(**evaluate),
     )
 
 

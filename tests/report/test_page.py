@@ -19,7 +19,7 @@ from tppo.core.run import RunFolder, run_stage
 from tppo.core.stats import Estimate
 from tppo.core.tables import Example
 from tppo.core.text import Event
-from tppo.evaluate.compare import Metrics, build_metrics, user_bootstrap
+from tppo.evaluate.compare import Metrics, build_metrics
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.readings import with_asked
 from tppo.report import page, words
@@ -220,8 +220,7 @@ def test_what_an_older_version_read_gets_the_measures_of_today(
     pd.testing.assert_series_equal(now, then)
     assert with_asked(answers, readings, run.require("prepare"), count) is readings
     # A report that an older version wrote is shown as it is, by its own name.
-    bootstrap = user_bootstrap(100, 0)
-    old = build_metrics(answers, older, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    old = build_metrics(answers, older, judge=fake_run.JUDGE["judge"], rubric="targets")
     assert old["headline"] == "relevant_targets"
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_text(json.dumps({**old, **fake_run.JUDGE}))
@@ -250,8 +249,7 @@ def test_the_truth_of_a_synthetic_log_is_in_summary_and_claims(finished: tuple[R
         known = {"known_words": {"tppo": 0.75, "sft": 0.5}.get(row["model"], 0.25), "known_queries": 0.5}
         readings += [{**own, "than": None, "reader": "log", "measure": m, "value": v} for m, v in known.items()]
     frames = pd.DataFrame(answers), pd.DataFrame(readings)
-    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
-    data = build_metrics(*frames, judge=fake_run.JUDGE["judge"], rubric="targets", bootstrap_of=bootstrap)
+    data = build_metrics(*frames, judge=fake_run.JUDGE["judge"], rubric="targets")
     metrics = Metrics({**fake_run.JUDGE, **data})
     assert metrics.knows_truth
     said = " ".join(words.lead(metrics, metrics.scopes[0]))

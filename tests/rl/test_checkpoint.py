@@ -274,7 +274,9 @@ class TestWhoseFolder:
         state = json.loads((path / "state.json").read_text())
         del state["start"], state["config"]["dual_clip"]
         (path / "state.json").write_text(json.dumps(state))
-        sums = {file.name: core_checkpoint.sha256_file(file) for file in path.iterdir() if file.name != "checksums.json"}
+        sums = {
+            file.name: core_checkpoint.sha256_file(file) for file in path.iterdir() if file.name != "checksums.json"
+        }
         (path / "checksums.json").write_text(json.dumps(sums))
         append_rows(tmp_path / "metrics.jsonl", [{"update": 1}])
         append_rows(tmp_path / "samples.jsonl", [{"update": 1}])

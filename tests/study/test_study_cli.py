@@ -26,12 +26,11 @@ RECIPE = {
     "reward": {"epochs": 1, "evals_per_epoch": 1},
     "check_reward": {"allow_failed": True},  # trained on next to nothing
     "rl": {"updates": 3, "batch_size": 8, "minibatch_size": 8, "micro_batch_size": 8, "save_every": 1},
-    "evaluate": {"splits": ["eval1"], "max_examples": 8, "bootstrap_samples": 200},
+    "evaluate": {"splits": ["eval1"], "max_examples": 8},
     "study": {
         "seeds": [0, 1],
         # A rollout of 8 has no minibatches of 3: the rl stage refuses, in these cells only.
         "settings": [{"name": "broken", "overrides": {"rl.minibatch_size": 3}, "algorithms": ["tppo"]}],
-        "bootstrap_samples": 1000,
     },
 }
 

@@ -178,7 +178,6 @@ def test_a_stage_taken_from_elsewhere_is_neither_made_nor_deleted(tmp_path: Path
         ({"study": Study(settings=[Setting("a", {"rl.kl_coef": 0.2})])}, "changes nothing"),
         ({"study": Study(settings=[Setting("a", {"rl.kl_coef": 0.1}, ["ppo"])])}, r"\['ppo'\] are none of"),
         ({"study": Study(workers=0)}, "workers=0"),
-        ({"study": Study(bootstrap_samples=10)}, "at least 1000"),
         ({"evaluate": Evaluate(models=["tppo"])}, "leave them empty"),
         ({"evaluate": Evaluate(readings=[Reading("vote"), Reading("vote", 5)])}, "names a reader twice"),
         ({"evaluate": Evaluate(readings=[Reading("vote", -1)])}, "give 0"),

@@ -39,7 +39,7 @@ def make_study(
     """Every cell but `skip`, finished, by the run folders themselves; the second judge says what the first does."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo", "dpo"]),
-        study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])], bootstrap_samples=1000),
+        study=Study(seeds=[0, 1, 2], settings=[Setting("kl", {"rl.kl_coef": 0.05}, ["tppo"])]),
     )
     recipe = replace(recipe, **changes)
     if second_judge:
@@ -60,7 +60,8 @@ def make_study(
                     fake_run._write_jsonl(folder / "samples.jsonl", fake_run._token_rows(EXAMPLES, job.model))
                 elif stage == "evaluate":
                     models = ["sft", *baselines, "targets", "other_user"] if job.model == "sft" else [job.model]
-                    parts = [fake_run.made_up_rows(EXAMPLES, m, 7 * job.seed + 1, job.seed) for m in models]
+                    draw = 7 * job.seed + (1 if job.setting in ("base", "kl") else 1000)
+                    parts = [fake_run.made_up_rows(EXAMPLES, m, draw, job.seed) for m in models]
                     for place, (name, schema) in enumerate((("answers", ANSWERS), ("readings", READINGS))):
                         rows = [row for part in parts for row in part[place]]
                         write_table(folder / f"{name}.parquet", rows, schema)
@@ -155,12 +156,12 @@ def test_numbers_are_means_over_seeds_and_examples(study: Path):
     found = next(row for row in metrics["differences"] if wanted.items() <= row.items())
     assert found["value"] == pytest.approx(sum(by_model["tppo"]) / 60 - sum(by_model["ppo"]) / 60)
     assert (found["seeds"], found["users"], found["examples"]) == (3, 10, 60)
-    assert found["p_value"] <= found["p_holm"] <= 1
+    assert found["p_value"] <= found["p_corrected"] <= 1
     assert metrics["distinct_examples"] == {"all": 40, "eval1": 20, "eval2": 20}
 
 
 def test_a_point_costs_what_the_mean_cell_took(tmp_path: Path):
-    recipe, plan = make_study(tmp_path / "run")
+    recipe, plan = make_study(tmp_path / "run", study=Study(seeds=[0, 1, 2, 3, 4]))
     metrics = setting_metrics(recipe, plan, collect(plan), "base")
     assert metrics
     seconds = {"sample": 30.0, "label": 20.0, "reward": 10.0, "rl_dpo": 42.0}
@@ -179,8 +180,8 @@ def test_a_point_costs_what_the_mean_cell_took(tmp_path: Path):
     gain = metrics.difference("all", "tppo", "sft", "asked_words_targets")
     assert gain.low > 0
     minutes, labels, a_point, labels_a_point, an_answer = rows["TPPO"]
-    assert (minutes, labels, an_answer) == ("3.00", "7", "2.00")  # 1, 2 and 3 minutes, and one for what they read
-    assert a_point.startswith(f"{180 / (100 * gain.value):.1f} [")
+    assert (minutes, labels, an_answer) == ("4.00", "7", "2.00")  # 1 to 5 minutes, and one for what they read
+    assert a_point.startswith(f"{240 / (100 * gain.value):.1f} [")
     assert labels_a_point.startswith(f"{7 / (100 * gain.value):.1f} [")
     assert rows["DPO"][:2] == [f"{72 / 60:.2f}", "0"]  # it reads the samples, and no label
 
@@ -212,6 +213,11 @@ def test_page_and_summary(study: Path):
     assert re.match(
         r"TPPO minus PPO: [+−][\d.]+ points \[.*\], corrected p [=<] [\d.]+; 3 seeds, 40 examples\.", claim[1]
     )
+    claims = re.findall(r"points \[([^,]+), ([^\]]+)\], corrected p [=<] ([\d.]+); 3 seeds", summary)
+    assert len(claims) == 3
+    for low, high, p in claims:
+        ends = [float(end.replace("−", "-")) for end in (low, high)]
+        assert (ends[0] <= 0 <= ends[1]) == (float(p) >= 0.05)
     for text in ("3 seeds", "15 of 15 cells finished", "corrected-eval1", "tuned 3 times", "kl_coef", "DPO loss",
                  "Held-out AUC on its own task"):  # fmt: skip
         assert text in html
@@ -252,7 +258,7 @@ def test_answers_are_shown_when_the_log_is_synthetic_only(tmp_path: Path):
 
 def test_an_ablation_is_in_page_summary_and_metrics(tmp_path: Path):
     settings = [Setting(f"alpha{value}", {"rl.length_penalty_alpha": value}, ["tppo"]) for value in (0.5, 1.0)]
-    study = Study(seeds=[0, 1], settings=settings, bootstrap_samples=1000)
+    study = Study(seeds=[0, 1], settings=settings)
     recipe, plan = make_study(tmp_path / "run", study=study)
     assert write_report(recipe, plan, {})
     folder = tmp_path / "run/study"
@@ -328,7 +334,9 @@ def test_baselines_and_the_second_judge_are_in_the_report(tmp_path: Path, study:
 
     def corrected(rows: list, metric: str, reader: str = "") -> dict:
         wanted = (metric, reader)
-        return {(r["scope"], r["model"], r["than"]): r["p_holm"] for r in rows if (r["metric"], r["reader"]) == wanted}
+        return {
+            (r["scope"], r["model"], r["than"]): r["p_corrected"] for r in rows if (r["metric"], r["reader"]) == wanted
+        }
 
     # Against baselines every policy is compared, too, but that makes no p-value between policies larger.
     with_baselines = corrected(found, "relevant_targets")

@@ -32,9 +32,9 @@ def make_read(root: Path, port: int, **settings):
     return make_study(
         root,
         algorithms=["tppo"],
-        evaluate=Evaluate(bootstrap_samples=500, **{"readings": [Reading("llm", READ)], **settings}),
+        evaluate=Evaluate(**{"readings": [Reading("llm", READ)], **settings}),
         judge=judge,
-        study=Study(seeds=[0, 1], bootstrap_samples=1000),
+        study=Study(seeds=[0, 1]),
     )
 
 

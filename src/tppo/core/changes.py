@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from typing import Any, cast
 
-from tppo.core.config import ADDED, REPLACED, RESOURCES, RETIRED, Evaluate, Reader, Reading, Recipe
+from tppo.core.config import ADDED, REPLACED, RESOURCES, RETIRED, WITHOUT_EFFECT, Evaluate, Reader, Reading, Recipe
 from tppo.core.stages import split_stage, stage_config
 
 
@@ -43,13 +43,13 @@ def of_before(stage: str) -> dict[str, Any]:
 
 def without_retired(config: dict[str, Any]) -> dict[str, Any]:
     """Settings by section, as files of before hold them, without those that are constants today, where they had that
-    value, and without what changes no result (`RESOURCES`)."""
+    value, and without what changes no result (`RESOURCES`, `WITHOUT_EFFECT`)."""
     return {
         section: {
             name: value
             for name, value in values.items()
             if (f"{section}.{name}" not in RETIRED or value != RETIRED[f"{section}.{name}"])
-            and f"{section}.{name}" not in RESOURCES
+            and f"{section}.{name}" not in (*RESOURCES, *WITHOUT_EFFECT)
         }
         if isinstance(values, dict)
         else values

@@ -540,8 +540,8 @@ class Reading:
 class Evaluate:
     """Judge SFT and every tuned policy on users never trained on."""
 
-    splits: list[Literal["eval1", "eval2"]] = field(default_factory=lambda: ["eval1", "eval2"])
-    """Evaluation sets."""
+    splits: list[Literal["eval1", "eval2", "reward_eval"]] = field(default_factory=lambda: ["eval1", "eval2"])
+    """Evaluation sets; reward_eval, alone: the users that reward models are checked on, to choose settings by."""
     max_examples: int = 150
     """Examples of each set, drawn with the seed; 0 means all."""
     temperature: float = 1.0
@@ -567,7 +567,7 @@ class Evaluate:
     answers: dict[str, str] = field(default_factory=dict)
     """Finished evaluations whose answers are read, and voted on, as `model: folder`; empty: this run's own."""
     bootstrap_samples: int = 2000
-    """Bootstrap resamples of users for the 95% intervals."""
+    """Without effect: intervals are in closed form now (`tppo.core.stats`). It stays so that older recipes do."""
 
 
 @dataclass
@@ -626,10 +626,13 @@ class Study:
     examples, keep the recipe's `seed`, so that differences between cells are paired."""
     settings: list[Setting] = field(default_factory=list)
     """Variations tried beside the recipe as it stands."""
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    """Values tried for settings of `rl` and `dpo`, all combinations, as `{rl.gae_lambda: [0.95, 1.0]}`. Each algorithm
+    is compared at the one that has the best headline on the reward_eval users, who are in no evaluation set."""
     workers: int = 1
     """Cells at work at the same time, each on a GPU of its own; without one they share the CPU's threads and memory."""
     bootstrap_samples: int = 10000
-    """Bootstrap draws of seeds and users for intervals and p-values of the study's report."""
+    """Without effect, as `evaluate.bootstrap_samples`."""
 
 
 @dataclass
@@ -712,6 +715,8 @@ ADDED: dict[str, Any] = {
 was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is
 compared by its default, so one whose default changes what a stage does needs its entry; `tests/core/settings.txt` lists
 those that are not newer, and a test holds every other one against this table."""
+WITHOUT_EFFECT = ("evaluate.bootstrap_samples",)
+"""Settings that nothing depends on any more: no value of theirs makes anything stale."""
 REPLACED = {
     **dict.fromkeys(
         ("evaluate.second_judge", "evaluate.second_judge_examples", "evaluate.vote", "evaluate.vote_examples"),

@@ -89,7 +89,7 @@ def _dpo(recipe: Recipe) -> dict[str, Any]:
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     """The readings change no answer and no verdict of the first judge. `shared_seed` chooses the examples; `seed` draws
     the answers."""
-    own = _without(recipe.evaluate, "readings", "answers")
+    own = _without(recipe.evaluate, "readings", "answers", "bootstrap_samples")
     models = evaluated_models(recipe)
     return {
         "evaluate": own | {"batch_size": recipe.sample.batch_size},

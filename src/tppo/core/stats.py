@@ -1,19 +1,32 @@
-"""Intervals by a bootstrap over clusters: users in the evaluation, responses in the label check.
+"""Intervals for what users' answers say: of one run, and of a study with several seeds.
 
-Responses to one user resemble each other, so users (clusters) are drawn with replacement, not responses. All
-models are measured on the same examples and the same draws: the difference of two models is taken within each
-draw, so what is common to both (easy users, hard users) cancels out. The words of a response resemble each other
-as well: the label check (`tppo.judge.agreement`) draws responses, not words.
+**Means and differences** (`CrossedMeans`). In a study every model answers the same examples under every seed: users and
+seeds are crossed. Answers to one user resemble each other, and so do answers of one training, so the sample is neither
+the answers nor the users alone. The variance of the mean is taken apart into what differs between seeds and what
+differs between users (two-way random layout; Searle, Casella and McCulloch, Variance Components (1992), chapter 4),
+each with the t of its own degrees of freedom (Banerjee, Sankhya 22 (1960)):
 
-Percentile intervals after Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; clusters
-as in Field and Welsh, Bootstrapping clustered data, JRSS B 69 (2007). They are a little narrow for few users:
-the report says so below 30.
+    half width^2 = t(S - 1)^2 x variance by seeds + t(U - 1)^2 x variance by users
 
-In a study every model answers the same examples under every seed: users and seeds are crossed. Both are drawn with
-replacement, each apart (the pigeonhole bootstrap of Owen, Annals of Applied Statistics 1 (2007)); the difference of two
-models is taken within a seed and an example, so what is common to both cancels out. Of R seeds R - 1 are drawn (Rao and
-Wu, JASA 83 (1988)): with R draws of few seeds the variance between them would come out too small by (R - 1) / R. With
-one seed the intervals cover the choice of users only.
+which holds the truth at least as often as it says, whatever the two variances are. Satterthwaite's degrees of freedom
+give narrower intervals, but three seeds that are alike by chance pass for hundreds of users there: of studies of four
+like models it calls two different in up to 16%, where 5% are promised (`benchmarks/coverage.py`, docs/evaluation.md).
+A mean over unequal numbers of
+answers is a ratio of sums; its terms are linearised first. The difference of two models is taken within a seed and an
+example, so what is common to both (easy users) cancels out; that is right whether or not trainings of the same seed
+number have anything in common. One seed leaves the users: the interval covers the choice of users only.
+
+**Shares** (0 to 1) have Wilson's interval (JASA 22 (1927)) with the same width in the middle, as for the number of
+independent answers with that variance (Korn and Graubard, Survey Methodology 24 (1998)): it stays within 0 and 1, and
+0 of 50 users is not "never".
+
+**Several comparisons.** Intervals and p-values of the m differences of a family are those of Bonferroni: each interval
+at 1 - 0.05 / m, each p times m, both of the same t. So an interval leaves 0 out exactly when the corrected p is below
+0.05, and all intervals of a family hold their truths together in at least 95 of 100 studies.
+
+**What is no mean** (an AUC, kappa), and the gate: a bootstrap over clusters (users, or responses in the label check).
+Percentile intervals after Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; clusters as in
+Field and Welsh, JRSS B 69 (2007); expanded for few clusters (Hesterberg, The American Statistician 69 (2015)).
 
 Shapes: N examples, answers or words, C clusters, U users, S seeds, K summed columns, B draws.
 """
@@ -27,8 +40,11 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
 
-LEVEL = (2.5, 97.5)
+ALPHA = 0.05
+"""1 - the level of every interval, and what a corrected p-value has to be below."""
 FEW_USERS = 30
 _BLOCK = 4_000_000
 
@@ -54,6 +70,19 @@ class Estimate(IntervalEstimate):
 
     examples: int
     users: int
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean difference of two models, alone; `simultaneous` gives that of one among several."""
+
+    error_seeds: float | None = None
+    """Standard error by what differs between seeds; 0 of one seed, which shows none."""
+    error_users: float | None = None
+    """The same between users."""
+    p_value: float | None = None
+    """Two-sided, against 0."""
 
 
 class ClusterBootstrap:
@@ -93,12 +122,18 @@ class ClusterBootstrap:
             yield weights_BC
 
 
-def percentile_interval(value: float, drawn_B: np.ndarray) -> IntervalEstimate:
-    """`value` with the percentiles of its draws; a draw in which it is undefined (NaN) is left out."""
+def percentile_interval(value: float, drawn_B: np.ndarray, clusters: int) -> IntervalEstimate:
+    """`value` with percentiles of its draws; a draw in which it is undefined (NaN) is left out.
+
+    The draws of few clusters vary too little by (clusters - 1) / clusters, and their tails are normal where those of t
+    are due: the percentiles lie so much farther out.
+    """
     defined = drawn_B[~np.isnan(drawn_B)]
     if not len(defined):
         return IntervalEstimate(value, None, None)
-    low, high = np.percentile(defined, LEVEL)
+    reach = math.sqrt(clusters / (clusters - 1)) * stats.t.ppf(1 - ALPHA / 2, clusters - 1)
+    tail = 100 * float(stats.norm.sf(reach))
+    low, high = np.percentile(defined, (tail, 100 - tail))
     return IntervalEstimate(value, float(low), float(high))
 
 
@@ -119,7 +154,7 @@ class UserBootstrap(ClusterBootstrap):
             return Estimate(value, None, None, examples, users)
         totals_B, counts_B = self.drawn_totals(sums_U2).T
         counts_B[counts_B == 0] = np.nan  # a draw that holds no measured example
-        found = percentile_interval(value, totals_B / counts_B)
+        found = percentile_interval(value, totals_B / counts_B, users)
         return Estimate(value, found.low, found.high, examples, users)
 
     def difference(
@@ -157,7 +192,7 @@ class WinTieLose:
 
 
 def win_tie_lose(
-    bootstrap: UserBootstrap,
+    means: UserBootstrap | CrossedMeans,
     a_N: Sequence[float | None] | np.ndarray,
     b_N: Sequence[float | None] | np.ndarray,
     tie: float = 1e-6,
@@ -165,7 +200,7 @@ def win_tie_lose(
     """Compare paired scores: higher wins, equal within `tie` ties, an unmeasured score is no comparison."""
     difference_N = _as_float(a_N) - _as_float(b_N)
     sign_N = np.where(np.isnan(difference_N), np.nan, np.sign(np.where(np.abs(difference_N) <= tie, 0, difference_N)))
-    net = bootstrap.difference(sign_N, np.zeros_like(sign_N))
+    net = means.difference(sign_N, np.zeros_like(sign_N))
     compared = sign_N[~np.isnan(sign_N)]
     if not len(compared):
         return WinTieLose(None, None, None, net)
@@ -176,98 +211,141 @@ def _as_float(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-@dataclass(frozen=True)
-class SeedEstimate(Estimate):
-    """A mean over users' examples and seeds."""
+class CrossedMeans:
+    """Means over the answers of crossed users and seeds, with t intervals."""
 
-    seeds: int
-    p_value: float | None
-    """Two-sided, against 0; for differences only."""
+    def __init__(self, user_ids: Sequence[str], seeds: Sequence[int] | None = None) -> None:
+        """`user_ids` and `seeds` (N): of each answer, in the order of all values given later; no seeds: one."""
+        self.user_of_N = _places(user_ids)
+        self.seed_of_N = np.zeros(len(self.user_of_N), dtype=int) if seeds is None else _places(seeds)
 
+    def mean(self, values_N: Sequence[float | None] | np.ndarray, share: bool = False) -> Estimate:
+        """Mean over the measured answers (None and NaN are not measured) and its 95% interval.
 
-class SeedUserBootstrap(UserBootstrap):
-    """Means over answers, with users and seeds as crossed clusters."""
-
-    def __init__(self, user_ids: Sequence[str], seeds: Sequence[int], draws: int, seed: int) -> None:
-        """`user_ids` and `seeds` (N): of each answer, in the order of all values given later."""
-        super().__init__(user_ids, draws, seed)
-        self.seed_numbers, inverse = np.unique(np.asarray(seeds), return_inverse=True)
-        self.seed_of_N = inverse.reshape(-1)
-
-    def mean(self, values_N: Sequence[float | None] | np.ndarray) -> SeedEstimate:
-        """Mean over the measured answers (None and NaN are not measured) and its interval."""
-        return self._estimate(values_N)[0]
+        Args:
+            share: the values lie between 0 and 1, and so does the interval.
+        """
+        found = self.difference(values_N)
+        low, high = _wilson(found) if share else (found.low, found.high)
+        return Estimate(found.value, low, high, found.examples, found.users, found.seeds)
 
     def difference(
-        self, a_N: Sequence[float | None] | np.ndarray, b_N: Sequence[float | None] | np.ndarray
-    ) -> SeedEstimate:
-        """Mean of a - b over the answers where both were measured, its interval and its p-value."""
-        a_N, b_N = (np.asarray(values, dtype=float) for values in (a_N, b_N))
-        found, drawn_B = self._estimate(a_N - b_N)
-        if not len(drawn_B):
-            return found
-        return SeedEstimate(**{**found.as_dict(), "p_value": bootstrap_p_value(drawn_B)})
-
-    def _estimate(self, values_N: Sequence[float | None] | np.ndarray) -> tuple[SeedEstimate, np.ndarray]:
-        """The estimate, and its draws (B); none when there is nothing to draw from."""
-        values = np.asarray(values_N, dtype=float)
-        measured = ~np.isnan(values)
-        of_seed_SN = (np.arange(len(self.seed_numbers))[:, None] == self.seed_of_N) & measured
-        seeds = np.flatnonzero(of_seed_SN.any(axis=1))
-        examples = int(measured.sum())
+        self,
+        a_N: Sequence[float | None] | np.ndarray,
+        b_N: Sequence[float | None] | np.ndarray | None = None,
+    ) -> Difference:
+        """Mean of a - b (b: 0 where not given) over the answers where both were measured, its interval and p-value."""
+        values_N = _as_float(a_N) if b_N is None else _as_float(a_N) - _as_float(b_N)
+        measured_N = ~np.isnan(values_N)
+        examples = int(measured_N.sum())
         if not examples:
-            return SeedEstimate(None, None, None, 0, 0, 0, None), np.array([])
-        totals_US = self.sums(np.where(of_seed_SN[seeds], values, 0.0).T)
-        counts_US = self.sums(of_seed_SN[seeds].astype(float).T)
-        value, users = float(values[measured].mean()), int((counts_US.sum(axis=1) > 0).sum())
+            return Difference(None, None, None, 0, 0, 0)
+        value = float(values_N[measured_N].mean())
+        parts_US = self._parts(values_N[measured_N] - value, measured_N)
+        users, seeds = parts_US.shape
         if users < 2:
-            return SeedEstimate(value, None, None, examples, users, len(seeds), None), np.array([])
-        weights_BS = self._seed_weights(seeds)
-        totals_B = (self.drawn_totals(totals_US) * weights_BS).sum(axis=1)
-        counts_B = (self.drawn_totals(counts_US) * weights_BS).sum(axis=1)
-        counts_B[counts_B == 0] = np.nan  # a draw that holds no measured answer
-        drawn_B = totals_B / counts_B
-        found = percentile_interval(value, drawn_B)
-        return SeedEstimate(value, found.low, found.high, examples, users, len(seeds), None), drawn_B
+            return Difference(value, None, None, examples, users, seeds)
+        errors = crossed_errors(parts_US)
+        half = half_width(errors, (seeds, users), ALPHA)
+        p_value = p_of(value, errors, (seeds, users))
+        return Difference(value, value - half, value + half, examples, users, seeds, *errors, p_value)
 
-    def _seed_weights(self, seeds: np.ndarray) -> np.ndarray:
-        """How often each of `seeds` is drawn (B, len(seeds)); the same for every question about these seeds."""
-        count = len(seeds)
-        if count == 1:
-            return np.ones((self.draws, 1))
-        generator = np.random.default_rng([self.seed, *(int(number) for number in seeds)])
-        return generator.multinomial(count - 1, np.full(count, 1 / count), self.draws).astype(float)
+    def _parts(self, rest_N: np.ndarray, measured_N: np.ndarray) -> np.ndarray:
+        """What each measured user under each measured seed (U, S) adds to the mean's distance from what is measured."""
+        users, seeds = _places(self.user_of_N[measured_N]), _places(self.seed_of_N[measured_N])
+        parts_US = np.zeros((users.max() + 1, seeds.max() + 1))
+        np.add.at(parts_US, (users, seeds), rest_N)
+        return parts_US / len(rest_N)
 
 
-def bootstrap_p_value(drawn_B: np.ndarray) -> float:
-    """Two-sided p-value of "the difference is 0": twice the share of draws on the rarer side of 0, at most 1.
+def crossed_errors(parts_US: np.ndarray) -> tuple[float, float]:
+    """Standard errors of a sum of parts by what differs between seeds (one or more) and between users.
 
-    It is below 0.05 when the 95% percentile interval leaves 0 out (Efron and Tibshirani 1993, section 15.4); one draw
-    is added to each side, so that it is never 0 (Davison and Hinkley 1997, section 4.2).
+    Both mean squares hold what differs between single answers, too. It counts once: with the seeds or the users, of
+    whichever there are fewer, whose t is the larger.
+
+    Args:
+        parts_US: terms of the sum, which add up to 0; at least two users.
     """
-    drawn_B = drawn_B[~np.isnan(drawn_B)]
-    rarer = min(int((drawn_B <= 0).sum()), int((drawn_B >= 0).sum()))
-    return min(1.0, 2 * (rarer + 1) / (len(drawn_B) + 1))
+    users, seeds = parts_US.shape
+    of_users_U, of_seeds_S = parts_US.sum(axis=1), parts_US.sum(axis=0)
+    by_users = users / (users - 1) * float(of_users_U @ of_users_U)
+    if seeds == 1:
+        return 0.0, math.sqrt(by_users)
+    by_seeds = seeds / (seeds - 1) * float(of_seeds_S @ of_seeds_S)
+    rest_US = parts_US - of_users_U[:, None] / seeds - of_seeds_S / users
+    by_rest = users * seeds / ((users - 1) * (seeds - 1)) * float((rest_US**2).sum())
+    # By chance the whole may come out below one of its parts (two seeds that agree); it is not taken to be.
+    whole = max(by_seeds + by_users - by_rest, by_seeds, by_users, by_rest)
+    if seeds <= users:
+        by_users = whole - by_seeds
+    else:
+        by_seeds = whole - by_users
+    return math.sqrt(by_seeds), math.sqrt(by_users)
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values corrected for the number of comparisons (Holm, Scandinavian Journal of Statistics 6 (1979)).
+def half_width(errors: Sequence[float], counts: Sequence[int], alpha: float) -> float:
+    """Of the interval at 1 - `alpha`, from standard errors by independent parts and how many (2 or more, or an error of
+    0) were drawn for each."""
+    reach = [error * float(stdtrit(count - 1, alpha / 2)) for error, count in zip(errors, counts, strict=True) if error]
+    return math.hypot(*reach)
 
-    None (no p-value) stays None and is not counted. statsmodels has it, too, but runs the garbage collector in every
-    call (0.15 s, and a study corrects some hundred families).
-    """
-    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        corrected[place] = largest
-    return corrected
+
+def p_of(value: float, errors: Sequence[float], counts: Sequence[int]) -> float:
+    """Two-sided p-value against 0: the alpha at which the interval at 1 - alpha ends at 0."""
+    parts = [(error, count) for error, count in zip(errors, counts, strict=True) if error]
+    if not parts or not value:
+        return float(value == 0)
+    # Each part alone gives a narrower interval, so a smaller p.
+    least = max(2 * float(stdtr(count - 1, -abs(value) / error)) for error, count in parts)
+    if len(parts) == 1 or least == 0:
+        return least
+
+    def beyond(log_alpha: float) -> float:
+        return half_width(errors, counts, math.exp(log_alpha)) - abs(value)
+
+    return math.exp(float(brentq(beyond, math.log(least) - 1e-9, 0.0, xtol=1e-12)))
+
+
+def simultaneous(found: Mapping[str, Any], comparisons: int) -> dict[str, Any]:
+    """What a `Difference`, as a dict, is as one of a family of so many (Bonferroni)."""
+    none = dict.fromkeys(("low_corrected", "high_corrected", "p_corrected"))
+    if found["p_value"] is None:
+        return {"comparisons": comparisons, **none}
+    errors, counts = (found["error_seeds"], found["error_users"]), (found["seeds"], found["users"])
+    half, value = half_width(errors, counts, ALPHA / comparisons), found["value"]
+    return {
+        "comparisons": comparisons,
+        "low_corrected": value - half,
+        "high_corrected": value + half,
+        "p_corrected": min(1.0, comparisons * found["p_value"]),
+    }
+
+
+def _wilson(found: Difference) -> tuple[float | None, float | None]:
+    """Wilson's interval of a share, as wide in the middle as the one by t."""
+    share, low = found.value, found.low
+    if share is None or low is None:
+        return None, None
+    assert 0 <= share <= 1, share
+    if 0 < share < 1:
+        # t^2 / n, with n the number of independent answers that have this variance.
+        weight = (share - low) ** 2 / (share * (1 - share))
+    else:
+        weight = float(stdtrit(found.users - 1, ALPHA / 2)) ** 2 / found.users
+    middle = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def _places(names: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """The place of each name among the distinct ones."""
+    return np.unique(np.asarray(names), return_inverse=True)[1].reshape(-1)
 
 
 @dataclass(frozen=True)
 class SeedMean:
-    """A mean over seeds with its 95% interval by Student's t; the interval is None for fewer than two seeds."""
+    """A mean over seeds with its interval by Student's t; the interval is None for fewer than two seeds."""
 
     value: float
     low: float | None
@@ -275,20 +353,24 @@ class SeedMean:
     seeds: int
 
 
-def mean_over_seeds(values_S: Sequence[float]) -> SeedMean | None:
-    """Mean of one number per seed and its t interval; None when there is no number."""
+def mean_over_seeds(values_S: Sequence[float], comparisons: int = 1) -> SeedMean | None:
+    """Mean of one number per seed and its t interval, at 95% for a family of so many together (Bonferroni); None when
+    there is no number."""
     count = len(values_S)
     if not count:
         return None
     value = float(np.mean(values_S))
     if count < 2:
         return SeedMean(value, None, None, count)
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values_S, ddof=1) / math.sqrt(count))
+    error = float(np.std(values_S, ddof=1)) / math.sqrt(count)
+    half = half_width([error], [count], ALPHA / comparisons)
     return SeedMean(value, value - half, value + half, count)
 
 
 def estimate(row: Mapping[str, Any] | None) -> Estimate:
-    """The estimate in a row of metrics.json, which may say more than that; of no row, none."""
+    """The estimate in a row of metrics.json; of no row, none. That of a difference has the interval of its family: what
+    is shown and what verdicts go by."""
     if row is None:
         return Estimate(None, None, None, 0, 0)
-    return Estimate(row["value"], row["low"], row["high"], row["examples"], row["users"])
+    low, high = (row.get(f"{end}_corrected", row[end]) for end in ("low", "high"))
+    return Estimate(row["value"], low, high, row["examples"], row["users"], row.get("seeds", 1))

@@ -1,7 +1,13 @@
 """From answers and readings to metrics.json: the tables of a report, and what a point of the headline costs.
 
-Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so the bootstrap
-over users stays one of independent clusters).
+Splits are shown one by one and, when there are several, pooled as `all` (a user is in one split only, so users stay
+independent of each other). Answers of one run have one seed; those of a study have several (`tppo.core.stats`).
+
+A family of comparisons is what stands in one column of a table: the pairs of policies in one measure, by one reader, in
+one scope; the pairs of a policy and a simple baseline are a family of their own. `low_corrected`, `high_corrected` and
+`p_corrected` of a difference hold for all of its family together: what is shown, and what verdicts go by (`estimate`).
+`low`, `high`, `p_value`, `error_seeds` and `error_users` are of the pair alone. In both, p is below 0.05 exactly when
+the interval leaves 0 out. Intervals of a model's own numbers (`rows`) are 95% each.
 
 The headline counts all that was asked for (`tppo.core.asked`): by the verdicts on words or, of a judge of whole answers
 only, by its verdict on the answer times the share of the queries asked for that are there. What the paper counts stands
@@ -20,19 +26,18 @@ hold a stage's last attempt: a stage resumed after a kill is cheaper on paper th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tppo.core.common import stream_seed
 from tppo.core.config import Recipe, Rubric
 from tppo.core.run import RunFolder
 from tppo.core.show import NOT_MEASURED, Table, number
 from tppo.core.stages import BASELINES, DISPLAY, MODEL_ORDER, REFERENCES, rl_stage, stage_inputs
-from tppo.core.stats import Estimate, IntervalEstimate, UserBootstrap, WinTieLose, estimate, win_tie_lose
+from tppo.core.stats import CrossedMeans, Estimate, IntervalEstimate, WinTieLose, estimate, simultaneous, win_tie_lose
 from tppo.evaluate.metrics import (
     BESIDE,
     BY_JUDGE,
@@ -46,8 +51,6 @@ from tppo.evaluate.metrics import (
     corpus_metrics,
 )
 
-BootstrapOf = Callable[[pd.DataFrame, str], UserBootstrap]
-"""The bootstrap of a scope, from its questions (columns seed, example_id, user_id) and its name."""
 POOLED = "all"
 _QUESTION = ["seed", "example_id"]
 """What pairs the answers of two models."""
@@ -72,18 +75,7 @@ def baseline_pairs(models: Collection[str]) -> list[tuple[str, str]]:
     ]
 
 
-def user_bootstrap(draws: int, seed: int) -> BootstrapOf:
-    """Users drawn with replacement: for the answers of one seed."""
-
-    def of(questions: pd.DataFrame, scope: str) -> UserBootstrap:
-        return UserBootstrap(list(questions["user_id"]), draws, stream_seed(seed, "bootstrap", scope))
-
-    return of
-
-
-def build_metrics(
-    answers: pd.DataFrame, readings: pd.DataFrame, *, judge: str, rubric: Rubric, bootstrap_of: BootstrapOf
-) -> dict[str, Any]:
+def build_metrics(answers: pd.DataFrame, readings: pd.DataFrame, *, judge: str, rubric: Rubric) -> dict[str, Any]:
     """Tables with intervals: `rows` (per split, model and metric), `differences` and `wins` (per pair).
 
     A row of another judge than the first one has that judge's name as its `reader`; all other rows have none.
@@ -114,7 +106,8 @@ def build_metrics(
     }
     for scope, members in scopes.items():
         own_answers, own_readings = (frame[frame["split"].isin(members)] for frame in (answers, readings))
-        _Scope(scope, own_answers, own_readings, judge, bootstrap_of).add_to(result)
+        _Scope(scope, own_answers, own_readings, judge).add_to(result)
+    _correct(result)
     return result
 
 
@@ -133,17 +126,31 @@ def headline_kind(readings: pd.DataFrame, rubric: Rubric) -> str:
     return next(kind for kind in HEADLINES if count.get(f"{kind}_{rubric}", 0) == judged)
 
 
+def _correct(result: dict[str, Any]) -> None:
+    """Add to the differences of every family what holds for all of them together. The vote on the references
+    compares no models: a family of one."""
+    families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in result["differences"]:
+        family = (row["scope"], row["metric"], row["reader"], row["than"] in BASELINES)
+        families.setdefault(family, []).append(row)
+    for row in result["wins"]:
+        voted = (row["scope"], row["by"], row["rubric"], row["than"] in BASELINES, row["model"] in REFERENCES)
+        families.setdefault(voted, []).append(row["net"])
+    for found in families.values():
+        comparisons = sum(row["p_value"] is not None for row in found)
+        for row in found:
+            row |= simultaneous(row, comparisons)
+
+
 class _Scope:
     """One evaluation set, or all of them: its questions, and every measure of every model on them."""
 
-    def __init__(
-        self, name: str, answers: pd.DataFrame, readings: pd.DataFrame, judge: str, bootstrap_of: BootstrapOf
-    ) -> None:
+    def __init__(self, name: str, answers: pd.DataFrame, readings: pd.DataFrame, judge: str) -> None:
         self.name, self.answers, self.judge = name, answers, judge
         self.models = [model for model in DISPLAY if model in set(answers["model"])]
         questions = answers.drop_duplicates(_QUESTION)
         self.index = pd.MultiIndex.from_frame(questions[_QUESTION])
-        self.bootstrap = bootstrap_of(questions, name)
+        self.means = CrossedMeans(list(questions["user_id"]), list(questions["seed"]))
         self.votes = readings[readings["than"].notna()]
         self.single = readings[readings["than"].isna()]
         # Readers that are no judge have measures of their own, so the measure says who it was.
@@ -157,13 +164,13 @@ class _Scope:
         return np.full(len(self.index), np.nan) if found is None else found.to_numpy(float)
 
     def add_to(self, result: dict[str, Any]) -> None:
-        measures = [("", metric.name) for metric in PER_RESPONSE]
-        measures += [(judge, metric.name) for judge in result["second_judges"] for metric in BY_JUDGE]
+        measures = [("", metric) for metric in PER_RESPONSE]
+        measures += [(judge, metric) for judge in result["second_judges"] for metric in BY_JUDGE]
         for model in self.models:
             own = {"scope": self.name, "model": model}
-            for reader, name in measures:
-                found = self.bootstrap.mean(self.values(model, name, reader))
-                result["rows"].append({**own, "metric": name, "reader": reader, **found.as_dict()})
+            for reader, metric in measures:
+                found = self.means.mean(self.values(model, metric.name, reader), share=metric.unit == "rate")
+                result["rows"].append({**own, "metric": metric.name, "reader": reader, **found.as_dict()})
             result["rows"] += [{**own, **row} for row in self._corpus_rows(model)]
             for reader in ("", *result["second_judges"]):
                 for rubric in RUBRICS:
@@ -173,16 +180,17 @@ class _Scope:
                     result["abstained"].append({**own, "reader": reader, "rubric": rubric, "count": count})
         for a, b in [*model_pairs(self.models), *baseline_pairs(self.models)]:
             own = {"scope": self.name, "model": a, "than": b}
-            for reader, name in measures:
-                found = self.bootstrap.difference(self.values(a, name, reader), self.values(b, name, reader))
-                result["differences"].append({**own, "metric": name, "reader": reader, **found.as_dict()})
+            for reader, metric in measures:
+                values = (self.values(model, metric.name, reader) for model in (a, b))
+                found = self.means.difference(*values)
+                result["differences"].append({**own, "metric": metric.name, "reader": reader, **found.as_dict()})
             kind = result["headline"].rpartition("_")[0]
             for rubric in RUBRICS:
                 scores = {"scores": [self.scores(model, rubric) for model in (a, b)]}
                 if kind != HEADLINES[-1]:
                     scores = {"asked": [self.values(model, f"{kind}_{rubric}") for model in (a, b)], **scores}
                 for by, (ours, theirs) in scores.items():
-                    wins = win_tie_lose(self.bootstrap, ours, theirs)
+                    wins = win_tie_lose(self.means, ours, theirs)
                     result["wins"].append({**own, "rubric": rubric, "by": by, **_shares(wins)})
         result["wins"] += [{"scope": self.name, **row} for row in self._vote_rows()]
 
@@ -192,7 +200,7 @@ class _Scope:
         return self.values(model, f"relevant_{rubric}") + self.values(model, f"words_{rubric}")
 
     def _corpus_rows(self, model: str) -> list[dict[str, Any]]:
-        """No interval: drawing users with replacement repeats their words, which is biased downwards. Mean over the
+        """No interval: how varied all answers are is no mean over users. Mean over the
         seeds of each seed's: over all seeds at once, more answers would repeat more."""
         own = self.answers[self.answers["model"] == model]
         found = [corpus_metrics(part["queries"]) for _, part in own.groupby("seed")]
@@ -214,7 +222,7 @@ class _Scope:
                 for name in ("vote", "flipped")
             }
             sign_N, flips = of["vote"].reindex(self.index).to_numpy(float), of["flipped"]
-            wins = win_tie_lose(self.bootstrap, sign_N, np.zeros(len(sign_N)))
+            wins = win_tie_lose(self.means, sign_N, np.zeros(len(sign_N)))
             row = {"model": a, "than": b, "rubric": rubric, "by": "vote", **_shares(wins), "judge": judge}
             rate = float(flips.mean()) if len(flips) else None
             rows.append({**row, "flip_rate": rate, "asked": len(flips), "abstained": int(of["vote"].isna().sum())})

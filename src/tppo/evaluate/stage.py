@@ -29,7 +29,7 @@ from tppo.core.run import RunFolder
 from tppo.core.stages import evaluated_models, uses_llm_judge
 from tppo.core.tables import Example, read_table, write_table
 from tppo.evaluate.answers import ANSWERS, Row, answer_rows, choose_examples, make_answerer, readable_encoder
-from tppo.evaluate.compare import build_metrics, user_bootstrap
+from tppo.evaluate.compare import build_metrics
 from tppo.evaluate.readings import READINGS, judge_readings, text_readings, truth_readings
 from tppo.judge.embedding import Encoder
 from tppo.judge.label import make_judge, saved_judge
@@ -69,9 +69,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         paths = [path for split, model in order if (path := _part(parts, split, model, name)).exists()]
         tables[name] = pa.concat_tables([read_table(path, schema) for path in paths])
         write_table(folder / f"{name}.parquet", tables[name], schema)
-    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
     frames = tables["answers"].to_pandas(), tables["readings"].to_pandas()
-    metrics = build_metrics(*frames, judge=judge.name, rubric=recipe.reward.rubric, bootstrap_of=bootstrap)
+    metrics = build_metrics(*frames, judge=judge.name, rubric=recipe.reward.rubric)
     metrics["judge_labelled_training"] = judge.name == run.facts("label")["judge"]
     write_json(folder / "metrics.json", metrics)
     return {
@@ -146,7 +145,10 @@ def check_settings(recipe: Recipe) -> None:
     everybody = evaluated_models(replace(recipe, evaluate=replace(settings, models=[])))
     wrong = [
         (not settings.splits, "splits is empty: name eval1, eval2 or both"),
-        (settings.bootstrap_samples < 100, f"bootstrap_samples={settings.bootstrap_samples}: give at least 100"),
+        (
+            "reward_eval" in settings.splits and len(settings.splits) > 1,
+            f"splits={settings.splits}: reward_eval is no evaluation set, so it stands alone",
+        ),
         (settings.temperature < 0, f"temperature={settings.temperature}: give 0 (greedy) or more"),
         (
             "best_of_n" in settings.baselines and settings.best_of < 2,

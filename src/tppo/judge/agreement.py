@@ -11,7 +11,7 @@ answers tell how well people agree at all: no judge can be expected to do better
 
 Questions one side did not answer (abstained, judged whole responses only, left empty) are counted and left out.
 
-Intervals: 95% percentile bootstrap with responses as clusters (`tppo.core.stats`), because the words of
+Intervals: 95%, bootstrap with responses as clusters (`tppo.core.stats`), because the words of
 one response are not independent. Several responses to one user count as independent; with many of them
 the intervals are too narrow.
 
@@ -120,7 +120,7 @@ def measure(
             return IntervalEstimate(None, None, None)
         if drawn_B4 is None:
             return IntervalEstimate(value, None, None)
-        return percentile_interval(value, statistic(drawn_B4))
+        return percentile_interval(value, statistic(drawn_B4), len(set(clusters)))
 
     def missing(answers: Sequence[Answer]) -> dict[str, int]:
         return dict(sorted(Counter(answer for answer in answers if isinstance(answer, str)).items()))

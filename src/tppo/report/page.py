@@ -29,7 +29,7 @@ from tppo.core.stages import DISPLAY, all_stages, read_stages, rl_stage
 from tppo.core.stats import IntervalEstimate
 from tppo.core.tables import load_examples, read_table
 from tppo.evaluate.answers import ANSWERS, Row, records
-from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs, user_bootstrap
+from tppo.evaluate.compare import Metrics, build_metrics, cost_table, model_costs
 from tppo.evaluate.metrics import BY_NAME
 from tppo.evaluate.readings import READINGS, with_asked
 from tppo.judge.probes import PROBES
@@ -90,7 +90,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
         ("users", str(counted.users)),
         *judge_facts(metrics),
         ("seed", f"{recipe.seed}" + (f", shared stages {recipe.data_seed}" if recipe.data_seed != recipe.seed else "")),
-        ("intervals", f"95%, bootstrap over users, {recipe.evaluate.bootstrap_samples} draws"),
+        words.intervals_fact(metrics),
         ("seen and unseen", gap),
     ]
     reward_facts = run.facts("reward")
@@ -118,8 +118,7 @@ def load_run(recipe: Recipe, run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame
 def run_metrics(recipe: Recipe, run: RunFolder, answers: pd.DataFrame, readings: pd.DataFrame) -> Metrics:
     """metrics.json of everybody who read the answers."""
     own = load_metrics(run.require("evaluate")).data
-    bootstrap = user_bootstrap(recipe.evaluate.bootstrap_samples, recipe.seed)
-    data = build_metrics(answers, readings, judge=own["judge"], rubric=recipe.reward.rubric, bootstrap_of=bootstrap)
+    data = build_metrics(answers, readings, judge=own["judge"], rubric=recipe.reward.rubric)
     return Metrics({**data, "judge_labelled_training": own["judge_labelled_training"]})
 
 
@@ -134,6 +133,7 @@ def page_context(recipe: Recipe, metrics: Metrics, manifest: Mapping[str, Any]) 
     distinct = metrics.data.get("distinct_examples", {})
     return {
         "verdicts": words.verdicts(metrics, scope),
+        "together": words.together(metrics, scope),
         "distance": [],
         "chart_headline": headline_chart(metrics, scope),
         "chart_differences": difference_chart(metrics, scope),
@@ -262,7 +262,7 @@ def difference_chart(metrics: Metrics, scope: str) -> Markup | None:
         Interval(pair[0], words.display(pair), metrics.difference(scope, *pair, metrics.headline))
         for pair in metrics.pairs(scope)
     ]
-    return interval_chart(intervals, "Difference of that share, points (95% interval)", zero=True)
+    return interval_chart(intervals, "Difference of that share, points (95% intervals, together)", zero=True)
 
 
 def answers_shown(

@@ -1,6 +1,7 @@
 """What metrics.json allows to say: the verdict, the cautions, and the tables that the page and the summary share.
 
-Verdicts are computed from intervals only.
+Verdicts are computed from intervals only: those of differences, which hold for all pairs of a table's column together
+(`tppo.evaluate.compare`), so that a sentence, its interval and its corrected p-value never disagree.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from tppo.evaluate.metrics import (
 )
 from tppo.report.headline import AGAINST, NOT_ASKED, shares
 
-SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time"}
+SCOPES = {POOLED: "Both evaluation sets", "eval1": "eval1: same period", "eval2": "eval2: later in time",
+          "reward_eval": "Users of the reward models' check"}  # fmt: skip
 SHORT = {"an improvement": "better", "worse": "worse", "higher": "higher", "lower": "lower"}
 TONES = {"an improvement": "good", "worse": "bad", "no difference shown": "flat", NOT_MEASURED: "none",
          "higher": "flat", "lower": "flat"}  # fmt: skip
@@ -191,7 +193,9 @@ def cautions(metrics: Metrics, scope: str, final_kl: Mapping[str, float | None])
             notes.append(f"{DISPLAY[model]} ended {kl:.1f} nats per response away from SFT, which is far.")
     users = metrics.cell(scope, "sft", metrics.headline).users
     if users < FEW_USERS:
-        notes.append(f"Only {users} users were evaluated: intervals over so few users are too narrow.")
+        notes.append(
+            f"Only {users} users were evaluated: intervals over so few take it on trust that means are about normal."
+        )
     for reader in ("", *metrics.second_judges):
         of = [row for row in metrics.data["abstained"] if (row["scope"], row["reader"]) == (scope, reader)]
         if count := sum(row["count"] for row in of):
@@ -317,7 +321,29 @@ def difference_table(metrics: Metrics, scope: str) -> Table:
             cells.append(Cell(signed, shown, SHORT.get(outcome, ""), TONES[outcome]))
         rows.append(cells)
     heads = ["Pair", *(head(BY_NAME[name], "points") for name in names)]
-    return Table(heads, rows, f"Differences, {SCOPES[scope]}", series=[pair[0] for pair in pairs])
+    series, note = [pair[0] for pair in pairs], differences_note(metrics, scope)
+    return Table(heads, rows, f"Differences, {SCOPES[scope]}", note, series=series)
+
+
+def together(metrics: Metrics, scope: str) -> str:
+    """What an interval of a difference holds for: "3 pairs of models"."""
+    pairs, baselines = metrics.pairs(scope), metrics.baseline_pairs(scope)
+    said = f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''} of models"
+    return f"{said} (apart from them for all {len(baselines)} of a model and a simple baseline)" if baselines else said
+
+
+def differences_note(metrics: Metrics, scope: str) -> str:
+    """What the intervals of a table of differences mean."""
+    return (
+        f"Intervals hold with 95% for all {together(metrics, scope)} in a column together (Bonferroni): one that "
+        "leaves 0 out is a verdict, and has a corrected p below 0.05."
+    )
+
+
+def intervals_fact(metrics: Metrics) -> tuple[str, str]:
+    """How intervals were made, for the head of a summary."""
+    over = "users" if metrics.data.get("seeds", 1) == 1 else "users and seeds"
+    return "intervals", f"95%, t over {over}; those of differences for all pairs of a column together (Bonferroni)"
 
 
 def distance_tables(metrics: Metrics) -> list[Table]:
@@ -374,6 +400,7 @@ def wins_table(metrics: Metrics, scope: str, bars: bool = False) -> Table:
         [*heads[:2], "win · tie · lose", *heads[2:]] if bars else heads,
         rows,
         f"Win, tie, lose, {SCOPES[scope]}",
+        "Intervals of win minus lose hold with 95% for all pairs that are judged alike together (Bonferroni).",
         series=[row["model"] for row in shown],
     )
 
@@ -394,7 +421,7 @@ def votes_note(row: dict[str, Any]) -> str:
     """Beside a win-tie-lose row by vote: who voted, how often the two orders disagreed, and how often nobody knew."""
     flips = number(row["flip_rate"], "rate") + ("" if row["flip_rate"] is None else "%")
     abstained = f"; {row['abstained']} abstentions left out" if row["abstained"] else ""
-    corrected = row["net"].get("p_holm")  # of a study
+    corrected = row["net"]["p_corrected"]
     p = "" if corrected is None else f"; corrected p {p_text(corrected)}"
     return f"{row['judge']}; orders disagree: {flips} of {row['asked']} asked{abstained}{p}"
 

@@ -168,7 +168,8 @@ def auc_interval(
     for times_U in bootstrap.drawn_totals(np.eye(bootstrap.clusters)):
         rows = np.repeat(np.arange(len(scores_N)), times_U[bootstrap.cluster_of_N].astype(int))
         drawn.append(auc(positive_N[rows], scores_N[rows]))
-    return percentile_interval(value, np.array(drawn, dtype=float))  # None, of a draw of one class, becomes NaN
+    # None, of a draw of one class, becomes NaN.
+    return percentile_interval(value, np.array(drawn, dtype=float), bootstrap.clusters)
 
 
 def f1(positive_N: np.ndarray, predicted_N: np.ndarray) -> float | None:

@@ -6,6 +6,9 @@ that asks for it first, and taken over by the others (`Recipe.stage_dirs`). So a
 own reward models and the common labels, one that changes `evaluate.*` tunes nothing anew, and a setting that does
 not concern an algorithm adds no cell of it. Readings of the cells' answers (another judge, votes, the KL from SFT)
 stand to the right of the cells that they read, each in a run folder of its own.
+
+With `study.search` each algorithm is compared at its own best setting: every candidate is a setting, `search/` has its
+policies answer the reward_eval users, and `BEST` are the cells that `tppo.study.search` chooses by that.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from tppo.core.run import RunFolder
 from tppo.core.stages import REFERENCES, rl_stage, shared_stages, split_stage, stage_config, stage_inputs
 
 BASE = "base"
+BEST = "best"
+"""Each algorithm at the setting that the search chose."""
 SFT = "sft"
 _FIXED = ("run_dir", "seed", "shared_seed", "algorithms", "stage_dirs", "study", "evaluate.models", "evaluate.answers")
 """What no setting can override: the study sets it."""
@@ -72,6 +77,10 @@ class Plan:
     """The cell that evaluates a (setting, model, seed); settings that differ in nothing share it."""
     reading_of: dict[tuple[str, int, Reader], Job] = field(default_factory=dict)
     """Who reads the answers of all cells of a (setting, seed); settings may share it."""
+    search_of: dict[tuple[str, str, int], Job] = field(default_factory=dict)
+    """Who asks a candidate (setting, model, seed) of the search about the reward_eval users."""
+    shown: str = BASE
+    """The setting whose cells the report compares: `BEST` once the search has chosen."""
 
     @property
     def readings(self) -> list[Job]:
@@ -80,20 +89,23 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job]:
-        return [*self.shared, *self.cells, *self.readings]
+        return [*self.shared, *self.cells, *self.search_of.values(), *self.readings]
 
     def stage_counts(self) -> Counter[str]:
         return Counter(stage for job in self.jobs for stage in job.stages)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, chosen: Mapping[str, str] | None = None) -> Plan:
     """The shared run folders, the cells and the readings of a study; touches no file.
+
+    Args:
+        chosen: of each algorithm, the setting that the search chose; None before it has.
 
     Raises:
         UserError: a seed, a setting or an override that cannot be.
     """
     check_study(recipe)
-    settings = recipe.study.settings
+    settings = all_settings(recipe)
     variants = {BASE: recipe, **{setting.name: varied(recipe, setting) for setting in settings}}
     algorithms = {setting.name: setting.algorithms or recipe.algorithms for setting in settings}
     made = {stage_key(name, recipe): Path(folder) for name, folder in recipe.stage_dirs.items()}
@@ -113,8 +125,79 @@ def make_plan(recipe: Recipe) -> Plan:
         if evaluation in cells:
             plan.cell_of[name, model, seed] = cells[evaluation]
     plan.cells = list(cells.values())
-    _plan_readings(plan, variants, recipe.study.seeds)
+    _plan_search(plan, made, variants)
+    if chosen is not None:
+        plan.shown = BEST
+        for seed, model in itertools.product(recipe.study.seeds, (SFT, *recipe.algorithms)):
+            plan.cell_of[BEST, model, seed] = plan.cell_of[chosen.get(model, BASE), model, seed]
+    _plan_readings(plan, read_settings(recipe, plan, variants), recipe.study.seeds)
     return plan
+
+
+def all_settings(recipe: Recipe) -> list[Setting]:
+    """What a study tries beside the recipe as it stands: its settings, and the candidates of its search.
+
+    Raises:
+        UserError: a search that cannot be.
+    """
+    return [*recipe.study.settings, *search_settings(recipe)]
+
+
+def search_settings(recipe: Recipe) -> list[Setting]:
+    """The candidates of the search but for the recipe's own values, one section (`rl`, `dpo`) apart from the other.
+
+    Raises:
+        UserError: values that are none, or of a setting that only the study can set.
+    """
+    found = []
+    search = recipe.study.search
+    for name, values in search.items():
+        if name.partition(".")[0] not in ("rl", "dpo") or name == "rl.algorithm":
+            raise UserError(
+                f"study.search: {name} is no setting of `rl` or `dpo`; those are searched, as rl.gae_lambda"
+            )
+        if not values or _repeats([str(value) for value in values]):
+            raise UserError(f"study.search: {name}={values}: give at least one value, each once")
+    for section in ("rl", "dpo"):
+        names = [name for name in search if name.startswith(f"{section}.")]
+        algorithms = [model for model in recipe.algorithms if (model == "dpo") == (section == "dpo")]
+        if names and not algorithms:
+            raise UserError(f"study.search: none of algorithms={recipe.algorithms} has {names}")
+        for combination in itertools.product(*(search[name] for name in names)) if names else ():
+            overrides = dict(zip(names, combination, strict=True))
+            if any(value != _own_value(recipe, name) for name, value in overrides.items()):
+                label = "_".join(f"{name.rpartition('.')[2]}{value}" for name, value in overrides.items())
+                found.append(Setting(label, overrides, algorithms))
+    return found
+
+
+def _own_value(recipe: Recipe, name: str) -> Any:
+    """The recipe's `section.field`; itself where there is none of that name, which `overridden` refuses."""
+    section, _, field_name = name.partition(".")
+    return getattr(getattr(recipe, section), field_name, name)
+
+
+def _plan_search(plan: Plan, made: dict[str, Path], variants: Mapping[str, Recipe]) -> None:
+    """Add the jobs that ask every candidate, and the recipe as it stands, about the reward_eval users."""
+    candidates = search_settings(variants[BASE])
+    searched = [model for model in variants[BASE].algorithms if any(model in one.algorithms for one in candidates)]
+    for setting in (Setting(BASE, algorithms=searched), *candidates):
+        for name, model, seed in list(plan.cell_of):
+            if name == setting.name and model in setting.algorithms:
+                cell = cell_recipe(variants[name], model, seed)
+                asked = replace(cell.evaluate, splits=["reward_eval"], baselines=[], untuned=False)
+                stages = [*shared_stages(cell), rl_stage(model), "evaluate"]
+                job = _job(made, f"search/{name}-{model}-s{seed}", name, replace(cell, evaluate=asked), stages)
+                plan.search_of[name, model, seed] = job
+
+
+def read_settings(recipe: Recipe, plan: Plan, variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The settings whose cells are read afterwards: not the candidates of a search, but what it chose."""
+    candidates = {setting.name for setting in search_settings(recipe)}
+    if not candidates:
+        return dict(variants)
+    own = {name: variant for name, variant in variants.items() if name not in candidates | {BASE}}
+    return own if plan.shown == BASE else {BEST: recipe, **own}
 
 
 def _job(made: dict[str, Path], name: str, setting: str, recipe: Recipe, stages: Sequence[str], model: str = "") -> Job:
@@ -201,11 +284,12 @@ def varied(recipe: Recipe, setting: Setting) -> Recipe:
     Raises:
         UserError: an override that does not exist, does not fit, or changes nothing.
     """
+    label = f"study.{'search' if setting in search_settings(recipe) else 'settings'} '{setting.name}'"
     values: dict[str, Any] = asdict(recipe)
     for name, value in setting.overrides.items():
         *sections, last = name.split(".")
         if not {name, sections[0] if sections else name}.isdisjoint(_FIXED):
-            raise UserError(f"study.settings '{setting.name}': {name} is the study's own and cannot be overridden")
+            raise UserError(f"{label}: {name} is the study's own and cannot be overridden")
         place = values
         for section in sections:
             place = place.setdefault(section, {})
@@ -213,9 +297,9 @@ def varied(recipe: Recipe, setting: Setting) -> Recipe:
     try:
         found = check_recipe(values)
     except UserError as error:
-        raise UserError(f"study.settings '{setting.name}': {error}") from None
+        raise UserError(f"{label}: {error}") from None
     if found == recipe:
-        raise UserError(f"study.settings '{setting.name}' changes nothing: its overrides are the recipe's own values")
+        raise UserError(f"{label} changes nothing: its overrides are the recipe's own values")
     return found
 
 
@@ -225,23 +309,22 @@ def check_study(recipe: Recipe) -> None:
     Raises:
         UserError: names the setting.
     """
-    study, names = recipe.study, [setting.name for setting in recipe.study.settings]
+    study, names = recipe.study, [setting.name for setting in all_settings(recipe)]
     if not study.seeds or _repeats(study.seeds):
         raise UserError(f"study.seeds={study.seeds}: give at least one seed, each once")
     if not recipe.algorithms or _repeats(recipe.algorithms):
         raise UserError(f"algorithms={recipe.algorithms}: a study needs at least one algorithm, each once")
-    for setting in study.settings:
+    for setting in all_settings(recipe):
         name = setting.name
-        if name == BASE or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if name in (BASE, BEST) or names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(
                 f"study.settings: {name!r} is no name for a setting: letters, digits, `.`, `_`, `-`; each once; not "
-                f"`{BASE}`, which is the recipe as it stands"
+                f"`{BASE}`, which is the recipe as it stands, or `{BEST}`, which is what a search chooses"
             )
         if unknown := set(setting.algorithms) - set(recipe.algorithms):
             raise UserError(f"study.settings '{name}': {sorted(unknown)} are none of {recipe.algorithms}")
-    for option, least in (("workers", 1), ("bootstrap_samples", 1000)):
-        if (value := getattr(study, option)) < least:
-            raise UserError(f"study.{option}={value}: give at least {least}")
+    if study.workers < 1:
+        raise UserError(f"study.workers={study.workers}: give at least 1")
     if recipe.evaluate.models or recipe.evaluate.answers:
         raise UserError("evaluate.models and evaluate.answers are set by the study: leave them empty")
     check_samples(recipe)
@@ -259,7 +342,8 @@ def describe(plan: Plan) -> list[str]:
         left.update(missing)
         lines.append(f"{job.name}: {', '.join(job.stages)}{'' if missing else ' (finished)'}")
     counts = ", ".join(f"{count} {stage} ({left[stage]} to make)" for stage, count in plan.stage_counts().items())
-    read = f", {len(plan.readings)} readings" if plan.readings else ""
+    read = f", {len(plan.search_of)} of the search" if plan.search_of else ""
+    read += f", {len(plan.readings)} readings" if plan.readings else ""
     return [*lines, f"{len(plan.cells)} cells{read}; stages: {counts}"]
 
 

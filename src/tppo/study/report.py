@@ -34,8 +34,9 @@ from tppo.report.charts import (
 )
 from tppo.report.headline import seen_gap
 from tppo.report.page import answers_shown, difference_chart, judge_facts, page_context, render
-from tppo.study.grid import BASE, SFT, Plan
+from tppo.study.grid import BASE, SFT, Plan, all_settings
 from tppo.study.results import MEASURES, Collected, collect, models_with, study_metrics, write_tables
+from tppo.study.search import choose, search_said, search_table, searched
 from tppo.study.tables import (
     ablation_charts,
     ablation_measures,
@@ -62,31 +63,39 @@ def write_report(recipe: Recipe, plan: Plan, failed: Mapping[str, str]) -> Path 
     Args:
         failed: why run folders failed, by name.
     """
-    collected, settings = collect(plan, failed), recipe.study.settings
-    names = (BASE, *(setting.name for setting in settings))
+    collected, settings = collect(plan, failed), all_settings(recipe)
+    names = {BASE, plan.shown, *(setting.name for setting in settings)}
     by_setting = {name: setting_metrics(recipe, plan, collected, name) for name in names}
-    base = by_setting[BASE]
-    if base is None:
+    found = searched(plan, failed) if plan.search_of else None
+    shown = by_setting[plan.shown]
+    if shown is None:
         console.print("no cell with the recipe's own settings is finished: there is nothing to report")
         return None
     folder = Path(recipe.run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(collected, folder)
-    measures = ablation_measures(base)
+    measures = ablation_measures(shown)
     ablations = find_ablations(recipe, plan, collected, measures)
-    write_json(folder / "metrics.json", base.data | {"ablations": {found.name: found.rows for found in ablations}})
-    charts = training_charts(collected.curves_of(BASE))
+    extra: dict[str, Any] = {"ablations": {ablation.name: ablation.rows for ablation in ablations}}
+    if found is not None:
+        extra["search"] = {"headline": found, "chosen": choose(found)}
+    write_json(folder / "metrics.json", shown.data | extra)
+    charts = training_charts(collected.curves_of(plan, plan.shown))
     context = {
-        **study_context(recipe, plan, collected, base, failed),
+        **study_context(recipe, plan, collected, shown, failed),
         "charts": {"missing": [], **{group: drawn(found.values()) for group, found in charts.items()}},
         "settings": [setting_view(setting, by_setting[setting.name]) for setting in settings],
         "ablations": [
-            (ablation_table(found, by_setting, measures), ablation_charts(found, measures)) for found in ablations
+            (ablation_table(ablation, by_setting, measures), ablation_charts(ablation, measures))
+            for ablation in ablations
         ],
     }
-    write_text(folder / "summary.md", summary(base, context))
-    for found in charts.values():
-        save_figures(found, folder / "figures")
+    context["cautions"] = [*search_said(recipe, plan, found), *context["cautions"]]
+    if found is not None:
+        context["tables"] = [search_table(recipe, found, by_setting), *context["tables"]]
+    write_text(folder / "summary.md", summary(shown, context))
+    for group in charts.values():
+        save_figures(group, folder / "figures")
     write_text(folder / "report.html", render(context, TEMPLATE))
     for sentence in context["lead"]:
         console.print(sentence, markup=False, soft_wrap=True)
@@ -99,17 +108,17 @@ def setting_metrics(recipe: Recipe, plan: Plan, collected: Collected, setting: s
     if SFT not in set(answers["model"]):
         return None
     cell = collected.metrics[answers["job"].iloc[0]]
-    draws, rubric = recipe.study.bootstrap_samples, recipe.reward.rubric
-    return study_metrics(answers, readings, cell, rubric=rubric, draws=draws, seed=recipe.seed)
+    return study_metrics(answers, readings, cell, recipe.reward.rubric)
 
 
 def study_context(
     recipe: Recipe, plan: Plan, collected: Collected, metrics: Metrics, failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything the template shows of the recipe's own setting."""
+    """Everything the template shows of the setting that is compared."""
     scope = metrics.scopes[0]
-    curves = collected.curves_of(BASE)
-    evaluated = next(job for (name, *_), job in plan.cell_of.items() if name == BASE and job.name in collected.metrics)
+    curves = collected.curves_of(plan, plan.shown)
+    cells = [job for (name, *_), job in plan.cell_of.items() if name == plan.shown]
+    evaluated = next(job for job in cells if job.name in collected.metrics)
     gap = seen_gap((evaluated.run.manifest("label") or {}).get("facts", {}), metrics.rubric)
     return {
         **page_context(recipe, metrics, evaluated.run.manifest("evaluate") or {}),
@@ -143,10 +152,11 @@ def synthetic_answers(recipe: Recipe, plan: Plan, collected: Collected, metrics:
     """
     if "synthetic" not in stage_inputs("prepare", recipe):
         return {"samples": [], "token_samples": []}
-    seed = next(seed for seed in recipe.study.seeds if plan.cell_of[BASE, SFT, seed].name in collected.metrics)
-    cells = {model: plan.cell_of.get((BASE, model, seed)) for model in metrics.policies}
+    shown = plan.shown
+    seed = next(seed for seed in recipe.study.seeds if plan.cell_of[shown, SFT, seed].name in collected.metrics)
+    cells = {model: plan.cell_of.get((shown, model, seed)) for model in metrics.policies}
     runs = {model: job.run for model, job in cells.items() if job and job.name in collected.metrics}
-    answers, readings = (frame[frame["seed"] == seed] for frame in collected.of_setting(plan, BASE))
+    answers, readings = (frame[frame["seed"] == seed] for frame in collected.of_setting(plan, shown))
     return answers_shown(runs, answers, readings, metrics, recipe.seed)
 
 
@@ -166,7 +176,11 @@ def setting_view(setting: Setting, metrics: Metrics | None) -> dict[str, Any]:
 def missing_cells(plan: Plan, collected: Collected, failed: Mapping[str, str]) -> list[str]:
     """What a reader has to know of jobs that are not in the numbers; whether they failed, not their logs."""
     notes = []
-    for what, jobs in {"cells": plan.cells, "readings": plan.readings}.items():
+    for what, jobs in {
+        "cells": plan.cells,
+        "readings": plan.readings,
+        "answers of the search": list(plan.search_of.values()),
+    }.items():
         missing = [job.name for job in jobs if job.name in collected.missing]
         for said, names in (
             ("failed and are not in the numbers", [name for name in missing if name in failed]),
@@ -191,7 +205,7 @@ def summary(metrics: Metrics, context: dict[str, Any]) -> str:
         ("examples", str(context["scopes"][0]["examples"])),
         ("users", str(context["scopes"][0]["users"])),
         *judge_facts(metrics),
-        ("intervals", f"95%, bootstrap over users and seeds, {context['recipe'].study.bootstrap_samples} draws"),
+        words.intervals_fact(metrics),
     ]
     facts.append(("seen and unseen", context["cautions"][-1]))
     tables: list[Table] = [*context["corrected"], *context["tables"], *(table for table, _ in context["ablations"])]

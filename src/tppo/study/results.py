@@ -18,10 +18,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from tppo.core.common import stream_seed
 from tppo.core.config import Rubric
-from tppo.core.stages import BASELINES, MODEL_ORDER, REFERENCES, rl_stage
-from tppo.core.stats import SeedUserBootstrap, UserBootstrap, holm
+from tppo.core.stages import MODEL_ORDER, rl_stage
 from tppo.core.tables import field, read_table, write_table
 from tppo.evaluate.answers import ANSWERS
 from tppo.evaluate.compare import Metrics, build_metrics
@@ -76,8 +74,11 @@ class Collected:
         jobs = [job.name for (name, *_), job in [*plan.cell_of.items(), *plan.reading_of.items()] if name == setting]
         return self.answers[self.answers["job"].isin(jobs)], self.readings[self.readings["job"].isin(jobs)]
 
-    def curves_of(self, setting: str) -> pd.DataFrame:
-        return self.curves[self.curves["setting"] == setting]
+    def curves_of(self, plan: Plan, setting: str) -> pd.DataFrame:
+        """Of the trainings of the cells that stand for this setting."""
+        made = {(job.setting, job.model) for (name, *_), job in plan.cell_of.items() if name == setting}
+        own = [pair in made for pair in zip(self.curves["setting"], self.curves["model"], strict=True)]
+        return self.curves[np.array(own, dtype=bool)]
 
     def means(self, measures: Sequence[str]) -> pd.DataFrame:
         """Mean over the answers of each measure (columns), by job and model; of the first judge where it is one's."""
@@ -103,7 +104,7 @@ def collect(plan: Plan, left_out: Collection[str] = ()) -> Collected:
         readings=_rows(finished, "readings", READINGS),
         curves=pd.DataFrame(curves, columns=CURVES.names),
         metrics={job.name: load_metrics(_last_folder(job)).data for job in cells},
-        missing=[job.name for job in wanted if job not in finished],
+        missing=[job.name for job in (*wanted, *plan.search_of.values()) if job.name in left_out or not job.finished()],
     )
 
 
@@ -139,33 +140,14 @@ def write_tables(collected: Collected, folder: Path) -> None:
     write_table(folder / "curves.parquet", collected.curves.to_dict("records"), CURVES)
 
 
-def study_metrics(
-    answers: pd.DataFrame, readings: pd.DataFrame, cell: dict[str, Any], *, rubric: Rubric, draws: int, seed: int
-) -> Metrics:
-    """metrics.json of all seeds together; differences, and `net` of wins, also hold `p_value` and `p_holm`.
-
-    `p_holm` is corrected for the number of pairs compared in one measure and one scope: pairs of policies, and pairs of
-    a policy and a simple baseline, each for itself.
+def study_metrics(answers: pd.DataFrame, readings: pd.DataFrame, cell: dict[str, Any], rubric: Rubric) -> Metrics:
+    """metrics.json of all seeds together.
 
     Args:
         answers, readings: of one setting, every seed; one first judge in all.
         cell: metrics.json of one of the cells.
-        draws: of seeds and users.
     """
-
-    def bootstrap_of(questions: pd.DataFrame, scope: str) -> UserBootstrap:
-        own_seed = stream_seed(seed, "study bootstrap", scope)
-        return SeedUserBootstrap(list(questions["user_id"]), list(questions["seed"]), draws, own_seed)
-
-    data = build_metrics(answers, readings, judge=cell["judge"], rubric=rubric, bootstrap_of=bootstrap_of)
-    tested = [((row["metric"], row["reader"]), row, row) for row in data["differences"]]
-    tested += [((row["by"], row["rubric"]), row, row["net"]) for row in data["wins"] if row["model"] not in REFERENCES]
-    families: dict[tuple[str, tuple[str, str], bool], list[dict[str, Any]]] = {}
-    for measure, row, numbers in tested:
-        families.setdefault((row["scope"], measure, row["than"] in BASELINES), []).append(numbers)
-    for family in families.values():
-        for numbers, corrected in zip(family, holm([numbers["p_value"] for numbers in family]), strict=True):
-            numbers["p_holm"] = corrected
+    data = build_metrics(answers, readings, judge=cell["judge"], rubric=rubric)
     split_of = answers.drop_duplicates("example_id")["split"]
     # All evaluation sets together are a scope, and no split.
     distinct = {scope: int((split_of == scope).sum()) or len(split_of) for scope in data["scopes"]}

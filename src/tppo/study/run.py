@@ -33,14 +33,14 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
         UserError: a setting that cannot be, a shared stage that stopped, or cells that failed (after the others and
             the report were made).
     """
-    plan = make_plan(recipe)
+    plan = planned(recipe)
     if unknown := set(redo) - plan.stage_counts().keys():
         raise UserError(f"--redo {sorted(unknown)}: this study makes {sorted(plan.stage_counts())}")
     if recipe.study.action == "plan":
         print("\n".join(describe(plan)))
         return
     if recipe.study.action == "run":
-        check_readers(plan)
+        check_readers(make_plan(recipe, {}) if plan.search_of else plan)
         # A setting's own mistakes fail its own cells.
         check_sections(recipe, [name for name in all_stages(recipe) if name not in recipe.stage_dirs])
         workers = worker_environments(recipe.study.workers)
@@ -49,7 +49,12 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
             discard(plan, redo)
             if not stale_jobs(plan):  # else it would say other settings than what is finished has
                 write_recipe(RunFolder(recipe))
-            failed = run_plan(plan, workers, children)
+            first = make_plan(recipe)
+            failed = run_plan(first, workers, children)
+            plan = planned(recipe)
+            # What a search chooses is read when it has chosen.
+            left = [job for job in plan.readings if job.name not in {one.name for one in first.readings}]
+            failed |= run_jobs(left, workers, children)
     else:
         failed = stale_jobs(plan)
     from tppo.study.report import write_report  # here: training needs no charts
@@ -60,6 +65,17 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     if failed:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(plan.jobs)} run folders failed; what is finished stays valid:{listed}")
+
+
+def planned(recipe: Recipe) -> Plan:
+    """The plan of a study, with what its search chose once that is finished."""
+    plan = make_plan(recipe)
+    if not plan.search_of:
+        return plan
+    from tppo.study.search import choose, searched  # here: training needs no charts
+
+    found = searched(plan, stale_jobs(plan))
+    return plan if found is None else make_plan(recipe, choose(found))
 
 
 def check_readers(plan: Plan) -> None:

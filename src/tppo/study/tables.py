@@ -30,7 +30,7 @@ from tppo.evaluate.metrics import BY_NAME
 from tppo.judge.agreement import RESULT
 from tppo.report import words
 from tppo.report.charts import Chart, curve, drawn, seed_line
-from tppo.study.grid import BASE, Plan, settings_tried, varied
+from tppo.study.grid import BASE, Plan, all_settings, settings_tried, varied
 from tppo.study.results import MEASURES, Collected, at_equal_kl, models_with, reaching, steadiness
 
 FIRST_RIVALS = ("ppo", "ppo_sum", "sft", "dpo")
@@ -48,14 +48,14 @@ def claims(metrics: Metrics, scope: str) -> list[str]:
         shift = words.shift(estimate(row), BY_NAME[headline])
         seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
         count = metrics.data["distinct_examples"][scope]
-        p = p_text(row["p_holm"])
+        p = p_text(row["p_corrected"])
         p = p if p.startswith("<") else f"= {p}"
         sentences.append(f"{words.display(pair)}: {shift}, corrected p {p}; {seeds}, {count} examples.")
     return sentences
 
 
 def corrected_table(metrics: Metrics, scope: str) -> Table:
-    """The pairs of policies with p-values, as they are and corrected."""
+    """The pairs of policies with p-values: of the pair alone, and corrected."""
     paper = [f"relevant_{metrics.rubric}"] if metrics.counts_asked else []
     names = [(name, "") for name in (metrics.headline, metrics.data["check"], *paper, "hit", "token_f1", "unparseable")]
     names += words.second_measures(metrics)
@@ -68,12 +68,13 @@ def corrected_table(metrics: Metrics, scope: str) -> Table:
         for name, reader in names:
             row = metrics.difference_row(scope, *pair, name, reader)
             shown = with_interval(estimate(row), BY_NAME[name].unit, signed=True)
-            cells += [shown, p_text(row["p_value"]), p_text(row["p_holm"])]
+            cells += [shown, p_text(row["p_value"]), p_text(row["p_corrected"])]
         rows.append(cells)
     title = f"Corrected for {len(rows)} comparisons, {words.SCOPES[scope]}"
     note = (
-        "Two-sided p-values of the bootstrap over users and seeds, as they are and corrected by Holm for the number of "
-        "pairs in the column."
+        "Two-sided p-values of the same t over users and seeds as the intervals: of the pair alone, and times the "
+        "number of pairs in the column (Bonferroni). The intervals go with the corrected one: they leave 0 out when it "
+        "is below 0.05."
     )
     return Table(heads, rows, title, note, f"corrected-{scope}")
 
@@ -88,19 +89,19 @@ def equal_kl_table(curves: pd.DataFrame) -> Table:
         head = f"{label}, at {level:.2f} nats"
         pairs = list(itertools.combinations(values, 2))
         rows += [[head, DISPLAY[model], _mean_text(values[model])] for model in values]
-        rows += [[head, words.display((a, b)), _mean_text(values[a] - values[b], "+")] for a, b in pairs]
+        rows += [[head, words.display((a, b)), _mean_text(values[a] - values[b], "+", len(pairs))] for a, b in pairs]
     note = (
         "On rollouts, by the reward models (not by the judge on the evaluation users), when the KL from SFT first "
         "reaches the largest that every training reaches; curves smoothed over three updates. Intervals by Student's t "
-        "over the seeds."
+        "over the seeds, 95%; those of differences for all pairs of a measure together (Bonferroni)."
     )
     measured = [row for row in rows if row[-1]]
     return Table(["Measure", "Model", "Mean over seeds"], measured, "At equal KL", note, "equal-kl")
 
 
-def _mean_text(values: pd.Series, sign: str = "") -> str:
+def _mean_text(values: pd.Series, sign: str = "", comparisons: int = 1) -> str:
     """Mean over the seeds that have a value; empty when none has."""
-    found = mean_over_seeds(values.dropna().tolist())
+    found = mean_over_seeds(values.dropna().tolist(), comparisons)
     if found is None:
         return ""
     if found.low is None or found.high is None:
@@ -201,7 +202,7 @@ def point_cost_table(plan: Plan, metrics: Metrics) -> Table:
     scope = metrics.scopes[0]
     by_model: dict[str, list[Cost]] = {model: [] for model in metrics.policies}
     for (setting, model, _), job in plan.cell_of.items():
-        if setting == BASE and model in by_model and job.run.manifest("evaluate") is not None:
+        if setting == plan.shown and model in by_model and job.run.manifest("evaluate") is not None:
             found = model_costs(job.recipe, job.run, metrics, scope)
             by_model[model] += [cost for cost in found if cost.model == model]
 
@@ -245,7 +246,7 @@ class Ablation:
 def find_ablations(recipe: Recipe, plan: Plan, collected: Collected, measures: list[str]) -> list[Ablation]:
     """The ablations of a study with at least one point beside the recipe's own."""
     values: dict[str, dict[str, float]] = {}
-    for setting in recipe.study.settings:
+    for setting in all_settings(recipe):
         names = setting.overrides.keys() - CHANGE_NO_ANSWER
         if len(names) == 1:
             (name,) = names
