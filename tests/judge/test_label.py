@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from tests.helpers.rewritten import as_if_written
 from tppo.core.common import UserError
 from tppo.core.parts import SEEN_FILE
 from tppo.core.run import RunFolder, run_stage
@@ -90,6 +91,7 @@ def test_responses_to_unknown_examples_are_refused(recipe):
     rows = read_table(path, RESPONSES).to_pylist()
     rows[3]["example_id"] = "stranger"
     write_table(path, rows, RESPONSES)
+    as_if_written(path.parent)
     with pytest.raises(UserError, match=r"1 responses to examples.*stranger"):
         run_stage(recipe, "label", label.run)
 

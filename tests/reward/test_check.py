@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForTokenClassification
 
+from tests.helpers.rewritten import as_if_written
 from tests.helpers.topic_run import TOPICS, make_topic_run, oracle
 from tppo import cli
 from tppo.core.config import Recipe
@@ -261,6 +262,7 @@ def test_models_of_different_rubrics_are_refused(tiny_encoder, tmp_path, setting
     run = with_constant_models(recipe, tiny_encoder)
     path = run.path("reward") / "sentence" / "reward.json"
     path.write_text(path.read_text().replace('"history"', '"targets"'))
+    as_if_written(run.path("reward"))
     with pytest.raises(SystemExit):
         cli.main(["check-reward", "--config", str(settings(recipe))])
     assert "must name the same rubric" in capsys.readouterr().err

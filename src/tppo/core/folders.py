@@ -119,7 +119,7 @@ def remove(folder: Path, stage: str) -> None:
 
 
 def outputs(folder: Path, foreign: list[str]) -> dict[str, dict[str, Any]]:
-    """What a stage has made, by path in its folder.
+    """What a stage has made, by path in its folder; half a file that a kill left (`*.tmp`) is nothing.
 
     Args:
         foreign: names in the folder that are somebody else's.
@@ -128,7 +128,7 @@ def outputs(folder: Path, foreign: list[str]) -> dict[str, dict[str, Any]]:
     return {
         relative.as_posix(): file_mark(path)
         for relative, path in found.items()
-        if str(relative) not in (MANIFEST, STARTED) and relative.parts[0] not in foreign
+        if str(relative) not in (MANIFEST, STARTED) and path.suffix != ".tmp" and relative.parts[0] not in foreign
     }
 
 

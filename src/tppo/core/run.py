@@ -257,16 +257,16 @@ class RunFolder:
         for stage in left[len(stages) :]:
             if stage in doomed:
                 raise UserError(f"--redo {stage}: this command does not make it anew, `tppo run` does")
+        direct = {name for stage in stages for name in stage_inputs(stage, self.recipe)}
         for stage in stages:
-            for name in self.missing_inputs(stage):
-                if name not in stages:
-                    self.input_hashes(stage)  # says what is missing
+            if set(self.missing_inputs(stage)) - set(stages):
+                self.input_hashes(stage)  # says what is missing
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
             if stage in self.recipe.stage_dirs:
                 folders.check_outputs(self.path(stage), stage, self._way_out(stage))
             elif manifest := self.manifest(stage):
                 self._check_made(stage, manifest)
-                if not self.missing_inputs(stage):
+                if stage in direct and not self.missing_inputs(stage):
                     self.require_current(stage)
 
     def followers(self, stages: Collection[str]) -> list[str]:
