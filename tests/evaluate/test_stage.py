@@ -16,12 +16,10 @@ from tppo.core.models import load_policy
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.stages import evaluated_models, stage_config
 from tppo.core.tables import EXAMPLES, Example, read_table, write_table
-from tppo.core.words import word_spans
 from tppo.evaluate import answers, stage
 from tppo.evaluate.answers import ANSWERS
 from tppo.evaluate.readings import READINGS, choose_second_judge, first_judges
 from tppo.judge.embedding import EmbeddingJudge, Thresholds
-from tppo.judge.legible import Legibility
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +70,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_evaluate_writes_rows_and_metrics(
-    tmp_path: Path, tiny_policy: Path, judge_file: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # A policy of random weights writes random letters, on which the judge would abstain.
-    monkeypatch.setattr(Legibility, "unread_words", lambda _, text, *__: [False] * len(word_spans(text)))
+def test_evaluate_writes_rows_and_metrics(tmp_path: Path, tiny_policy: Path, judge_file: Path):
     examples = fake_run.make_examples(5) + fake_run.make_examples(3, split="eval2")
     recipe, run = make_inputs(tmp_path / "run", tiny_policy, judge_file, examples)
     recipe.evaluate.max_examples = 6

@@ -43,7 +43,6 @@ FOREIGN = {
     "ru": "погода москва",
     "el": "καιρός σήμερα",
     "ka": "ამინდი თბილისი",
-    "emoji": "🍕 🍣",
 }
 
 
@@ -92,6 +91,11 @@ def test_an_unreadable_response_is_abstained_on(judge):
     """The offline judge called an unrelated Chinese query relevant at 0.91."""
     history, targets = [Event("search", "rose pruning")], ["rose fertilizer"]
     responses = ["北京天气预报", "rose soil\n北京天气预报", "rose soil", "погода в москве", "", "rose pruning"]
+    emoji, alone = judge.judge([JudgeItem(history, targets, text) for text in ("rose soil 🍕", "rose soil")], "history")
+    assert (emoji.status, emoji.words[2].score) == ("ok", 0.0), "what is unknown is no word"
+    assert len(alone.words) == 2
+    (pictures,) = judge.judge([JudgeItem(history, ["🍕"], "🍕 🍣")], "targets")
+    assert (pictures.status, pictures.sentence_score, pictures.sentence_relevant) == ("ok", 0.0, False)
     for rubric in ("targets", "history"):
         verdicts = judge.judge([JudgeItem(history, targets, response) for response in responses], rubric)
         assert [v.status for v in verdicts] == ["abstained", "abstained", "ok", "abstained", "ok", "ok"]

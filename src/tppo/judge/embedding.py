@@ -17,12 +17,12 @@ history's events (rubric `history`).
   queries shared by two users stay in the first null: they are part of what an unrelated user looks like. Version 1 had
   that null only and called 64% of random-word responses relevant to the history, and reward models that had learnt
   from its labels scored random words above real queries (docs/results/reward.md).
-- An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a
-  broken byte, U+FFFD) scores 0.
-- What the encoder cannot read (`tppo.judge.legible`: unknown characters, another script than it was made for) is not
-  guessed at. A response with an unreadable word in a new query is abstained on (problem `unreadable`); of the reference
-  texts those with an unreadable word are left out, and with none left the judge abstains (`unreadable_reference`).
-  A log of which more than a fifth of the words is unreadable is refused when the judge is calibrated.
+- An empty response is irrelevant with score 0. A word of which the encoder's tokenizer keeps nothing (a broken byte,
+  U+FFFD), or that holds a character unknown to it (an emoji), scores 0: to the encoder it is no word.
+- What the encoder cannot read (`tppo.judge.legible`: another script than it was made for) is not guessed at. A response
+  with an unreadable word in a new query is abstained on (problem `unreadable`); of the reference texts those with an
+  unreadable word are left out, and with none left the judge abstains (`unreadable_reference`). A log of which more than
+  a fifth of the words is unreadable is refused when the judge is calibrated.
 
 Limits: it knows similarity, not usefulness; a paraphrase of the history scores high under `history`; function
 words can be relevant when their context is similar. It is the judge that needs no network and no GPU.
@@ -69,8 +69,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """Unit vectors of a text: `sentence` (D,) and `words` (W, D); a word without word pieces is all zeros. `is_read`:
-    the encoder can read all of its words."""
+    """Unit vectors of a text: `sentence` (D,) and `words` (W, D); a word without word pieces, or with an unknown one,
+    is all zeros. `is_read`: the encoder can read the script of all of its words."""
 
     sentence: np.ndarray
     words: np.ndarray
@@ -109,11 +109,11 @@ class Encoder:
             ids_BT = encoding["input_ids"]
             rows = zip(batch, ids_BT, offsets_BT2, hidden_BTD, mask_BT, strict=True)
             for text, ids_T, offsets_T2, hidden_TD, mask_T in rows:
-                embeddings[text] = TextEmbedding(
-                    _unit(hidden_TD[mask_T].mean(0)),
-                    _word_vectors(word_spans(text), offsets_T2, hidden_TD),
-                    not any(self.legibility.unread_words(text, ids_T.tolist(), offsets_T2.tolist())),
-                )
+                tokens = text, ids_T.tolist(), offsets_T2.tolist()
+                words_WD = _word_vectors(word_spans(text), offsets_T2, hidden_TD)
+                words_WD[self.legibility.lost_words(*tokens)] = 0
+                is_read = not any(self.legibility.unread_words(*tokens))
+                embeddings[text] = TextEmbedding(_unit(hidden_TD[mask_T].mean(0)), words_WD, is_read)
         return embeddings
 
 
@@ -216,7 +216,7 @@ class EmbeddingJudge:
         reference_words_RD = np.concatenate([reference.words for reference in read])
         word_scores, query_scores = [], []
         for number, query in enumerate(queries):
-            if number in old:
+            if number in old or not query.words.any():  # not new, or nothing in it is a word to the encoder
                 word_scores.append(np.zeros(len(query.words)))
                 query_scores.append(0.0)
             else:

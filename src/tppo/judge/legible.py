@@ -1,13 +1,13 @@
 """Which words an encoder can read. A verdict on a word that it cannot read would be a guess.
 
-A word is not read when
-
-- a token for the unknown stands for a part of it, or no token at all for any of its letters: something is lost;
-- it is written in a script that the encoder knows the letters of at most, so that it is spelled and not understood: of
-  MiniLM's 30,522 pieces 27,586 have two or more Latin letters, 8 have two or more Cyrillic ones, and 488 of the some
-  3,000 Chinese characters in daily use are in it. A script counts as known from `PIECES` such pieces, or `CHARACTERS`
-  characters of Chinese, on; in a vocabulary of less than 2,000 from a twentieth of it on. One stray letter of another
-  script ("α-carotene") leaves a word readable.
+- A word is *lost* when a token for the unknown stands for a part of it, or no token at all for its letters: an emoji,
+  100 letters in a row, a stray character in the middle of a word. To the encoder it is no word.
+- A word is *not read* when it is written in a script that the encoder knows the letters of at most, so that it is
+  lost, or spelled and not understood: two neighbouring letters of such a script (one stray letter, "α-carotene", is
+  none), or one Chinese character that is lost or not of a known script. Of MiniLM's 30,522 pieces 27,586 have two or
+  more Latin letters, 8 have two or more Cyrillic ones, and 488 of the some 3,000 Chinese characters in daily use are in
+  it. A script counts as known from `PIECES` such pieces, or `CHARACTERS` characters of Chinese, on; in a vocabulary of
+  less than 2,000 from a twentieth of it on.
 
 That an encoder has the pieces does not show that it was trained well; that it has none shows that it was not.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tppo.core.common import UserError, console
@@ -68,26 +68,36 @@ class Legibility:
                 marks.append(self.unread_words(text, ids, offsets))
         return marks
 
-    def unread_words(self, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[bool]:
-        """The same of a text that is tokenised already; special and padding tokens have an empty span."""
-        # Of each character: is it part of a token, and of one for the unknown?
-        kept, lost = bytearray(len(text)), bytearray(len(text))
+    def lost_words(self, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[bool]:
+        """Of each word of a text that is tokenised already whether it is lost; special tokens have an empty span."""
+        kept, lost = bytearray(len(text)), bytearray(len(text))  # of each character: in a token, in one for the unknown
         for token, (start, end) in zip(ids, offsets, strict=True):
             kept[start:end] = b"\1" * (end - start)
             if token == self.tokenizer.unk_token_id:
                 lost[start:end] = b"\1" * (end - start)
         return [
-            any(lost[start:end])
-            or (not any(kept[start:end]) and any(map(str.isalnum, text[start:end])))
-            or (self.spelling and self._is_spelled(text[start:end]))
+            any(lost[start:end]) or (not any(kept[start:end]) and any(map(str.isalnum, text[start:end])))
             for start, end in word_spans(text)
         ]
 
-    def _is_spelled(self, word: str) -> bool:
-        if word.isascii():
-            return "LATIN" not in self.scripts and any(map(str.isalpha, word))
-        letters = _letters(unicodedata.normalize("NFKC", word))
-        return any(count > 1 or script == _HAN for script, count in letters.items() if script not in self.scripts)
+    def unread_words(self, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[bool]:
+        """The same, whether it is not read."""
+        lost = self.lost_words(text, ids, offsets)
+        if not self.spelling:
+            return lost
+        words = (text[start:end] for start, end in word_spans(text))
+        return [
+            self._is_foreign(word) or (is_lost and _HAN in map(_script, word))
+            for word, is_lost in zip(words, lost, strict=True)
+        ]
+
+    def _is_foreign(self, word: str) -> bool:
+        previous = ""
+        for script in map(_script, unicodedata.normalize("NFKC", word)):
+            if script not in ("", *self.scripts) and script in (_HAN, previous):
+                return True
+            previous = script
+        return False
 
     def share_unread(self, texts: Iterable[str]) -> tuple[float, str]:
         """Share of the words of these texts that are not read, and their three commonest scripts."""
@@ -98,7 +108,7 @@ class Legibility:
             words, unread = words + len(marks), unread + sum(marks)
             for (start, end), is_unread in zip(word_spans(text), marks, strict=True):
                 if is_unread:
-                    scripts.update(set(_letters(text[start:end])) or {"symbols"})
+                    scripts.update(set(_letters(text[start:end])) - self.scripts or {"symbols"})
         return (unread / words if words else 0.0), ", ".join(name.capitalize() for name, _ in scripts.most_common(3))
 
     def check(self, texts: Iterable[str], setting: str, way_out: str) -> float:
@@ -119,13 +129,14 @@ class Legibility:
 
 
 def _letters(text: str) -> Counter[str]:
-    """Letters of each script (modifier letters belong to none)."""
-    if text.isascii():
-        count = sum(map(str.isalpha, text))
-        return Counter({"LATIN": count} if count else {})
-    names = (
-        unicodedata.name(character, "UNNAMED").split()[0]
-        for character in text
-        if unicodedata.category(character) in ("Lo", "Ll", "Lu", "Lt")
-    )
-    return Counter(_HAN if name == "CJK" else name for name in names)
+    """Letters of each script."""
+    return Counter(script for script in map(_script, text) if script)
+
+
+@lru_cache(maxsize=1 << 12)
+def _script(character: str) -> str:
+    """Script of a letter or of a mark that belongs to one, by its Unicode name; "" for anything else."""
+    if unicodedata.category(character) not in ("Lo", "Ll", "Lu", "Lt", "Mn", "Mc"):
+        return ""
+    name = unicodedata.name(character, "").partition(" ")[0]
+    return {"CJK": _HAN, "COMBINING": "", "VARIATION": ""}.get(name, name)
