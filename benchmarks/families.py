@@ -168,8 +168,8 @@ def _small_fields(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def tokenizer() -> Any:
-    """A word for every id; 0 ends a response, 1 begins a text."""
-    words = ["<eos>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY))]
+    """A word for almost every id (some families' tokenizers add one); 0 ends a response, 1 begins a text."""
+    words = ["<eos>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY - 2))]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>")
@@ -199,7 +199,7 @@ class Outcome(NamedTuple):
     """Why not."""
 
 
-PROMPTS = [[2 + (i * j + j) % (VOCABULARY - 4) for j in range(1, 4 + 3 * i)] for i in range(4)]
+PROMPTS = [[2 + (i * j + j) % (VOCABULARY - 6) for j in range(1, 4 + 3 * i)] for i in range(4)]
 LIMIT = 8
 
 
