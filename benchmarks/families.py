@@ -244,8 +244,10 @@ def check_training(folder: Path, tuning: str, value_function: str) -> None:
     ids = torch.tensor(PROMPTS[-1:])
     with torch.no_grad():
         saved, kept, policy = (m(input_ids=ids).logits for m in (again, trained, trainer.policy.lm))
-    assert torch.allclose(saved, kept, atol=1e-5), "saved and loaded, the model says something else"
-    assert torch.allclose(kept, policy, atol=1e-3), "merged, the policy says something else"
+    far = (saved - kept).abs().max() / kept.std()
+    assert far < 1e-4, f"saved and loaded, the model says something else: {far:.1g} standard deviations"
+    far = (kept - policy).abs().max() / kept.std()
+    assert far < 1e-3, f"merged, the policy says something else: {far:.1g} standard deviations"
 
 
 def outcome(family: str) -> Outcome | str:
@@ -314,7 +316,7 @@ or twice as many). A model that does not pass is refused with the reason. So is 
 that are not merged, and with a `generation_config.json` that cannot be read.
 
 - **Padding.** Most families take prompts padded at the left. Some see that padding: positions are counted by column
-  (BART, RoBERTa and their kin), or a recurrent state reads every token (RWKV). The check finds out; their prompts are
+  (BART and its kin), or a recurrent state reads every token (RWKV). The check finds out; their prompts are
   sampled in batches of one length, and trained with padding at the right only.
 - **Stop ids.** A response is ended by the tokenizer's end-of-sequence id and by every id in the start model's
   `generation_config.eos_token_id`. SFT teaches the tokenizer's.
