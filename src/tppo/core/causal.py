@@ -191,8 +191,8 @@ starts in float32 and is checked there."""
 _LENGTHS = {False: ((5, 8), (2, 4)), True: ((5, 8), (5, 7))}
 """By `is_unpadded`: tokens of prompt, and of prompt and response, of the two rows of the check."""
 _FAULTY = {
-    "youtu": "transformers zeroes the embedding of its padding id at every load, so that what is trained is not what is "
-    "loaded again"
+    "youtu": "transformers zeroes the embedding of its padding id at every load, so that what is trained is not what "
+    "is loaded again"
 }
 """Families with faults of transformers (5.24) that logits do not show; found by benchmarks/families.py."""
 _NOT_CAUSAL = (
