@@ -52,9 +52,9 @@ _UNPADDED = "_tppo_unpadded"
 def is_unpadded(model: Any) -> bool:
     """Whether padding before a prompt is seen by the model, so that rows have to start at the first column.
 
-    `check_family` finds out. So it is where positions are counted by column (BART's kin) or a
-    recurrent state reads every token (RWKV). Prompts of a batch then have one length, and what is padded is padded at
-    the right, which a causal model cannot see.
+    `check_family` finds out. So it is where positions are counted by column (BART's kin) or a recurrent state reads
+    every token (RWKV). Prompts of a batch then have one length, and what is padded is padded at the right, which a
+    causal model cannot see.
     """
     return getattr(plain(model), _UNPADDED, False)
 
@@ -125,7 +125,8 @@ class Continuation:
 
 
 def _has_keys(cache: Any) -> bool:
-    return any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ()))
+    layers = getattr(cache, "layers", None)
+    return layers is None or any(hasattr(layer, "keys") for layer in layers)
 
 
 def _can_select(cache: Any) -> bool:
