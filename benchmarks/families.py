@@ -168,8 +168,8 @@ def _small_fields(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def tokenizer() -> Any:
-    """A word for every id; 0 ends a response, 1 begins a text."""
-    words = ["<eos>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY))]
+    """A word for almost every id (some families' tokenizers add one); 0 ends a response, 1 begins a text."""
+    words = ["<eos>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY - 2))]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>")
@@ -199,7 +199,7 @@ class Outcome(NamedTuple):
     """Why not."""
 
 
-PROMPTS = [[2 + (i * j + j) % (VOCABULARY - 4) for j in range(1, 4 + 3 * i)] for i in range(4)]
+PROMPTS = [[2 + (i * j + j) % (VOCABULARY - 6) for j in range(1, 4 + 3 * i)] for i in range(4)]
 LIMIT = 8
 
 
@@ -244,8 +244,10 @@ def check_training(folder: Path, tuning: str, value_function: str) -> None:
     ids = torch.tensor(PROMPTS[-1:])
     with torch.no_grad():
         saved, kept, policy = (m(input_ids=ids).logits for m in (again, trained, trainer.policy.lm))
-    assert torch.allclose(saved, kept, atol=1e-5), "saved and loaded, the model says something else"
-    assert torch.allclose(kept, policy, atol=1e-3), "merged, the policy says something else"
+    far = (saved - kept).abs().max() / kept.std()
+    assert far < 1e-4, f"saved and loaded, the model says something else: {far:.1g} standard deviations"
+    far = (kept - policy).abs().max() / kept.std()
+    assert far < 1e-3, f"merged, the policy says something else: {far:.1g} standard deviations"
 
 
 def outcome(family: str) -> Outcome | str:
@@ -314,7 +316,7 @@ or twice as many). A model that does not pass is refused with the reason. So is 
 that are not merged, and with a `generation_config.json` that cannot be read.
 
 - **Padding.** Most families take prompts padded at the left. Some see that padding: positions are counted by column
-  (BART, RoBERTa and their kin), or a recurrent state reads every token (RWKV). The check finds out; their prompts are
+  (BART and its kin), or a recurrent state reads every token (RWKV). The check finds out; their prompts are
   sampled in batches of one length, and trained with padding at the right only.
 - **Stop ids.** A response is ended by the tokenizer's end-of-sequence id and by every id in the start model's
   `generation_config.eos_token_id`. SFT teaches the tokenizer's.

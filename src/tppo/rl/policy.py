@@ -250,6 +250,8 @@ def make_policies(lm: Any, config: RL, longest: int, seed: int) -> tuple[PolicyW
             torch.manual_seed(stream_seed(seed, "rl", "lora"))
             lm = with_adapters(lm, config.lora_r)
     else:
+        if not any(parameter.requires_grad for parameter in lm.parameters()):
+            lm.requires_grad_(True)  # PEFT freezes a model, and gives it back so when its adapters are merged
         reference = reference_copy(lm, config.precision)
     # Dropout would make the first ratio differ from 1: the policy is trained in eval mode.
     return PolicyWithValue(lm, config.value_function).eval(), rollout_model, reference
