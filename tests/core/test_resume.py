@@ -78,7 +78,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     """What a finished stage holds, without what says when and how long."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     assert not [name for name in found if name.startswith(("parts", "checkpoints"))]
-    return {name: path.read_bytes() for name, path in found.items() if name not in ("manifest.json", "started.json")}
+    # Of started.json a kill after the manifest was written may leave half a successor.
+    notes = ("manifest.json", "started.json", "started.json.tmp")
+    return {name: path.read_bytes() for name, path in found.items() if name not in notes}
 
 
 def facts_of(run: RunFolder, stage: str) -> dict:

@@ -370,7 +370,6 @@ def test_rows_in_a_file_are_those_in_memory(tiny_tokenizer, example_factory, tmp
     assert list(mapped.rows) == whole.rows
     assert mapped._replace(rows=[]) == whole._replace(rows=[])
     assert mapped.too_long_responses > 0
-    assert mapped.dropped_events > 0
     assert mapped.rows.cache_files, "mapped from a file"
     empty = sft.encode_to_file(tiny_tokenizer, [], task, tmp_path / "none.arrow")
     assert (len(empty.rows), empty.too_long_responses, empty.dropped_events) == (0, 0, 0)
