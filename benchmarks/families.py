@@ -118,7 +118,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, **_ZAMBA},
 }
 """What sizes alone do not say."""
-QUICK = ("llama", "gpt2", "opt", "bart", "rwkv", "mamba", "falcon_h1", "lfm2", "minimax", "mixtral")
+QUICK = ("llama", "opt", "bart", "rwkv", "mamba", "lfm2", "minimax", "mixtral")
 """One of every kind: CI takes these through `outcome` (tests/generate/test_families.py)."""
 
 
