@@ -218,10 +218,10 @@ class TestMistakes:
         with monkeypatch.context() as patch:
             patch.setattr("tppo.logs.examples.write_examples", full)
             with pytest.raises(SystemExit) as stopped:
-                cli.main(["prepare", "--run_dir", run])
+                cli.main(["prepare", "--run_dir", run, "--synthetic.users", "120"])
         assert stopped.value.code == 3
         assert "No space left on device" in capsys.readouterr().err
-        cli.main(["prepare", "--run_dir", run])
+        cli.main(["prepare", "--run_dir", run, "--synthetic.users", "120"])
         assert RunFolder(Recipe(run_dir=run)).manifest("prepare") is not None
 
 

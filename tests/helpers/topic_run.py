@@ -44,6 +44,7 @@ def make_topic_run(root: Path, rows: int = 8, held_out: int = 60) -> Recipe:
     recipe = Recipe(run_dir=str(root / "run"))
     recipe.prepare.source = ["log.tsv"]
     recipe.reward.rubric = "history"
+    recipe.task.max_prompt_tokens, recipe.task.max_response_tokens = 400, 12
     finish_until_labels(recipe, examples, labels)
     return recipe
 

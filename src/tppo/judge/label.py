@@ -96,16 +96,8 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 def check(recipe: Recipe) -> None:
     """Every check of the stage's settings that needs no data."""
     check_settings(recipe.label)
-    judge, rubric = recipe.judge, recipe.reward.rubric
-    if not uses_llm_judge("label", recipe):
-        return
-    LLMJudge(judge)
-    if rubric not in judge.rubrics:
-        raise UserError(f"reward.rubric={rubric} is not among judge.rubrics={judge.rubrics}: nobody would label it")
-    if judge.template == "sentence":
-        raise UserError(
-            "judge.template=sentence gives no word labels, which the token-level reward model learns from: use token"
-        )
+    if uses_llm_judge("label", recipe):
+        LLMJudge(recipe.judge)
 
 
 def _label_seen(judge: Judge, responses: Sequence[Row], folder: Path, examples: Mapping[str, Example]) -> list[Row]:

@@ -146,6 +146,13 @@ def load_labels(run: RunFolder, settings: Reward) -> Labels:
 def check(recipe: Recipe) -> None:
     """Every check of the stage's settings that needs no data."""
     check_settings(recipe.reward)
+    judge, rubric = recipe.judge, recipe.reward.rubric
+    if recipe.label.judge == "llm" and rubric not in judge.rubrics:
+        raise UserError(f"reward.rubric={rubric} is not among judge.rubrics={judge.rubrics}: nobody would label it")
+    if recipe.label.judge == "llm" and judge.template == "sentence":
+        raise UserError(
+            "judge.template=sentence gives no word labels, which the token-level reward model learns from: use token"
+        )
 
 
 def check_settings(settings: Reward) -> None:
