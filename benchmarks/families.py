@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -37,7 +37,7 @@ from tppo.core.models import load_policy, save_model
 from tppo.generate.engine import generate
 from tppo.rl.trainer import TokenPPOTrainer
 
-VOCABULARY, WIDTH, HEADS, HEAD, POSITIONS = 64, 32, 4, 8, 128
+VOCABULARY, WIDTH, HEADS, HEAD, POSITIONS = 288, 32, 4, 8, 128
 LARGEST = 5_000_000
 _HEAD_COUNTS = """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
     num_decoder_attention_heads num_encoder_attention_heads linear_num_heads linear_num_value_heads
@@ -168,10 +168,13 @@ def _small_fields(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def tokenizer() -> Any:
-    """A word for almost every id (some families' tokenizers add one); 0 ends a response, 1 begins a text."""
-    words = ["<eos>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY - 2))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """A token for every byte, and some more for almost every id (some families' tokenizers add one); 0 ends a response,
+    1 begins a text."""
+    tokens = ["<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"w{i}" for i in range(len(tokens), VOCABULARY - 2)]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>")
 
 

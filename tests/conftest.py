@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from transformers import LlamaForCausalLM
 
-from tppo.core.config import Recipe, Scratch
+from tppo.core.config import Recipe, Scratch, Task
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import EXAMPLES, Example, write_table
 from tppo.core.text import Event, render_prompt, render_response
@@ -99,8 +99,8 @@ def tiny_model(tiny_tokenizer: Any) -> LlamaForCausalLM:
 def prepared_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
     """A function: recipe of a new run folder whose prepare stage is done, on made-up examples."""
 
-    def make(train: int = 24, reward_eval: int = 8) -> Recipe:
-        recipe = Recipe(run_dir=str(tmp_path_factory.mktemp("run")))
+    def make(train: int = 24, reward_eval: int = 8, task: Task | None = None) -> Recipe:
+        recipe = Recipe(run_dir=str(tmp_path_factory.mktemp("run")), task=task or Task())
         recipe.prepare.source = ["made-up.tsv"]
         recipe.parts.disjoint = False  # two dozen users are too few to share among the stages
         examples = make_examples(train) + make_examples(reward_eval, "reward_eval", 1000)

@@ -13,9 +13,10 @@ from typing import Any
 
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe, TuningAlgorithm
+from tppo.core.pipeline import check_sections, run_stages
 from tppo.core.processes import Stopped, ended_by_signals, locked
 from tppo.core.recipe import COMMANDS, check_readings, check_samples, parse_recipe
-from tppo.core.run import RunFolder, check_sections, run_stage, run_stages
+from tppo.core.run import RunFolder, run_stage
 from tppo.core.stages import STAGES, all_stages, read_stages, rl_stage, split_stage
 
 RENAMED = dict.fromkeys(("vote", "rejudge", "distance"), "read")
@@ -101,6 +102,8 @@ def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
             raise UserError("evaluate.readings is empty: say who reads, as `--evaluate.readings '[{reader: vote}]'`")
     run = RunFolder(recipe)
     _check_names("--redo", redo, [*all_stages(recipe), *stages])
+    if "rl_dpo" in stages:
+        check_samples(recipe)
     run.check_left(stages, redo)
     check_sections(recipe, run.check(stages, redo))
     if redo:

@@ -31,7 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from tppo.core.common import UserError
 from tppo.core.config import DPO, RL, SFT, Recipe, Reward
 from tppo.core.models import MINILM, SCRATCH, SMOLLM2, load_encoder_path
-from tppo.core.run import RunFolder, check_sections
+from tppo.core.pipeline import check_sections
+from tppo.core.run import RunFolder
 from tppo.core.stages import REFERENCES, all_stages, evaluated_models, of_variant, split_stage, uses_llm_judge
 from tppo.evaluate.compare import voted_pairs
 from tppo.judge import probes

@@ -30,7 +30,6 @@ SLOW = (
     "qwen2_moe",
     "qwen3_next",
     "xglm",
-    "zamba2",
 )
 
 
@@ -43,6 +42,14 @@ def test_a_family_of_each_kind_works(family):
 @pytest.mark.parametrize("family", SLOW)
 def test_further_families_work(family):
     assert families.outcome(family) == families.Outcome(True, "")
+
+
+@pytest.mark.slow
+def test_layers_that_share_weights_take_no_adapters():
+    """Merged, the adapter of one layer would change the others; all the rest works (Zamba's transformer blocks)."""
+    found = families.outcome("zamba2")
+    assert not found.works
+    assert "takes no LoRA adapters (several of its layers share their weights): tuning=full" in found.told
 
 
 @pytest.mark.parametrize(

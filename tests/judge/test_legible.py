@@ -157,7 +157,7 @@ def test_verdicts_and_similarities_are_not_guessed_in_an_evaluation(judge):
         from_queries([["rose soil"], ["погода в москве"], ["rose"]]), examples, model="sft", seed=0, num_queries=2
     )
     known = {e.example_id: e for e in examples}
-    judged = [row for row in judge_readings(judge, known, answers, "x") if row["measure"] == "relevant_history"]
+    judged = [row for row in judge_readings(judge, known, answers, "x", 2) if row["measure"] == "relevant_history"]
     assert [row["value"] is None for row in judged] == [False, True, False], "an abstention, no 0"
     rows = text_readings(known, answers, Encoder("minilm"))
     assert [row["example_id"] for row in rows if row["measure"] == "similarity_written"] == ["e0", "e2"]

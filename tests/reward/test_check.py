@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForTokenClassification
 
-from tests.helpers.rewritten import as_if_written
+from tests.helpers.rewritten import as_if_read, as_if_written
 from tests.helpers.topic_run import TOPICS, make_topic_run, oracle
 from tppo import cli
 from tppo.core.config import Recipe
@@ -124,6 +124,7 @@ def test_rl_needs_the_check_refuses_after_a_failure_and_obeys_the_override(
     finish_sft(run, tiny_policy)
     with run.stage("sample"):
         pass
+    as_if_read(run, "label", "reward")
     path = str(settings(recipe))
 
     def refused(*arguments: str) -> str:

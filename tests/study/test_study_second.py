@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.fault_server import Settings, running, truth
+from tests.helpers.rewritten import as_if_written
 from tests.study.test_study_report import EXAMPLES, make_study, results_of
 from tppo.cli import main, run_one
 from tppo.core.common import UserError
 from tppo.core.config import Evaluate, JudgeSettings, Reading, Study
 from tppo.judge.prompts import judge_question
 from tppo.judge.verdict import JudgeItem
+from tppo.study.grid import make_plan
 from tppo.study.run import run_study
 
 JUDGE = "llm/m/sentence-v1-probability"
@@ -101,8 +103,8 @@ def check_verdicts(root: Path, read: list[dict]) -> None:
 
 
 def test_the_cells_do_not_depend_on_the_second_judge(tmp_path: Path):
-    _, plan = make_read(tmp_path / "run", 1)
-    _, without = make_read(tmp_path / "run", 1, readings=[])
+    recipe, plan = make_read(tmp_path / "run", 1)
+    without = make_plan(replace(recipe, evaluate=replace(recipe.evaluate, readings=[])))
     assert without.readings == []
     assert all(job.finished() for job in without.cells)
     assert [job.recipe for job in plan.cells] == [job.recipe for job in without.cells]
@@ -127,6 +129,7 @@ def test_a_reading_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
     cells = Path(given["sft"])
     facts = json.loads((cells / "metrics.json").read_text())
     (cells / "metrics.json").write_text(json.dumps({**facts, "judge": JUDGE}))
+    as_if_written(cells)
     with pytest.raises(UserError, match="it would only agree with itself"):
         run_one(reading, "read_llm")
     with pytest.raises(SystemExit):

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import fake_run
 from tests.helpers.fault_server import Settings, running
+from tests.helpers.rewritten import as_if_written
 from tests.study.test_study_report import EXAMPLES, make_study
 from tppo.cli import run_one
 from tppo.core.common import UserError
@@ -165,6 +166,7 @@ def test_a_reference_that_one_set_lacks_is_not_voted_on_there(tmp_path: Path):
         path = cell.run.path("evaluate") / "answers.parquet"
         kept = [r for r in pq.read_table(path).to_pylist() if (r["model"], r["split"]) != ("other_user", "eval2")]
         write_table(path, kept, ANSWERS)
+        as_if_written(path.parent)
         run_one(plan.readings[0].recipe, "read_vote")
     votes = votes_of(tmp_path / "run/vote/base-s0/read_vote/readings.parquet")
     splits = {pair: {row["split"] for row in votes if row["model"] == pair} for pair in ("tppo", "targets")}

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tppo import cli
-from tppo.core.config import DPO, Sample
+from tppo.core.config import DPO, Sample, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import LABELS, RESPONSES, load_examples, read_table, write_table
@@ -128,11 +128,10 @@ def recipe_for(prepared_recipe, tiny_policy, tiny_tokenizer):
     """A recipe whose SFT, sample and label stages are done: four made-up responses to each prompt, one of them with
     too many queries, and a judge that finds words of an even length relevant."""
 
-    def make(max_response_tokens=32, **settings):
-        recipe = prepared_recipe(train=12, reward_eval=4)
-        recipe.task.max_response_tokens = max_response_tokens
-        recipe.task.max_prompt_tokens = 200
-        recipe.sft.precision = "fp32"
+    def make(max_response_tokens=32, max_eval_examples=200, **settings):
+        task = Task(max_response_tokens=max_response_tokens, max_prompt_tokens=200)
+        recipe = prepared_recipe(train=12, reward_eval=4, task=task)
+        recipe.sft.precision, recipe.sft.max_eval_examples = "fp32", max_eval_examples
         recipe.sample = Sample(samples_per_example=len(TEXTS))
         recipe.dpo = DPO(
             **{
@@ -222,8 +221,8 @@ def test_stage_learns_and_writes_what_the_contract_says(recipe_for, pairs):
 
 @pytest.mark.parametrize("limit", [0, 3])
 def test_the_held_out_pairs_can_be_fewer_or_none(recipe_for, limit):
-    recipe, path = recipe_for(epochs=1.0)
-    cli.main(["dpo", "--config", str(path), "--sft.max_eval_examples", str(limit)])
+    recipe, path = recipe_for(max_eval_examples=limit, epochs=1.0)
+    cli.main(["dpo", "--config", str(path)])
     facts, rows, _ = results(recipe)
     assert (facts["reward_eval"]["pairs"], facts["reward_eval"]["measured_pairs"]) == (4, limit)
     assert any("eval_loss" in row for row in rows) == bool(limit)

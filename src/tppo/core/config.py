@@ -709,7 +709,8 @@ ADDED: dict[str, Any] = {
     "task.prompt": "plain",
     "prepare.columns.time_format": "auto", "prepare.columns.time_zone": "", "prepare.encoding": "auto",
     "prepare.null_values": [], "prepare.shared_users": [],
-    "parts.disjoint": False, "sample.seen_examples": 0,
+    "parts.disjoint": False, "parts.sft": 0.5, "parts.reward": 0.25, "parts.rl": 0.25, "sample.seen_examples": 0,
+    "study.search": {},
 }  # fmt: skip
 """For a setting that is newer than the first release, as `section.name`: the value that does what was done before there
 was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is

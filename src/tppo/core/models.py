@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -204,6 +205,12 @@ def with_adapters(model: Any, rank: int) -> PeftModel:
     try:
         adapted = get_peft_model(model, lora_config(rank, model))
         adapted(input_ids=torch.tensor([[0, 1]], device=model.device))
+        layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        # Adapters of fused experts say which of their layer's weights they are for.
+        weights = [id(getattr(m.get_base_layer(), getattr(m, "parameter_name", "weight"))) for m in layers]
+        if len(set(weights)) < len(weights):
+            # Merged, the adapter of one would change the others.
+            raise ValueError("several of its layers share their weights")
         return adapted
     except MemoryError:
         raise

@@ -24,20 +24,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tppo.core import folders, outside
-from tppo.core.changes import changed_settings, resolved, without_retired
+from tppo.core.changes import changed_settings, without_retired
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe
-from tppo.core.files import UNFINISHED, peak_memory_mib, sha256_file, write_json, write_text
+from tppo.core.files import UNFINISHED, peak_memory_mib, sha256_file, write_json
 from tppo.core.folders import MANIFEST, STARTED, read_record
-from tppo.core.processes import FOLDER, check_free, locked
-from tppo.core.recipe import check_recipe, check_samples, check_shared
+from tppo.core.processes import check_free, locked
 from tppo.core.stages import (
     STAGES,
     all_stages,
-    of_variant,
     precision_section,
     split_stage,
     stage_command,
@@ -47,11 +43,10 @@ from tppo.core.stages import (
     stage_seed,
 )
 
-__all__ = ["RunFolder", "check_sections", "run_stage", "run_stages", "without_retired", "write_recipe"]
+__all__ = ["MANIFEST", "RunFolder", "run_stage", "without_retired"]
 REDONE = "redone.json"
 """Of a run folder: when stages were last asked to be made anew."""
 _VERSIONED = ("tppo", "torch", "transformers", "trl", "accelerate", "peft", "duckdb", "numpy", "icu4py")
-_RECIPE_HEAD = "# Every setting of the run in this folder, written by tppo; a copy of yours is kept beside it.\n"
 
 
 class RunFolder:
@@ -200,11 +195,14 @@ class RunFolder:
     def _check_unfinished(self, stage: str) -> None:
         """Refuse to go on in a folder that is somebody else's, or that holds work begun otherwise than it would be now.
 
-        A derived stage has nothing to lose: it is begun anew.
+        A derived stage, and one that stopped before it wrote anything, have nothing to lose: they are begun anew.
         """
-        folders.check_ours(self.path(stage), stage)
-        started = read_record(self.path(stage) / STARTED)
+        folder = self.path(stage)
+        folders.check_ours(folder, stage)
+        started = read_record(folder / STARTED)
         if started is None or STAGES[split_stage(stage)[0]].derived:
+            return
+        if _wrote_nothing(folder):
             return
         changed = self._changes(stage, started)
         if not self._same_inputs(stage, started):
@@ -362,7 +360,7 @@ class RunFolder:
         else:
             self.is_done(stage)
             (folder / MANIFEST).unlink(missing_ok=True)
-        before = read_record(folder / STARTED) or {}
+        before = {} if _wrote_nothing(folder) else read_record(folder / STARTED) or {}
         read = stage_outside(stage, self.recipe)
         started = {
             "format": folders.FORMAT,
@@ -402,6 +400,11 @@ class RunFolder:
         )
 
 
+def _wrote_nothing(folder: Path) -> bool:
+    """Whether a stage stopped before it had anything to go on from."""
+    return all(path.name == STARTED for path in folders.files_of(folder))
+
+
 @cache
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONED}
@@ -432,87 +435,3 @@ def _finished(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any
             if leftover.name not in started["foreign"]:
                 shutil.rmtree(leftover, ignore_errors=True)
     return started["facts"]
-
-
-def check_sections(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Every check of the settings of these stages that needs no data: the one that every command makes first.
-
-    Raises:
-        UserError: names the setting.
-    """
-    check_shared(recipe)
-    if "rl_dpo" in stages:
-        check_samples(recipe)
-    for stage in stages:
-        module = importlib.import_module(STAGES[split_stage(stage)[0]].module)
-        if check := getattr(module, "check", None):
-            check(of_variant(stage, recipe))
-
-
-def write_recipe(run: RunFolder) -> Path:
-    """Write the resolved recipe into the run folder, for commands to come. A recipe.yaml that says the same stays as it
-    is; one that tppo has not written is kept beside it."""
-    path = run.root / "recipe.yaml"
-    run.root.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if not text.startswith(_RECIPE_HEAD):
-            if _says(text, run.recipe):
-                return path
-            numbers = (number for number in range(1, sys.maxsize))
-            path.rename(next(old for n in numbers if not (old := path.with_name(f"recipe.{n}.yaml")).exists()))
-    write_text(path, _RECIPE_HEAD + yaml.safe_dump(resolved(run.recipe), sort_keys=False))
-    return path
-
-
-def _says(text: str, recipe: Recipe) -> bool:
-    """Whether a recipe file resolves to this recipe."""
-    try:
-        return resolved(check_recipe(yaml.safe_load(text))) == resolved(recipe)
-    except (UserError, yaml.YAMLError, TypeError, AttributeError, ValueError):
-        return False
-
-
-def run_stages(
-    recipe: Recipe,
-    stages: Sequence[str],
-    call: Callable[[list[str]], int] | None = None,
-    name: str = "",
-    redo: Sequence[str] = (),
-    *,
-    wait: bool = False,
-) -> None:
-    """Run the stages that are not finished, each in a process of its own, so that memory returns to the machine and
-    peaks can be told apart. They end with this process, and read the recipe as it is now, whatever becomes of
-    recipe.yaml.
-
-    Args:
-        call: runs a command line and returns its exit status.
-        name: shown before each stage.
-        redo: stages to make anew first, with all that follows from them.
-        wait: for another process that is at work in the folder, instead of refusing.
-
-    Raises:
-        UserError: a stage stopped, was made with other settings, or cannot be made; or the folder is in use.
-    """
-    run = RunFolder(recipe)
-    run.check(stages, redo, wait=wait)
-    with locked(run.root, wait=wait) as children:
-        run.check(stages, redo, wait=wait)  # again, now that nobody else can change anything
-        run.discard_from(*redo)
-        write_recipe(run)
-        fixed = run.root / FOLDER / "recipe.yaml"
-        write_text(fixed, yaml.safe_dump(resolved(recipe), sort_keys=False))
-        for number, stage in enumerate(stages, start=1):
-            head = f"{name}[{number}/{len(stages)}] {stage}"
-            if run.is_done(stage):
-                console.print(f"{head}: done before, skipped", markup=False, soft_wrap=True)
-                continue
-            console.rule(head.replace("[", "\\["))
-            command, flags = stage_command(stage, recipe)
-            start = time.monotonic()
-            status = (call or children.call)([sys.executable, "-m", "tppo", command, "--config", str(fixed), *flags])
-            if status:
-                told = "mend it and give the same command again"
-                raise UserError(f"stage {stage} stopped (exit status {status}); {told}")
-            console.print(f"{head}: {time.monotonic() - start:.0f} s", markup=False, soft_wrap=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from tppo.core.common import UserError, console
 from tppo.core.config import Recipe
 from tppo.core.folders import check_removable
+from tppo.core.pipeline import check_sections, run_stages, write_recipe
 from tppo.core.processes import Children, locked
-from tppo.core.run import RunFolder, check_sections, run_stages, write_recipe
+from tppo.core.run import RunFolder
 from tppo.core.stages import all_stages
 from tppo.judge.llm import LLMJudge
 from tppo.study.grid import BASE, Job, Plan, describe, make_plan
