@@ -63,7 +63,7 @@ def go(way: str, folder: Path) -> dict[str, Any]:
     """Go one way; returns seconds (imports not counted) and what was made."""
     import torch
 
-    from tppo.core.config import SFT, Recipe, Sample, Scratch
+    from tppo.core.config import SFT, Recipe, Sampling, Scratch
     from tppo.core.tables import drawn_examples
     from tppo.generate import engine, respond
     from tppo.generate.sample import draw_prompts, write_responses
@@ -89,7 +89,7 @@ def go(way: str, folder: Path) -> dict[str, Any]:
             next(batches)
         made = len(encoded.rows)
     if kind == "sample":
-        settings = Sample(train_examples=count or 10**9, reward_eval_examples=count or 10**9)
+        settings = Sampling(train_examples=count or 10**9, reward_eval_examples=count or 10**9)
         examples = draw_prompts(folder, settings, 0)
         ids = tokenizer("one answer\nfor everybody")["input_ids"]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from tppo.core.config import RL, SFT, Parts, Recipe, Sample, Synthetic, Task
+from tppo.core.config import RL, SFT, Parts, Recipe, Sampling, Synthetic, Task
 from tppo.core.files import write_json
 from tppo.core.models import SCRATCH, load_policy
 from tppo.core.run import RunFolder, run_stage
@@ -145,7 +145,7 @@ def make_base(arguments: argparse.Namespace, root: Path) -> Base:
             precision="fp32",
             save_steps=500,
         ),
-        sample=Sample(train_examples=400, reward_eval_examples=32, seen_examples=0),
+        sample=Sampling(train_examples=400, reward_eval_examples=32, seen_examples=0),
     )
     run = RunFolder(recipe)
     run_stage(recipe, "synthetic", synthetic.run)

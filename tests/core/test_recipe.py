@@ -1,6 +1,9 @@
 """Settings that are gone: what finished runs were made with, and what a recipe that still has one is told."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,14 @@ def test_what_takes_its_place_is_a_setting_and_what_is_gone_is_none() -> None:
     assert set(REPLACED.values()) <= known
     assert not known & {*RETIRED, *REPLACED}
     assert without_retired({"seed": 0, "rl": {"attention": "auto", "gamma": 1.0}}) == {"seed": 0, "rl": {"gamma": 1.0}}
+
+
+def test_commands_that_need_no_model_start_without_torch(tmp_path: Path):
+    """Three seconds of every stage's start, and of every cell of a study."""
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from tppo.cli import main\n"
+        f"for stage in ('synthetic', 'prepare'): main([stage, '--run_dir', {str(tmp_path)!r}, '--synthetic.users', '60'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment)

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from tests.helpers import fake_run
 from tppo.core.common import UserError, stream_seed
-from tppo.core.config import RL, Sample, Task
+from tppo.core.config import RL, Sampling, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.stages import stage_config, stage_inputs
@@ -41,7 +41,7 @@ def recipe_and_run(tmp_path: Path, tiny_policy: Path, tiny_tokenizer: Any) -> tu
     # Rewards that differ between samples whether or not the untrained policy keeps to the task.
     rl = RL(precision="fp32", format_weight=False, bad_format_reward=0.0, suggested_length=12.0)
     task = Task(max_prompt_tokens=300, max_response_tokens=12)
-    recipe = replace(base, task=task, sample=Sample(batch_size=3), rl=rl)
+    recipe = replace(base, task=task, sample=Sampling(batch_size=3), rl=rl)
     run = RunFolder(recipe)
     for stage in ("prepare", "sft", "sample", "label", "reward"):
         with run.stage(stage) as (folder, facts):

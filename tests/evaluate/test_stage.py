@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import fake_run
 from tppo.core.common import UserError
-from tppo.core.config import RL, Recipe, Sample, Task
+from tppo.core.config import RL, Recipe, Sampling, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.stages import evaluated_models, stage_config
@@ -33,7 +33,7 @@ def make_inputs(root: Path, policy: Path, judge_file: Path, examples: list[Examp
     """Everything evaluate reads; ppo is the SFT model itself, tppo another one."""
     recipe = replace(
         fake_run.make_recipe(root, ["tppo", "ppo"]),
-        sample=Sample(batch_size=4),
+        sample=Sampling(batch_size=4),
         task=Task(max_prompt_tokens=200, max_response_tokens=12),
         rl=RL(precision="fp32"),
     )

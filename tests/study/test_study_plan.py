@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tppo.core.common import UserError
-from tppo.core.config import RL, Evaluate, Prepare, Reading, Recipe, Sample, Setting, Study
+from tppo.core.config import RL, Evaluate, Prepare, Reading, Recipe, Sampling, Setting, Study
 from tppo.core.run import RunFolder
 from tppo.core.stages import evaluated_models, stage_config, stage_inputs
 from tppo.study.grid import Plan, describe, make_plan, settings_tried
@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(changes: dict, words: st
 
 
 def test_the_plan_says_what_is_left(tmp_path: Path):
-    plan = make_plan(make_recipe(tmp_path, sample=Sample()))
+    plan = make_plan(make_recipe(tmp_path, sample=Sampling()))
     with plan.shared[0].run.stage("prepare"):
         pass
     lines = describe(plan)

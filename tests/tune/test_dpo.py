@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tppo import cli
-from tppo.core.config import DPO, Sample, Task
+from tppo.core.config import DPO, Sampling, Task
 from tppo.core.models import load_policy
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import LABELS, RESPONSES, load_examples, read_table, write_table
@@ -132,7 +132,7 @@ def recipe_for(prepared_recipe, tiny_policy, tiny_tokenizer):
         task = Task(max_response_tokens=max_response_tokens, max_prompt_tokens=200)
         recipe = prepared_recipe(train=12, reward_eval=4, task=task)
         recipe.sft.precision, recipe.sft.max_eval_examples = "fp32", max_eval_examples
-        recipe.sample = Sample(samples_per_example=len(TEXTS))
+        recipe.sample = Sampling(samples_per_example=len(TEXTS))
         recipe.dpo = DPO(
             **{
                 "precision": "fp32", "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3,

@@ -195,7 +195,7 @@ class SFT(Training):
 
 
 @dataclass
-class Sample:
+class Sampling:
     """Draw query lists from the SFT model: the responses to be labelled."""
 
     train_examples: int = 1000
@@ -673,7 +673,7 @@ class Recipe:
     synthetic: Synthetic = field(default_factory=Synthetic)
     prepare: Prepare = field(default_factory=Prepare)
     sft: SFT = field(default_factory=SFT)
-    sample: Sample = field(default_factory=Sample)
+    sample: Sampling = field(default_factory=Sampling)
     label: Label = field(default_factory=Label)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     ledger: Ledger = field(default_factory=Ledger)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tppo.core.common import console, stream_seed
-from tppo.core.config import Recipe, Sample, Task
+from tppo.core.config import Recipe, Sampling, Task
 from tppo.core.device import generation_dtype
 from tppo.core.files import PARTS
 from tppo.core.models import load_policy
@@ -53,7 +53,7 @@ def run(recipe: Recipe, run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def write_responses(
-    model: Any, tokenizer: Any, examples: Examples, settings: Sample, task: Task, seed: int, path: Path
+    model: Any, tokenizer: Any, examples: Examples, settings: Sampling, task: Task, seed: int, path: Path
 ) -> dict[str, Any]:
     """Draw `samples_per_example` responses to each example, and write them to `path` as a table of `RESPONSES`; returns
     their summary."""
