@@ -89,7 +89,8 @@ def test_commands_that_need_no_model_start_without_torch(tmp_path: Path):
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from tppo.cli import main\n"
-        f"for stage in ('synthetic', 'prepare'): main([stage, '--run_dir', {str(tmp_path)!r}, '--synthetic.users', '60'])"
+        f"settings = ['--run_dir', {str(tmp_path)!r}, '--synthetic.users', '60']\n"
+        "for stage in ('synthetic', 'prepare'): main([stage, *settings])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment)
