@@ -34,7 +34,8 @@ def run(recipe, run, folder):
     return {"users": recipe.synthetic.users}
 """
 RUNNER = """
-import dataclasses, sys
+import dataclasses, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that were started in the background ignore it
 from tppo.core.stages import STAGES
 
 STAGES["synthetic"] = dataclasses.replace(STAGES["synthetic"], module="slow_stage")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +111,6 @@ def test_distance(tmp_path, tiny_policy, judge_file):  # noqa: F811
 
 
 def test_reward_training(tmp_path):
-    torch.set_num_threads(1)
     recipe = make_run(tmp_path, make_tiny_encoder(tmp_path / "encoder"), rows=48, held_out=16)
     recipe.reward.epochs, recipe.reward.evals_per_epoch = 2, 2
     # A checkpoint is three files that appear: state.json, checksums.json, and the folder itself.
