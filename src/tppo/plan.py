@@ -396,7 +396,7 @@ def _tokens(count: float) -> str:
 def check(recipe: Recipe, policy: ModelSize, encoder: ModelSize) -> None:
     """Every check of settings that needs no data."""
     task, reward = recipe.task, recipe.reward
-    check_sections(recipe, all_stages(recipe))
+    check_sections(recipe, all_stages(recipe), data=False)
     check_config(recipe.rl, task.max_response_tokens)  # the section's own algorithm is trained by `tppo rl`
     length, wrong = task.max_prompt_tokens + task.max_response_tokens, ""
     if 0 < policy.positions < length:

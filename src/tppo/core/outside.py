@@ -119,6 +119,8 @@ class Model:
     def missing(self) -> str:
         path = Path(self.name)
         is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") != 1
+        if path.is_dir() and not (path / "config.json").exists():
+            return f"{self.name} is a folder without config.json, so no model folder"
         if self.name in BUNDLED or path.is_dir() or not is_path:
             return ""
         return f"{self.name} is neither bundled, nor a folder, nor a hub name (owner/name)"

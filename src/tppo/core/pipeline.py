@@ -28,19 +28,23 @@ from tppo.core.stages import (
 _RECIPE_HEAD = "# Every setting of the run in this folder, written by tppo; a copy of yours is kept beside it.\n"
 
 
-def check_sections(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Every check of the settings of these stages that needs no data: the one that every command makes first.
+def check_sections(recipe: Recipe, stages: Sequence[str], data: bool = True) -> None:
+    """Every check of these stages that needs no stage to be made: the one that every command makes first.
+
+    Args:
+        data: look at the log as well, where there is one (a module's `check_data`).
 
     Raises:
-        UserError: names the setting.
+        UserError: names the setting or the file.
     """
     check_shared(recipe)
     if "rl_dpo" in stages:
         check_samples(recipe)
     for stage in stages:
         module = importlib.import_module(STAGES[split_stage(stage)[0]].module)
-        if check := getattr(module, "check", None):
-            check(of_variant(stage, recipe))
+        for name in ("check", "check_data") if data else ("check",):
+            if check := getattr(module, name, None):
+                check(of_variant(stage, recipe))
 
 
 def write_recipe(run: RunFolder) -> Path:

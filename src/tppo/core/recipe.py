@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -245,14 +247,51 @@ def check_readings(evaluate: Evaluate, judge: JudgeSettings | None = None) -> No
             raise UserError(f"evaluate.readings: {words}")
 
 
+_AT_LEAST: dict[float, tuple[str, ...]] = {
+    1: (
+        *("task.num_queries", "task.history_events", "task.max_prompt_tokens", "task.max_response_tokens"),
+        *("sft.batch_size", "sft.micro_batch_size", "sft.save_steps", "dpo.batch_size", "dpo.micro_batch_size"),
+        *("dpo.save_steps", "rl.batch_size", "rl.minibatch_size", "rl.micro_batch_size", "rl.ppo_epochs"),
+        *("sample.samples_per_example", "sample.batch_size", "label.calibration_examples", "rl.lora_r", "sft.lora_r"),
+        *("dpo.lora_r", "sft.scratch.hidden_size", "sft.scratch.layers", "sft.scratch.heads", "synthetic.users"),
+    ),
+    0: (
+        *("seed", "sft.max_examples", "sft.max_eval_examples", "sft.learning_rate", "sft.epochs", "dpo.learning_rate"),
+        *("dpo.epochs", "dpo.beta", "rl.learning_rate", "rl.value_learning_rate", "rl.value_coef", "rl.kl_coef"),
+        *("rl.clip_range", "rl.value_clip_range", "rl.warmup_updates", "rl.critic_warmup", "rl.length_penalty_alpha"),
+        *("rl.gamma", "rl.gae_lambda", "sample.train_examples", "sample.reward_eval_examples", "sample.temperature"),
+        *("label.null_quantile", "serve.temperature"),
+    ),
+}
+_AT_MOST: dict[float, tuple[str, ...]] = {1: ("rl.gamma", "rl.gae_lambda", "label.null_quantile")}
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Refuse numbers with which no stage could do anything, NaN and infinity among them.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for bounds, words, fits in (
+        (_AT_LEAST, "at least", lambda value, bound: value >= bound),
+        (_AT_MOST, "at most", lambda value, bound: value <= bound),
+    ):
+        for bound, names in bounds.items():
+            for name in names:
+                value = attrgetter(name)(recipe)
+                if not (math.isfinite(value) and fits(value, bound)):
+                    raise UserError(f"{name}={value}: it must be {words} {bound}")
+
+
 def check_shared(recipe: Recipe) -> None:
     """Refuse what no stage could make sense of.
 
     Raises:
         UserError: names the setting.
     """
-    if recipe.task.num_queries < 1:
-        raise UserError(f"task.num_queries={recipe.task.num_queries}: ask for at least 1")
+    check_ranges(recipe)
+    if not recipe.prepare.source:
+        raise UserError("prepare.source is empty: give log files or globs, or [synthetic]")
     if len(set(recipe.algorithms)) < len(recipe.algorithms):
         raise UserError(f"algorithms={recipe.algorithms} names one twice")
 

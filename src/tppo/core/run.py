@@ -174,6 +174,24 @@ class RunFolder:
             )
         return self.require(stage)
 
+    def require_for_task(self, stage: str) -> Path:
+        """Folder of a finished stage that is as the stage wrote it, and was made for the task of this recipe: what
+        commands that are no stages may use.
+
+        Raises:
+            UserError: not finished, changed since, or made for another task.
+        """
+        folder = self.require(stage)
+        manifest = self.manifest(stage) or {}
+        changed = [words for words in changed_settings(stage, manifest["config"], self.recipe) if words[:5] == "task."]
+        if changed:
+            raise UserError(
+                f"{folder} was made for another task ({'; '.join(changed)}): give the recipe of the run, "
+                f"--config {self.root / 'recipe.yaml'}"
+            )
+        folders.check_outputs(folder, stage, self._way_out(stage))
+        return folder
+
     def _same_inputs(self, stage: str, record: dict[str, Any]) -> bool:
         """An input that is to be made yet will be another one than that which was read."""
         return not self.missing_inputs(stage) and record.get("inputs") == self.input_hashes(stage)

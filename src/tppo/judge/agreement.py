@@ -190,7 +190,7 @@ def run_action(recipe: Recipe) -> None:
     if settings.action == "page":
         serve_sheet(folder, settings)
         return
-    labels = Path(settings.labels) if settings.labels else run.require("label") / "labels.parquet"
+    labels = Path(settings.labels) if settings.labels else run.require_for_task("label") / "labels.parquet"
     if settings.action == "compare":
         compare(settings, recipe.seed, labels, folder)
         return

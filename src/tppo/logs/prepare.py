@@ -108,6 +108,13 @@ def check(recipe: Recipe) -> None:
     check_settings(recipe.prepare)
 
 
+def check_data(recipe: Recipe) -> None:
+    """Every file of the log can be read, as far as its first block tells."""
+    prepare = recipe.prepare
+    if prepare.source != ["synthetic"]:
+        _check_files(_log_files(prepare), prepare.format, prepare.columns, prepare.encoding)
+
+
 def check_settings(prepare: Prepare) -> None:
     """UserError for a number out of range, or a name of nothing."""
     counts = ("min_history", "windows_per_user", "window_stride", "min_users_per_target", "max_text_chars", "threads")
@@ -134,9 +141,13 @@ def _source(prepare: Prepare, run: RunFolder) -> tuple[list[Path], str, Columns,
     """Files, format, columns and hash key of the log."""
     if prepare.source == ["synthetic"]:
         return [run.require("synthetic") / "log.tsv"], "tsv", Columns(), SYNTHETIC_KEY
+    return _log_files(prepare), prepare.format, prepare.columns, hash_key()
+
+
+def _log_files(prepare: Prepare) -> list[Path]:
     if "synthetic" in prepare.source:
         raise UserError("prepare.source: `synthetic` cannot be mixed with files")
-    return readers.list_files(prepare.source, prepare.format), prepare.format, prepare.columns, hash_key()
+    return readers.list_files(prepare.source, prepare.format)
 
 
 def _check_files(files: list[Path], format: str, columns: Columns, encoding: str) -> int:

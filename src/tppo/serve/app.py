@@ -150,13 +150,13 @@ def serve(recipe: Recipe) -> None:
         UserError: SFT is not finished, or the port cannot be had.
     """
     run = RunFolder(recipe)
-    folders = {"sft": run.require("sft") / "model"}
+    folders = {"sft": run.require_for_task("sft") / "model"}
     for algorithm in reversed(get_args(TuningAlgorithm)):
         stage = rl_stage(algorithm)
         if run.manifest(stage) is None:
             console.print(f"serve: {DISPLAY[algorithm]} is not trained in {run.root}, so it is left out")
         else:
-            folders[algorithm] = run.path(stage) / "model"
+            folders[algorithm] = run.require_for_task(stage) / "model"
     loopback = is_loopback(recipe.serve.host)
     with listen(recipe.serve.host, recipe.serve.port) as listener:
         if not loopback:

@@ -43,7 +43,7 @@ def run_study(recipe: Recipe, redo: Sequence[str] = ()) -> None:
     if recipe.study.action == "run":
         check_readers(make_plan(recipe, {}) if plan.search_of else plan)
         # A setting's own mistakes fail its own cells.
-        check_sections(recipe, [name for name in all_stages(recipe) if name not in recipe.stage_dirs])
+        check_sections(recipe, [name for name in all_stages(recipe) if name not in recipe.stage_dirs], data=False)
         workers = worker_environments(recipe.study.workers)
         with locked(Path(recipe.run_dir), wait=True) as children:
             check_taken(recipe)
