@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from transformers import LlamaForCausalLM
 
 from tppo.core.config import Recipe, Scratch, Task
 from tppo.core.run import RunFolder, run_stage
 from tppo.core.tables import EXAMPLES, Example, write_table
 from tppo.core.text import Event, render_prompt, render_response
-from tppo.core.web import listen
+from tppo.core.web import listen, server_of
 from tppo.tune.scratch import llama_config, make_policy, train_tokenizer
 
 TOPICS = {
@@ -128,7 +127,7 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def _running(app: Any) -> Iterator[str]:
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -109,6 +109,30 @@ def test_bad_requests_are_refused_with_the_field(client: TestClient, body: dict[
     assert any(where in detail["loc"] for detail in reply.json()["detail"])
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"history": {"text": "a very private matter", "foo": NaN}}',
+        '{"history": [{"text": "x"}], "num": NaN}',
+        '{"history": [{"text": "x"}], "num": 1e400}',
+        '{"history": [{"text": "a \\ud800 b"}]}',
+        '{"history": [{"text": "x"}], "model": "\\udfff"}',
+        '{"history": [{"text": "x"}], "\\ud800": 1}',
+    ],
+)
+def test_values_that_json_allows_are_refused_without_a_word_of_them(
+    client: TestClient, caplog: pytest.LogCaptureFixture, body: str
+):
+    reply = client.post("/v1/suggest", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 422
+    assert "private" not in reply.text + caplog.text
+
+
+def test_health_has_a_head(client: TestClient):
+    reply = client.head("/healthz")
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
 def test_limits_are_inclusive(client: TestClient):
     assert ask(client, history=[{"text": "x" * 500}] * 100, model="sft").status_code == 200
 

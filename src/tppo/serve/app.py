@@ -24,7 +24,7 @@ from tppo.core.models import load_policy
 from tppo.core.run import RunFolder
 from tppo.core.stages import DISPLAY, rl_stage
 from tppo.core.text import Event, EventKind, normalise_query, parse_response
-from tppo.core.web import LOOPBACK_NAMES, address_of, is_loopback, listen, render_page, run_server, secure
+from tppo.core.web import LOOPBACK_NAMES, Text, address_of, is_loopback, listen, render_page, run_server, secure
 from tppo.generate.engine import encode_history, generate
 
 MAX_EVENTS = 100
@@ -41,14 +41,14 @@ class HistoryEvent(BaseModel, extra="forbid"):
     """One thing the user did."""
 
     kind: EventKind = "search"
-    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_not_blank)]
+    text: Annotated[Text, Field(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_not_blank)]
 
 
 class SuggestRequest(BaseModel, extra="forbid"):
     """A history, oldest event first. Without `model` every model answers."""
 
     history: Annotated[list[HistoryEvent], Field(min_length=1, max_length=MAX_EVENTS)]
-    model: str | None = None
+    model: Text | None = None
     num: Annotated[int | None, Field(ge=1)] = None
 
 
@@ -85,20 +85,22 @@ def create_app(
     lock = threading.Lock()
     page = _page(list(models), task, temperature)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def index() -> str:
+    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> str:
         return page
 
+    # Asynchronous: an answer that waits for no thread, however many requests hold one.
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
-    def healthz() -> dict[str, Any]:
+    async def healthz() -> dict[str, Any]:
         return {"status": "ok", "models": list(models), "num_queries": task.num_queries}
 
     @app.post("/v1/suggest", response_model=Suggestion | Suggestions)
     def suggest(request: SuggestRequest) -> Suggestion | Suggestions:
         if request.model is not None and request.model not in models:
-            raise _invalid("model", f"unknown model; this server has {', '.join(models)}", request.model)
+            raise _invalid("model", f"unknown model; this server has {', '.join(models)}")
         if request.num is not None and request.num > task.num_queries:
-            raise _invalid("num", f"the models write at most {task.num_queries} queries", request.num)
+            raise _invalid("num", f"the models write at most {task.num_queries} queries")
         history = [Event(event.kind, normalise_query(event.text)) for event in request.history]
         names = list(models) if request.model is None else [request.model]
         with lock:
@@ -127,8 +129,8 @@ def _suggest(name: str, model: Any, tokenizer: Any, history: list[Event], task: 
     )
 
 
-def _invalid(field: str, message: str, value: Any) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": value}])
+def _invalid(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message}])
 
 
 def _page(names: list[str], task: Task, temperature: float) -> str:
