@@ -95,3 +95,20 @@ def test_bounds_and_the_best_answer():
     best = ["blue hat", "blue socks", "hat", "blue"]
     assert value(best) == 1.0
     assert all(0 <= value(list(part)) < 1 for n in range(4) for part in itertools.combinations(best, n))
+
+
+@pytest.mark.parametrize(
+    ("response", "history", "value"),
+    [
+        ("rome hotels\nrome hotels,\nrome, hotels", [], 1 / 3),
+        ("rome hotels.", [Event("search", "rome hotels")], 0),
+        ("rome hotels", [Event("search", "rome hotels?")], 0),
+        ("hotels, hotels", [], 1 / 6),
+        ("東京ホテル\n東京ホテル。", [], 1 / 3),
+        ("c tutorial\nc# tutorial\nc++ tutorial", [], 1),
+        ("...", [], 1 / 3),
+    ],
+)
+def test_punctuation_makes_no_other_query(response, history, value):
+    parsed = parse_response(response, True, 3)
+    assert asked_share(parsed, [True] * len(parsed.words), history, 3) == pytest.approx(value)

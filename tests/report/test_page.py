@@ -253,7 +253,9 @@ def test_the_truth_of_a_synthetic_log_is_in_summary_and_claims(finished: tuple[R
     metrics = Metrics({**fake_run.JUDGE, **data})
     assert metrics.knows_truth
     said = " ".join(words.lead(metrics, metrics.scopes[0]))
-    assert "TPPO minus SFT: truly relevant words +25.0 points [+25.0, +25.0] (an improvement)" in said
+    assert re.search(
+        r"TPPO minus SFT: truly relevant words \+25\.0 points \[\+2\d\.\d, \+2\d\.\d\] \(an improvement\)", said
+    )
     summary = words.summary_markdown(metrics, [])
     assert "## True relevance, known of the synthetic log" in summary
     assert "True relevance" not in words.summary_markdown(page.load_metrics(run.path("report")), [])

@@ -8,7 +8,8 @@ the denominator is the task's number of queries, so a query left out is worth as
 - A query that was not written is worth 0; an unparseable answer is worth 0 as a whole.
 - A query made of the same words as a search of the history is not new and worth 0. Queries of one answer that are made
   of the same words, in whatever order, are one query: the best of them counts.
-- A word counts once in its query: from its second time there it is irrelevant.
+- A word counts once in its query: from its second time there it is irrelevant. Punctuation at its ends makes no other
+  word of it.
 
 Hence no query that is added lowers the value (but one too many makes the answer unparseable), none that is left out
 raises it, and neither repeating a word in a query nor repeating a query pays. A word that stands in several queries
@@ -19,12 +20,15 @@ third of the value from the true next queries themselves, and this rule takes le
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from tppo.core.text import Event, ParsedResponse, normalise_query, parse_response
 
 Key = frozenset[str]
 """What makes two queries one: their words, whatever the order."""
+_PART_OF_WORDS = "#@%&*+_"
+"""Punctuation that tells words apart at their ends, as in c#; all other is dropped there."""
 
 
 def asked_share(parsed: ParsedResponse, relevant: Sequence[bool], history: Sequence[Event], num_queries: int) -> float:
@@ -42,7 +46,7 @@ def asked_share(parsed: ParsedResponse, relevant: Sequence[bool], history: Seque
     for words in parsed.query_words:
         first: dict[str, bool] = {}
         for word in words:
-            first.setdefault(normalise_query(word), next(verdicts))
+            first.setdefault(_word_key(word), next(verdicts))
         if key := frozenset(first) - {""}:
             best[key] = max(best.get(key, 0.0), sum(first.values()) / len(words))
     return sum(share for key, share in best.items() if key not in old) / num_queries
@@ -62,4 +66,19 @@ def _searched(history: Iterable[Event]) -> set[Key]:
 
 
 def _keys(queries: Iterable[Sequence[str]]) -> set[Key]:
-    return {key for words in queries if (key := frozenset(map(normalise_query, words)) - {""})}
+    return {key for words in queries if (key := frozenset(map(_word_key, words)) - {""})}
+
+
+def _word_key(word: str) -> str:
+    """What makes two words one: their normal form without punctuation at the ends ("hotels," is hotels)."""
+    key = normalise_query(word)
+    start, end = 0, len(key)
+    while start < end and _is_mark(key[start]):
+        start += 1
+    while end > start and _is_mark(key[end - 1]):
+        end -= 1
+    return key[start:end] or key
+
+
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] == "P" and char not in _PART_OF_WORDS

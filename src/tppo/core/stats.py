@@ -47,6 +47,8 @@ ALPHA = 0.05
 """1 - the level of every interval, and what a corrected p-value has to be below."""
 FEW_USERS = 30
 _BLOCK = 4_000_000
+_ROUNDING = 1e-12
+"""Spread below this share of the mean is none."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,9 @@ class CrossedMeans:
         if users < 2:
             return Difference(value, None, None, examples, users, seeds)
         errors = crossed_errors(parts_US)
+        if max(errors) <= _ROUNDING * abs(value):
+            # No spread: two users who agree show little, two hundred much. As if one more user had no difference.
+            errors = (0.0, abs(value) / users)
         half = half_width(errors, (seeds, users), ALPHA)
         p_value = p_of(value, errors, (seeds, users))
         return Difference(value, value - half, value + half, examples, users, seeds, *errors, p_value)
