@@ -59,8 +59,29 @@ class TestCsv:
         assert [row.text for row in rows[1:] if isinstance(row, RawRow)] == ["q"] * between + ['shut"']
 
     @pytest.mark.parametrize(
+        ("kind", "second"),
+        [
+            ("kind", '{},2024-01-09 12:01:00,12"'),  # a column short
+            ("kind", '{},search,12"'),
+            ("kind", '{},soon,glance,12"'),
+            ("kind", '{},soon,glance,12",more'),
+            ("", '{},,12"'),
+            ("", '{},01/09/2024,12"'),
+        ],
+    )
+    def test_a_row_with_faults_is_not_swallowed_either(self, kind: str, second: str) -> None:
+        head = CSV if kind else "user_id,time,text\n"
+        first = f"a,{HOUR}00:00," + ("search," if kind else "")
+        rows = read(head + f'{first}"6 inch\n{second.format("secretuser2")}\n{first}q\n', "csv", Columns(kind=kind))
+        assert [row.line for row in rows] == [2, 3, 4]
+        assert rows[0] == BadRow(2, "malformed")
+        assert not any("secretuser2" in row.text for row in rows if isinstance(row, RawRow))
+
+    @pytest.mark.parametrize(
         ("field", "text"),
         [
+            ('"a\nsearch"', "a\nsearch"),
+            ('"a\n2024-01-20"', "a\n2024-01-20"),
             ('"a\nb"', "a\nb"),
             ('"a\nb, c"', "a\nb, c"),
             ('"a ""b""\n\n, c"', 'a "b"\n\n, c'),
@@ -151,6 +172,14 @@ class TestParquet:
         assert isinstance(rows[1], RawRow)
         assert rows[1].time == "out of range" or unit == "ns"
         assert rows[2] == BadRow(3, "missing_value")
+
+    def test_int96_times_do_not_wrap(self, tmp_path) -> None:
+        times = pa.array([datetime(2024, 1, 20), datetime(2600, 1, 1)], pa.timestamp("us"))
+        table = pa.table({"user_id": ["a", "b"], "time": times, "text": ["x", "y"]})
+        pq.write_table(table, tmp_path / "log", use_deprecated_int96_timestamps=True)
+        with (tmp_path / "log").open("rb") as raw:
+            rows = list(read_rows(tmp_path / "log", raw, "parquet", Columns(kind="")))
+        assert [row.time for row in rows] == [datetime(2024, 1, 20), datetime(2600, 1, 1)]
 
     @pytest.mark.parametrize(
         ("user", "expected"),

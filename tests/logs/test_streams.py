@@ -49,6 +49,23 @@ def test_members_after_each_other_are_one_text(name: str) -> None:
     assert "zwei" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_a_damaged_later_member_is_no_end(name: str) -> None:
+    member = COMPRESSIONS[name](TEXT)
+    for later in (b"\xff\xff" + member[2:], member[:2], b"private", b"\0" * 70_000 + b"private"):
+        with pytest.raises(UserError, match=f"damaged {name} data after line") as error:
+            read(member + later)
+        assert "private" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gzip", "bzip2", "xz"])
+def test_zeros_may_pad_a_member(name: str) -> None:
+    member = COMPRESSIONS[name](TEXT)
+    for zeros in (4, 80_000):
+        assert read(member + b"\0" * zeros) == TEXT
+        assert read(member + b"\0" * zeros + member, size=5) == TEXT * 2
+
+
 def test_what_follows_a_member_is_not_quoted() -> None:
     with pytest.raises(UserError, match="damaged gzip data") as error:
         read(gzip.compress(TEXT) + b"private words")

@@ -162,12 +162,15 @@ def _csv_record(layout: Layout, lines: list[Line], index: int) -> tuple[list[str
 
 
 def _looks_like_row(layout: Layout, text: str) -> bool:
-    """Whether a line within a quoted field has the columns of a row, and the time or the kind of one at its place."""
+    """Whether a line within a quoted field may be a row of its own, whole or not: it has as many columns, or the time
+    or the kind of one among several. Taking a row for text would put its user's id into another's, so doubt counts."""
     fields = [field.strip('" ') for field in text.split(",")]
-    if len(fields) < layout.width:
+    if len(fields) == 1:
         return False
-    known = layout.kind is not None and fields[layout.kind].lower() in EVENT_KINDS
-    return known or parse_time(fields[layout.time], layout.columns.time_format) is not None
+    time_format = layout.columns.time_format
+    return len(fields) >= layout.width or any(
+        field.lower() in EVENT_KINDS or parse_time(field, time_format) is not None for field in fields
+    )
 
 
 def _json_rows(layout: Layout, first: int, data: bytes) -> Rows:

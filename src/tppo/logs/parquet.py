@@ -40,7 +40,8 @@ def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[La
     """
     layout = replace(layout, parquet=True)
     try:
-        file = pq.ParquetFile(raw)
+        # As nanoseconds, Arrow's default for INT96 (Spark, Impala), a year after 2262 would wrap to a plausible one.
+        file = pq.ParquetFile(raw, coerce_int96_timestamp_unit="us")
         schema = file.schema_arrow
         if layout.format == "parquet":
             layout, names = _plain_columns(path, schema, layout)

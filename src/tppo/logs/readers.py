@@ -10,7 +10,7 @@ Formats (`tppo.logs.formats` takes their rows apart)
   ClickURL is a click as well (ItemRank may be empty all the same). Rows cut off after QueryTime are taken.
 - tsv: a header, then one line per row, no quoting (quotes are ordinary characters, common in searches).
 - csv: a header, then RFC 4180 records; a quoted record may span lines and `line` is where it starts; but where one
-  of its lines looks like a row of its own, a quote was left open, and the row that it opens in is rejected.
+  of its lines may be a row of its own, a quote was left open, and the row that it opens in is rejected.
 - jsonl: one object per line; `user.id` as a column is the `id` in the object `user`.
 - parquet: `line` is the 1-based row. A folder is read as one log, and the keys in its folders' names
   (`.../day=2024-01-20/`) are columns.

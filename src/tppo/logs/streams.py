@@ -16,7 +16,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -128,12 +128,45 @@ def _decompressed(path: Path, raw: BinaryIO) -> tuple[str, BinaryIO]:
     if kind == "gzip":
         stream: object = gzip.GzipFile(fileobj=raw)
     elif kind == "bzip2":
-        stream = bz2.BZ2File(raw)
+        stream = _Members(raw, bz2.BZ2Decompressor)
     elif kind == "xz":
-        stream = lzma.LZMAFile(raw)  # noqa: SIM115 - `raw` is its owner's to close
+        stream = _Members(raw, lzma.LZMADecompressor)
     else:
         stream = pa.CompressedInputStream(pa.PythonFile(_Unclosed(raw), mode="r"), kind)
     return kind, io.BufferedReader(cast(Any, _Unclosed(stream)), _BUFFER)
+
+
+class _Members:
+    """The members of a bzip2 or xz file, one after the other: Python's own readers end at a member that is damaged at
+    its beginning, as if the file ended there."""
+
+    def __init__(self, raw: BinaryIO, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._begin = raw, begin
+        self._member = begin()
+        self._held = b""
+
+    def read(self, size: int) -> bytes:
+        """Some bytes, none at the end; EOFError, OSError or LZMAError where the data are damaged."""
+        while True:
+            if self._member.eof:
+                self._held = self._after(self._member.unused_data)
+                if not self._held:
+                    return b""
+                self._member = self._begin()
+            block = b""
+            if self._member.needs_input:
+                block, self._held = self._held or self._raw.read(_BUFFER), b""
+                if not block:
+                    raise EOFError
+            if data := self._member.decompress(block, size):
+                return data
+
+    def _after(self, rest: bytes) -> bytes:
+        """What follows a member and the zeros that may pad it."""
+        rest = rest.lstrip(b"\0")
+        while not rest and (block := self._raw.read(_BUFFER)):
+            rest = block.lstrip(b"\0")
+        return rest
 
 
 class _Unclosed(io.RawIOBase):
