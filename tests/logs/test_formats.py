@@ -136,6 +136,26 @@ def test_cr_line_ends_are_read_and_a_wrong_header_is_not_quoted() -> None:
         assert "prepare." in str(error.value) or "jq" in str(error.value) or "get the file again" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("format", "head", "row"),
+    [
+        ("tsv", "user_id\ttime\tkind\ttext\n", "private{}\t2024-01-20 10:00:00\tsearch\tq"),
+        ("csv", CSV, 'private{},2024-01-20 10:00:00,search,"q"'),
+        ("aol", "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n", "private{}\tq\t2006-03-01 07:17:12\t\t"),
+        ("jsonl", "", '{{"user_id": "private{}", "time": "2024-01-20", "kind": "search", "text": "q"}}'),
+    ],
+)
+def test_rows_joined_by_cr_alone_are_refused(format: str, head: str, row: str) -> None:
+    rows = [row.format(number) for number in range(6)]
+    first = 3 + head.count("\n")
+    for tail in ("\r".join(rows[2:]), "\r".join(rows[2:]) + "\n"):
+        with pytest.raises(UserError, match=f"line {first} is several rows with CR between them.*tr ") as error:
+            read(head + "\n".join(rows[:2]) + "\n" + tail, format)
+        assert "private" not in str(error.value)
+    assert len(read(head + "\r\n".join(rows) + "\r\r\n", format)) == 6
+    assert len(read(head + rows[0] + "\n" + rows[1].replace("q", "q\rr") + "\n", format)) == 2
+
+
 def test_times_of_one_file_are_of_one_kind() -> None:
     line = '{{"user_id": "u", "time": {}, "kind": "search", "text": "q"}}\n'
     for first, format in ((1700000000, "epoch_s"), (1700000000123, "epoch_ms"), ('"1700000000123456"', "epoch_us")):
@@ -241,6 +261,16 @@ class TestParquet:
                 rows += list(read_rows(path, raw, "parquet", Columns()))
         assert [row.user for row in rows] == ["2024-01-01 0", "2024-01-01 1", "2024-01-02 0", "2024-01-02 1"]
         assert {(row.time, row.kind) for row in rows[:2]} == {("2024-01-01", "search")}
+        # A partition that lies elsewhere, and a link that leads back.
+        (tmp_path / "log" / "time=2024-01-02").rename(tmp_path / "elsewhere")
+        (tmp_path / "log" / "time=2024-01-02").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "log" / "loop").symlink_to(tmp_path / "log")
+        assert list_files([str(tmp_path / "log")], "parquet") == files
+        for name in ("_delta_log", ".hoodie"):
+            (tmp_path / "elsewhere" / name).mkdir()
+            with pytest.raises(UserError, match=f"{name}.*present rows as plain Parquet"):
+                list_files([str(tmp_path / "log")], "parquet")
+            (tmp_path / "elsewhere" / name).rmdir()
         (tmp_path / "log" / "more.csv").write_text("x")
         with pytest.raises(UserError, match=r"1 file\(s\) that are not named .parquet.*more.csv"):
             list_files([str(tmp_path / "log")], "parquet")
@@ -312,6 +342,16 @@ def test_exports_of_analytics(tmp_path, format, records, rows) -> None:
     with path.open("rb") as raw:
         found = list(read_rows(path, raw, format, Columns()))
     assert found == rows
+
+
+@pytest.mark.parametrize("missing", ["event_name", "event_timestamp", "user_pseudo_id"])
+def test_a_ga4_file_without_its_columns_is_refused(tmp_path, missing: str) -> None:
+    path = tmp_path / "log.parquet"
+    for table in (pa.Table.from_pylist([{**GA4[0]}]).drop_columns([missing]), pa.table({"private": ["a"]})):
+        pq.write_table(table, path)
+        with path.open("rb") as raw, pytest.raises(UserError, match=f"'{missing}'.*prepare.format") as error:
+            list(read_rows(path, raw, "ga4", Columns()))
+        assert "private" not in str(error.value)
 
 
 def schema_of(records: list[dict[str, Any]]) -> pa.Schema:

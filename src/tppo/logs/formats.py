@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from tppo.core.common import UserError
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import parquet
 from tppo.logs.rows import BadRow, Layout, RawRow, Rows
@@ -18,6 +21,8 @@ Line = tuple[int, str, str | None]
 """1-based number, text without line end, reason why the text is unusable."""
 _LEAST_EPOCH = 1e8
 """A smaller number is no time in any unit (seconds of 1973)."""
+_LONE_CR = re.compile(rb"\r(?!\r*(?:\n|\Z))")
+"""A CR between two characters of a line."""
 _UBI_KINDS = {
     **dict.fromkeys(("search", "on_search", "query"), "search"),
     **dict.fromkeys(("click", "item_click", "product_click", "click_through", "result_click"), "click"),
@@ -61,6 +66,23 @@ def _doubtful_lines(first: int, lines: list[bytes]) -> Iterator[Line]:
                 yield number, line.decode().rstrip("\r"), None
             except UnicodeDecodeError:
                 yield number, "", "bad_utf8"
+
+
+def check_line_ends(path: Path, layout: Layout, first: int, data: bytes) -> None:
+    """UserError where a line of a block, whose first line has this number, is several rows with CR between them: a file
+    put together from one with LF and one with CR (Excel for Mac). A CR within a row is white space."""
+    at = 0
+    while found := _LONE_CR.search(data, at):
+        start, end = data.rfind(b"\n", 0, found.start()) + 1, data.find(b"\n", found.start())
+        at = len(data) if end < 0 else end
+        rows = ROWS[layout.rows](layout, 0, data[start:at].replace(b"\r", b"\n"))
+        times = (row.time for row in rows if isinstance(row, RawRow))
+        if sum(parse_time(time, layout.columns.time_format) is not None for time in times) > 1:
+            line = first + data.count(b"\n", 0, start)
+            raise UserError(
+                f"{path}: line {line} is several rows with CR between them, though "
+                f"lines before it end with LF: `tr '\\r' '\\n' < FILE > NEW` makes all ends alike"
+            )
 
 
 def _aol_rows(layout: Layout, first: int, data: bytes) -> Rows:

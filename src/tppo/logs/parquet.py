@@ -18,7 +18,6 @@ from tppo.logs.rows import Layout, columns_of
 from tppo.logs.times import EPOCH
 
 _BATCH_ROWS = {"parquet": 1 << 16, "ubi": 1 << 14, "ga4": 1 << 14}
-_GA4_COLUMNS = ("event_name", "event_timestamp", "event_params", "items")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
 _OUT_OF_RANGE = "out of range"
@@ -46,7 +45,7 @@ def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[La
         if layout.format == "parquet":
             layout, names = _plain_columns(path, schema, layout)
         elif layout.format == "ga4":
-            names = [name for name in (*_GA4_COLUMNS, layout.user_field()) if name in schema.names]
+            names = _ga4_columns(path, schema, layout)
         else:
             names = None
         number = 1
@@ -58,6 +57,17 @@ def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[La
             raise
         # Arrow's message may quote values.
         raise UserError(f"{path} is not a readable Parquet file: check prepare.format, or get the file again") from None
+
+
+def _ga4_columns(path: Path, schema: pa.Schema, layout: Layout) -> list[str]:
+    """The columns that are read of those that the file has."""
+    needed = ("event_name", "event_timestamp", layout.user_field())
+    if missing := [name for name in needed if schema.names.count(name) != 1]:
+        raise UserError(
+            f"{path}: the columns {missing} of a GA4 export are not there exactly once: check prepare.format and "
+            f"prepare.columns.user_id, or export the table whole"
+        )
+    return [name for name in (*needed, "event_params", "items") if name in schema.names]
 
 
 def _plain_columns(path: Path, schema: pa.Schema, layout: Layout) -> tuple[Layout, list[str]]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +38,15 @@ import pyarrow as pa
 from tppo.core.common import UserError
 from tppo.core.config import Columns
 from tppo.logs import parquet
-from tppo.logs.formats import ROWS, csv_whole_records, text_lines
+from tppo.logs.formats import ROWS, check_line_ends, csv_whole_records, text_lines
 from tppo.logs.rows import REASONS, BadRow, Layout, RawRow, Rows, columns_of
 from tppo.logs.streams import MAX_LINE_BYTES, read_blocks
 from tppo.logs.times import time_kind
 
 AOL_HEADER = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
+_TABLES = {"_delta_log", ".hoodie"}
+"""What lies in the folder of a table of Delta Lake or Hudi."""
 _SMALL_BLOCK = 1 << 16
 
 
@@ -83,18 +86,29 @@ def list_files(sources: list[str], format: str = "") -> list[Path]:
 
 
 def _parquet_files(folder: Path, format: str) -> list[Path]:
-    """The files of a partitioned data set in the order of their paths; names with `_` or `.` first are no data."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    data = [p for p in found if not any(part[0] in "_." for part in p.relative_to(folder).parts)]
+    """The files of a partitioned data set in the order of their paths, links followed; names with `_` or `.` first are
+    no data."""
+    data: list[Path] = []
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if managers := _TABLES & {*folders, *files}:
+            raise UserError(
+                f"prepare.source: {name} is a table with a log of its own ({managers.pop()}), whose folder may hold "
+                f"rows that were deleted: write the table's present rows as plain Parquet, and give that folder"
+            )
+        seen.add(os.path.realpath(name))
+        # Each folder once, however many links lead to it, perhaps from within.
+        folders[:] = sorted(f for f in folders if f[0] not in "_." and os.path.realpath(Path(name, f)) not in seen)
+        data += [Path(name, file) for file in files if file[0] not in "_."]
     if format not in ("parquet", "ubi", "ga4") or not data:
         raise UserError(f"prepare.source: {folder} is a folder: give files or a pattern such as {folder}/*.gz")
-    others = [path for path in data if path.suffix not in PARQUET_ENDINGS]
+    others = sorted(path for path in data if path.suffix not in PARQUET_ENDINGS)
     if others:
         raise UserError(
             f"prepare.source: {folder} holds {len(others)} file(s) that are not named .parquet, {others[0]} for one: "
             f"give a pattern such as {folder}/**/*.parquet"
         )
-    return data
+    return sorted(data)
 
 
 def read_log(
@@ -161,6 +175,7 @@ def _text_blocks(path: Path, raw: BinaryIO, layout: Layout, encoding: str, size:
             cut = csv_whole_records(layout, data)
         rest = data[cut:]
         if cut:
+            check_line_ends(path, layout, number, data[:cut])
             yield Block(layout, number, data[:cut])
         if following is None:
             return
