@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tppo.core.common import UserError
-from tppo.core.config import Columns
+from tppo.core.config import Columns, Prepare
 from tppo.logs.readers import BadRow, RawRow, list_files, read_log, read_rows
-from tppo.logs.staging import clean_row
+from tppo.logs.staging import Missing, clean_row
 
 CSV = "user_id,time,kind,text\n"
 HOUR = "2024-01-20 10:"
@@ -173,6 +173,27 @@ def test_half_a_character_is_no_text() -> None:
         line = '{"user_id": "\\ud800", "time": "2024-01-20", "kind": "search", "text": "TEXT"}'
         (row,) = read(line.replace("TEXT", text), "jsonl")
         assert clean_row(row, b"key", 99)[0] == reason
+
+
+def test_a_key_that_stands_twice_is_a_guess() -> None:
+    for twice in ('"user_id": "v", ', '"user": {"id": 1, "id": 2}, '):
+        line = '{"user_id": "u", TWICE"time": "2024-01-20", "kind": "search", "text": "q"}'
+        rows = read(line.replace("TWICE", twice) + "\n" + line.replace("TWICE", ""), "jsonl")
+        assert rows == [BadRow(1, "malformed"), RawRow(2, "u", "2024-01-20", "search", "q")]
+
+
+@pytest.mark.parametrize(
+    ("user", "reason"),
+    [
+        *((user, "missing_value") for user in ("NaT", "nat", '""', "''", "#NULL!", "\uff2e\uff35\uff2c\uff2c")),
+        *((user, "missing_value") for user in ("\ufeffnull", "nu\u200bll", "nu\u200dll\u2060", "\u200b", "\xadN/A")),
+        *((user, "shared_user") for user in ("0.0", "00", "Not Set", "missing", "\uff10", "gue\u200cst", "\uff0d1")),
+        *((user, None) for user in ("000", "nullx", "\uff11", "u1")),
+    ],
+)
+def test_ids_that_stand_for_none(user: str, reason: str | None) -> None:
+    row = RawRow(1, user, "2024-01-20", "search", "missing")
+    assert clean_row(row, b"key", 99, Missing.of(Prepare()))[0] == reason
 
 
 def test_fields_of_nested_json() -> None:

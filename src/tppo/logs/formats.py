@@ -202,10 +202,21 @@ def _json_rows(layout: Layout, first: int, data: bytes) -> Rows:
             yield BadRow(number, reason or "blank_line")
             continue
         try:
-            record = json.loads(text)
+            record = _JSON.decode(text)
         except (ValueError, RecursionError):
             record = None
         yield take(layout, number, record) if isinstance(record, dict) else BadRow(number, "malformed")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _field(record: dict[str, Any], name: str) -> Any:

@@ -239,11 +239,14 @@ def _by_count(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def _counted(rejected: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+
+
 def _nothing_kept(rejected: dict[str, int]) -> None:
-    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "no row at all"
     raise UserError(
-        f"no row of the log could be kept ({counts}): check prepare.format, .encoding and .columns; "
-        f"rejects.parquet in the stage's folder lists file and line"
+        f"no row of the log could be kept ({_counted(rejected) or 'no row at all'}): check prepare.format, .encoding "
+        f"and .columns; rejects.parquet in the stage's folder lists file and line"
     )
 
 
@@ -298,7 +301,9 @@ def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:
                 f"split {split} has no examples ({facts['users']} users in the log, "
                 f"{facts['users_too_few_events']} of them with too few events): {way_out}, "
                 f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
-                f"({prepare.min_users_per_target}), or give a log with more users"
+                f"({prepare.min_users_per_target}), or give a log with more users; of {facts['rows_read']} rows "
+                f"{facts['rows_rejected']} were rejected ({_counted(facts['rejected']) or 'none'}): see whether the "
+                f"settings read the log as it is meant"
             )
 
 

@@ -15,6 +15,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ _BUFFER = 1 << 16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"} | {
     b"\x04\x22\x4d\x18": "lz4"
 }
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18.{4}", re.DOTALL)
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".lz4": "lz4"}
 _NOT_TEXT = {
     b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save the sheet as CSV (UTF-8)",
@@ -57,17 +59,26 @@ codecs.register_error(_BAD, lambda error: ("\udcff", cast(UnicodeDecodeError, er
 
 def is_compressed(raw: BinaryIO) -> bool:
     """Whether a file begins as compressed data does; leaves it at its start."""
+    return _compression(raw) is not None
+
+
+def _compression(raw: BinaryIO) -> str | None:
+    """Name of the compression that a file begins with; leaves it at its start."""
     magic = raw.read(16)
+    while _SKIPPABLE.match(magic):  # frames of notes that zstd and lz4 have in common: pzstd begins with one
+        raw.seek(int.from_bytes(magic[4:8], "little") + 8 - len(magic), io.SEEK_CUR)
+        magic = raw.read(16)
     raw.seek(0)
-    return any(map(magic.startswith, _COMPRESSED))
+    return next((name for mark, name in _COMPRESSED.items() if magic.startswith(mark)), None)
 
 
 def check_encoding(name: str) -> None:
-    """UserError for `prepare.encoding` when Python knows no such encoding of text."""
+    """UserError for `prepare.encoding` when Python knows no such encoding of text, or cannot read it in pieces."""
     try:
         if name != "auto":
             "a".encode(name)
-    except LookupError:
+            codecs.getincrementaldecoder(name)(_BAD).decode(b"a", final=True)
+    except (LookupError, ValueError):
         raise UserError(
             f"prepare.encoding={name}: no such encoding; give auto, or a name such as utf-8, utf-16, gb18030, shift_jis"
         ) from None
@@ -118,9 +129,7 @@ def _whole_lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _decompressed(path: Path, raw: BinaryIO) -> tuple[str, BinaryIO]:
     """Name of the compression, empty for none, and the content."""
-    magic = raw.read(16)
-    raw.seek(0)
-    kind = next((name for mark, name in _COMPRESSED.items() if magic.startswith(mark)), None)
+    kind = _compression(raw)
     if kind is None:
         if named := _SUFFIXES.get(path.suffix):
             raise UserError(f"{path} is named {path.suffix} but is not {named} data: rename it or get it again")
