@@ -286,7 +286,7 @@ class TestParquet:
         (tmp_path / "log" / "time=2024-01-02").rename(tmp_path / "elsewhere")
         (tmp_path / "log" / "time=2024-01-02").symlink_to(tmp_path / "elsewhere")
         (tmp_path / "log" / "loop").symlink_to(tmp_path / "log")
-        assert list_files([str(tmp_path / "log")], "parquet") == files
+        assert list(list_files([str(tmp_path / "log")], "parquet")) == list(files)
         for name in ("_delta_log", ".hoodie"):
             (tmp_path / "elsewhere" / name).mkdir()
             with pytest.raises(UserError, match=f"{name}.*present rows as plain Parquet"):
@@ -297,6 +297,29 @@ class TestParquet:
             list_files([str(tmp_path / "log")], "parquet")
         with pytest.raises(UserError, match="is a folder"):
             list_files([str(tmp_path / "log")], "csv")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_column"),
+    [
+        *(("log", True), ("log/kind=*", True), ("log/**/*.parquet", True)),
+        *(("log/kind=search", False), ("log/kind=search/a.parquet", False), ("log/kind=search/*.parquet", False)),
+    ],
+)
+def test_only_folders_below_the_source_hold_columns(tmp_path, source: str, is_column: bool) -> None:
+    folder = tmp_path / "text=private"
+    path = folder / "log" / "kind=search" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": ["u"], "time": ["2024-01-20"], "other": ["q"]}), path)
+    ((found, given),) = list_files([str(folder / source)], "parquet").items()
+    for columns in (Columns(), Columns(text="other")):
+        with found.open("rb") as raw:
+            blocks = read_log(found, raw, "parquet", columns, given=given)
+            if is_column and columns.text == "other":
+                assert [row.kind for block in blocks for row in block.rows()] == ["search"]
+            else:
+                with pytest.raises(UserError, match="text" if columns.text == "text" else "kind"):
+                    list(blocks)
 
 
 UBI = [

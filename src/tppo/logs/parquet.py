@@ -31,8 +31,10 @@ def is_parquet(raw: BinaryIO) -> bool:
     return magic == b"PAR1"
 
 
-def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[Layout, int, pa.RecordBatch]]:
-    """(layout, number of the first row, batch) of one file, in order.
+def read_batches(
+    path: Path, raw: BinaryIO, layout: Layout, given: Path | None = None
+) -> Iterator[tuple[Layout, int, pa.RecordBatch]]:
+    """(layout, number of the first row, batch) of one file, in order. Folders' names hold columns below `given`.
 
     Raises:
         UserError: no Parquet, or a column missing or of a type that is not read.
@@ -43,7 +45,7 @@ def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[La
         file = pq.ParquetFile(raw, coerce_int96_timestamp_unit="us")
         schema = file.schema_arrow
         if layout.format == "parquet":
-            layout, names = _plain_columns(path, schema, layout)
+            layout, names = _plain_columns(path, given, schema, layout)
         elif layout.format == "ga4":
             names = _ga4_columns(path, schema, layout)
         else:
@@ -70,12 +72,13 @@ def _ga4_columns(path: Path, schema: pa.Schema, layout: Layout) -> list[str]:
     return [name for name in (*needed, "event_params", "items") if name in schema.names]
 
 
-def _plain_columns(path: Path, schema: pa.Schema, layout: Layout) -> tuple[Layout, list[str]]:
+def _plain_columns(path: Path, given: Path | None, schema: pa.Schema, layout: Layout) -> tuple[Layout, list[str]]:
     """The layout with the columns that the folders' names hold, and the names of those that the file holds."""
     columns = layout.columns
     wanted = {columns.user_id: "user_id", columns.time: "time", columns.kind: "kind", columns.text: "text"}
     wanted.pop("", None)
-    keys = dict(part.split("=", 1) for part in path.parts[:-1] if "=" in part)
+    folders = (path.relative_to(given) if given else path).parts[:-1]
+    keys = dict(part.split("=", 1) for part in folders if "=" in part)
     constants = {
         name: None if keys[name] == _NO_VALUE else unquote(keys[name])
         for name in wanted

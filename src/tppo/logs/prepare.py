@@ -130,31 +130,32 @@ def check_settings(prepare: Prepare) -> None:
         )
 
 
-def _source(prepare: Prepare, run: RunFolder) -> tuple[list[Path], str, Columns, bytes]:
-    """Files, format, columns and hash key of the log."""
+def _source(prepare: Prepare, run: RunFolder) -> tuple[dict[Path, Path], str, Columns, bytes]:
+    """Files (as readers.list_files gives them), format, columns and hash key of the log."""
     if prepare.source == ["synthetic"]:
-        return [run.require("synthetic") / "log.tsv"], "tsv", Columns(), SYNTHETIC_KEY
+        folder = run.require("synthetic")
+        return {folder / "log.tsv": folder}, "tsv", Columns(), SYNTHETIC_KEY
     if "synthetic" in prepare.source:
         raise UserError("prepare.source: `synthetic` cannot be mixed with files")
     return readers.list_files(prepare.source, prepare.format), prepare.format, prepare.columns, hash_key()
 
 
-def _check_files(files: list[Path], format: str, columns: Columns, encoding: str) -> int:
+def _check_files(files: dict[Path, Path], format: str, columns: Columns, encoding: str) -> int:
     """Bytes of the log, roughly, uncompressed.
 
     Raises:
         UserError: a file that cannot be read, by its first block: before hours go into the others.
     """
     size = 0
-    for path in files:
+    for path, given in files.items():
         with path.open("rb") as raw:
             compressed = is_compressed(raw) or is_parquet(raw)
-            next(readers.read_log(path, raw, format, columns, encoding), None)
+            next(readers.read_log(path, raw, format, columns, encoding, given=given), None)
         size += path.stat().st_size * (COMPRESSION if compressed else 1)
     return size
 
 
-def _plan(recipe: Recipe, files: list[Path], cleaning: Cleaning) -> dict[str, Any]:
+def _plan(recipe: Recipe, files: dict[Path, Path], cleaning: Cleaning) -> dict[str, Any]:
     """What the files of the scratch folder depend on."""
     settings = asdict(recipe.prepare)
     for name in RESOURCES:

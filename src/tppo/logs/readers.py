@@ -12,8 +12,8 @@ Formats (`tppo.logs.formats` takes their rows apart)
 - csv: a header, then RFC 4180 records; a quoted record may span lines and `line` is where it starts; but where one
   of its lines may be a row of its own, a quote was left open, and the row that it opens in is rejected.
 - jsonl: one object per line; `user.id` as a column is the `id` in the object `user`.
-- parquet: `line` is the 1-based row. A folder is read as one log, and the keys in its folders' names
-  (`.../day=2024-01-20/`) are columns.
+- parquet: `line` is the 1-based row. A folder is read as one log, and the keys in the names of the
+  folders below it (`.../day=2024-01-20/`) are columns.
 - ubi: OpenSearch User Behavior Insights, the documents of ubi_queries and ubi_events as JSON lines (as they are, or
   under `_source`) or Parquet, in any order.
 - ga4: the BigQuery export of Google Analytics 4, as JSON lines or Parquet.
@@ -30,6 +30,7 @@ import glob
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -62,27 +63,33 @@ class Block(NamedTuple):
         return ROWS[self.layout.rows](self.layout, self.first_line, self.data)
 
 
-def list_files(sources: list[str], format: str = "") -> list[Path]:
-    """The log files that `prepare.source` names, globs and folders of Parquet files expanded, each once.
+def list_files(sources: list[str], format: str = "") -> dict[Path, Path]:
+    """The log files that `prepare.source` names, globs and folders of Parquet files expanded, each once, in order; and
+    for each the folder that was given: only below it do folders' names hold columns.
 
     Raises:
         UserError: a file or glob that matches nothing, a folder of something else, an empty file.
     """
     files: dict[Path, Path] = {}
+    seen: set[Path] = set()
     for source in sources:
         matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not matches:
             raise UserError(f"prepare.source: {source} does not exist (and matches no file as a pattern)")
+        given = Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
         for match in map(Path, matches):
             for path in _parquet_files(match, format) if match.is_dir() else [match]:
                 if not path.is_file():
                     raise UserError(f"prepare.source: {path} is no ordinary file: write the log into one")
                 if path.stat().st_size == 0:
                     raise UserError(f"{path} is empty: remove it from prepare.source")
-                files.setdefault(path.resolve(), path)
+                if path.resolve() not in seen:
+                    seen.add(path.resolve())
+                    is_given = match == Path(source)
+                    files[path] = given if not is_given else match if match.is_dir() else match.parent
     if not files:
         raise UserError("prepare.source names no file")
-    return list(files.values())
+    return files
 
 
 def _parquet_files(folder: Path, format: str) -> list[Path]:
@@ -112,16 +119,22 @@ def _parquet_files(folder: Path, format: str) -> list[Path]:
 
 
 def read_log(
-    path: Path, raw: BinaryIO, format: str, columns: Columns, encoding: str = "auto", size: int = _SMALL_BLOCK
+    path: Path,
+    raw: BinaryIO,
+    format: str,
+    columns: Columns,
+    encoding: str = "auto",
+    size: int = _SMALL_BLOCK,
+    given: Path | None = None,
 ) -> Iterator[Block]:
     """The rows of one open log file in blocks, in order. `raw` is the file at its start (callers may watch its
-    position); equal sizes give equal blocks.
+    position); equal sizes give equal blocks. `given` is the folder below which folders' names hold columns; None: all.
 
     Raises:
         UserError: wrong header or columns, not the named format, damaged compression.
     """
     if format == "parquet" or (format in ("ubi", "ga4") and parquet.is_parquet(raw)):
-        batches = parquet.read_batches(path, raw, Layout(format, columns))
+        batches = parquet.read_batches(path, raw, Layout(format, columns), given)
         blocks: Iterator[Block] = (Block(*batch) for batch in batches)
     else:
         blocks = _text_blocks(path, raw, Layout(format, columns), encoding, size)

@@ -238,7 +238,7 @@ def _write_chunk(path: Path, cleaned: Cleaned, buckets: int) -> None:
 
 
 def stage_files(
-    files: list[Path], encoding: str, columns: Columns, format: str, cleaning: Cleaning, folder: Path, run: Map
+    files: dict[Path, Path], encoding: str, columns: Columns, format: str, cleaning: Cleaning, folder: Path, run: Map
 ) -> int:
     """Write the chunk files that `folder` does not hold yet; returns the number of rows of all."""
     finished = folder / "read.json"
@@ -253,9 +253,9 @@ def stage_files(
         def jobs() -> Iterator[tuple[Path, int, Block]]:
             nonlocal rows
             chunk = 0
-            for number, path in enumerate(files):
+            for number, (path, given) in enumerate(files.items()):
                 with path.open("rb") as raw:
-                    for block in read_log(path, raw, format, columns, encoding, BLOCK_BYTES):
+                    for block in read_log(path, raw, format, columns, encoding, BLOCK_BYTES, given):
                         target = chunk_path(folder, chunk)
                         chunk += 1
                         if target.exists():
