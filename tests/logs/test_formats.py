@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tppo.core.common import UserError
-from tppo.core.config import Columns
+from tppo.core.config import Columns, Prepare
 from tppo.logs.readers import BadRow, RawRow, list_files, read_log, read_rows
-from tppo.logs.staging import clean_row
+from tppo.logs.staging import Missing, clean_row
 
 CSV = "user_id,time,kind,text\n"
 HOUR = "2024-01-20 10:"
@@ -59,8 +59,29 @@ class TestCsv:
         assert [row.text for row in rows[1:] if isinstance(row, RawRow)] == ["q"] * between + ['shut"']
 
     @pytest.mark.parametrize(
+        ("kind", "second"),
+        [
+            ("kind", '{},2024-01-09 12:01:00,12"'),  # a column short
+            ("kind", '{},search,12"'),
+            ("kind", '{},soon,glance,12"'),
+            ("kind", '{},soon,glance,12",more'),
+            ("", '{},,12"'),
+            ("", '{},01/09/2024,12"'),
+        ],
+    )
+    def test_a_row_with_faults_is_not_swallowed_either(self, kind: str, second: str) -> None:
+        head = CSV if kind else "user_id,time,text\n"
+        first = f"a,{HOUR}00:00," + ("search," if kind else "")
+        rows = read(head + f'{first}"6 inch\n{second.format("secretuser2")}\n{first}q\n', "csv", Columns(kind=kind))
+        assert [row.line for row in rows] == [2, 3, 4]
+        assert rows[0] == BadRow(2, "malformed")
+        assert not any("secretuser2" in row.text for row in rows if isinstance(row, RawRow))
+
+    @pytest.mark.parametrize(
         ("field", "text"),
         [
+            ('"a\nsearch"', "a\nsearch"),
+            ('"a\n2024-01-20"', "a\n2024-01-20"),
             ('"a\nb"', "a\nb"),
             ('"a\nb, c"', "a\nb, c"),
             ('"a ""b""\n\n, c"', 'a "b"\n\n, c'),
@@ -115,6 +136,26 @@ def test_cr_line_ends_are_read_and_a_wrong_header_is_not_quoted() -> None:
         assert "prepare." in str(error.value) or "jq" in str(error.value) or "get the file again" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("format", "head", "row"),
+    [
+        ("tsv", "user_id\ttime\tkind\ttext\n", "private{}\t2024-01-20 10:00:00\tsearch\tq"),
+        ("csv", CSV, 'private{},2024-01-20 10:00:00,search,"q"'),
+        ("aol", "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n", "private{}\tq\t2006-03-01 07:17:12\t\t"),
+        ("jsonl", "", '{{"user_id": "private{}", "time": "2024-01-20", "kind": "search", "text": "q"}}'),
+    ],
+)
+def test_rows_joined_by_cr_alone_are_refused(format: str, head: str, row: str) -> None:
+    rows = [row.format(number) for number in range(6)]
+    first = 3 + head.count("\n")
+    for tail in ("\r".join(rows[2:]), "\r".join(rows[2:]) + "\n"):
+        with pytest.raises(UserError, match=f"line {first} is several rows with CR between them.*tr ") as error:
+            read(head + "\n".join(rows[:2]) + "\n" + tail, format)
+        assert "private" not in str(error.value)
+    assert len(read(head + "\r\n".join(rows) + "\r\r\n", format)) == 6
+    assert len(read(head + rows[0] + "\n" + rows[1].replace("q", "q\rr") + "\n", format)) == 2
+
+
 def test_times_of_one_file_are_of_one_kind() -> None:
     line = '{{"user_id": "u", "time": {}, "kind": "search", "text": "q"}}\n'
     for first, format in ((1700000000, "epoch_s"), (1700000000123, "epoch_ms"), ('"1700000000123456"', "epoch_us")):
@@ -134,6 +175,27 @@ def test_half_a_character_is_no_text() -> None:
         assert clean_row(row, b"key", 99)[0] == reason
 
 
+def test_a_key_that_stands_twice_is_a_guess() -> None:
+    for twice in ('"user_id": "v", ', '"user": {"id": 1, "id": 2}, '):
+        line = '{"user_id": "u", TWICE"time": "2024-01-20", "kind": "search", "text": "q"}'
+        rows = read(line.replace("TWICE", twice) + "\n" + line.replace("TWICE", ""), "jsonl")
+        assert rows == [BadRow(1, "malformed"), RawRow(2, "u", "2024-01-20", "search", "q")]
+
+
+@pytest.mark.parametrize(
+    ("user", "reason"),
+    [
+        *((user, "missing_value") for user in ("NaT", "nat", '""', "''", "#NULL!", "\uff2e\uff35\uff2c\uff2c")),
+        *((user, "missing_value") for user in ("\ufeffnull", "nu\u200bll", "nu\u200dll\u2060", "\u200b", "\xadN/A")),
+        *((user, "shared_user") for user in ("0.0", "00", "Not Set", "missing", "\uff10", "gue\u200cst", "\uff0d1")),
+        *((user, None) for user in ("000", "nullx", "\uff11", "u1")),
+    ],
+)
+def test_ids_that_stand_for_none(user: str, reason: str | None) -> None:
+    row = RawRow(1, user, "2024-01-20", "search", "missing")
+    assert clean_row(row, b"key", 99, Missing.of(Prepare()))[0] == reason
+
+
 def test_fields_of_nested_json() -> None:
     columns = Columns(user_id="user.id", text="q.text.raw", kind="")
     record = {"user": {"id": 7}, "time": "t", "q": {"text": {"raw": "a"}}}
@@ -151,6 +213,14 @@ class TestParquet:
         assert isinstance(rows[1], RawRow)
         assert rows[1].time == "out of range" or unit == "ns"
         assert rows[2] == BadRow(3, "missing_value")
+
+    def test_int96_times_do_not_wrap(self, tmp_path) -> None:
+        times = pa.array([datetime(2024, 1, 20), datetime(2600, 1, 1)], pa.timestamp("us"))
+        table = pa.table({"user_id": ["a", "b"], "time": times, "text": ["x", "y"]})
+        pq.write_table(table, tmp_path / "log", use_deprecated_int96_timestamps=True)
+        with (tmp_path / "log").open("rb") as raw:
+            rows = list(read_rows(tmp_path / "log", raw, "parquet", Columns(kind="")))
+        assert [row.time for row in rows] == [datetime(2024, 1, 20), datetime(2600, 1, 1)]
 
     @pytest.mark.parametrize(
         ("user", "expected"),
@@ -212,11 +282,44 @@ class TestParquet:
                 rows += list(read_rows(path, raw, "parquet", Columns()))
         assert [row.user for row in rows] == ["2024-01-01 0", "2024-01-01 1", "2024-01-02 0", "2024-01-02 1"]
         assert {(row.time, row.kind) for row in rows[:2]} == {("2024-01-01", "search")}
+        # A partition that lies elsewhere, and a link that leads back.
+        (tmp_path / "log" / "time=2024-01-02").rename(tmp_path / "elsewhere")
+        (tmp_path / "log" / "time=2024-01-02").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "log" / "loop").symlink_to(tmp_path / "log")
+        assert list(list_files([str(tmp_path / "log")], "parquet")) == list(files)
+        for name in ("_delta_log", ".hoodie"):
+            (tmp_path / "elsewhere" / name).mkdir()
+            with pytest.raises(UserError, match=f"{name}.*present rows as plain Parquet"):
+                list_files([str(tmp_path / "log")], "parquet")
+            (tmp_path / "elsewhere" / name).rmdir()
         (tmp_path / "log" / "more.csv").write_text("x")
         with pytest.raises(UserError, match=r"1 file\(s\) that are not named .parquet.*more.csv"):
             list_files([str(tmp_path / "log")], "parquet")
         with pytest.raises(UserError, match="is a folder"):
             list_files([str(tmp_path / "log")], "csv")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_column"),
+    [
+        *(("log", True), ("log/kind=*", True), ("log/**/*.parquet", True)),
+        *(("log/kind=search", False), ("log/kind=search/a.parquet", False), ("log/kind=search/*.parquet", False)),
+    ],
+)
+def test_only_folders_below_the_source_hold_columns(tmp_path, source: str, is_column: bool) -> None:
+    folder = tmp_path / "text=private"
+    path = folder / "log" / "kind=search" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": ["u"], "time": ["2024-01-20"], "other": ["q"]}), path)
+    ((found, given),) = list_files([str(folder / source)], "parquet").items()
+    for columns in (Columns(), Columns(text="other")):
+        with found.open("rb") as raw:
+            blocks = read_log(found, raw, "parquet", columns, given=given)
+            if is_column and columns.text == "other":
+                assert [row.kind for block in blocks for row in block.rows()] == ["search"]
+            else:
+                with pytest.raises(UserError, match="text" if columns.text == "text" else "kind"):
+                    list(blocks)
 
 
 UBI = [
@@ -283,6 +386,16 @@ def test_exports_of_analytics(tmp_path, format, records, rows) -> None:
     with path.open("rb") as raw:
         found = list(read_rows(path, raw, format, Columns()))
     assert found == rows
+
+
+@pytest.mark.parametrize("missing", ["event_name", "event_timestamp", "user_pseudo_id"])
+def test_a_ga4_file_without_its_columns_is_refused(tmp_path, missing: str) -> None:
+    path = tmp_path / "log.parquet"
+    for table in (pa.Table.from_pylist([{**GA4[0]}]).drop_columns([missing]), pa.table({"private": ["a"]})):
+        pq.write_table(table, path)
+        with path.open("rb") as raw, pytest.raises(UserError, match=f"'{missing}'.*prepare.format") as error:
+            list(read_rows(path, raw, "ga4", Columns()))
+        assert "private" not in str(error.value)
 
 
 def schema_of(records: list[dict[str, Any]]) -> pa.Schema:

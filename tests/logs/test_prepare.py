@@ -312,6 +312,15 @@ def test_mistakes_name_the_setting(tmp_path, small_log, options, message) -> Non
     assert not (RunFolder(recipe).path("prepare") / "scratch").exists()
 
 
+def test_a_split_without_examples_says_what_was_rejected(tmp_path) -> None:
+    # The file's first time decides of which kind its times are.
+    rows = ["u\t1700000000000\tsearch\tred hat"] + [f"u{i}\t2024-01-20 10:00:00\tsearch\tq" for i in range(559)]
+    path = tmp_path / "log.tsv"
+    path.write_text(TSV + "\n".join(rows))
+    with pytest.raises(UserError, match=r"no examples.* of 560 rows 559 were rejected \(bad_time 559\)"):
+        run_prepare(recipe_for(tmp_path, path))
+
+
 @pytest.mark.parametrize(("content", "message"), [(TSV, "no row at all"), (TSV + "u\tsoon\tsearch\tq\n", "bad_time 1")])
 def test_nothing_usable(tmp_path, content, message) -> None:
     with pytest.raises(UserError, match=message):

@@ -158,7 +158,7 @@ NULLS = [r"\N", "NULL", "null", "NaN", "nan", "None", "-", "(not set)", "undefin
 
 def test_ids_that_are_none_or_of_several_people(tmp_path) -> None:
     shared = ["0", "-1", "00000000-0000-0000-0000-000000000000", "Anonymous"]
-    users = [*NULLS, *shared, "00", "u", "nora"]
+    users = [*NULLS, *shared, "000", "u", "nora"]
     rows = [f"{user}\t2026-01-01 00:00:{i:02}\tsearch\tq{i}" for i, user in enumerate(users)]
     facts, rejects = run_rows(tmp_path, TSV + "\n".join(rows))
     assert [reject["reason"] for reject in rejects] == ["missing_value"] * len(NULLS) + ["shared_user"] * 4

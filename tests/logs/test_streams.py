@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tppo.core.common import UserError
-from tppo.logs.streams import MAX_LINE_BYTES, check_encoding, read_blocks
+from tppo.logs.streams import MAX_LINE_BYTES, check_encoding, is_compressed, read_blocks
 
 TEXT = "a\tb\nfür\tzwei\n好\t\n".encode()
 
@@ -49,6 +49,43 @@ def test_members_after_each_other_are_one_text(name: str) -> None:
     assert "zwei" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_a_damaged_later_member_is_no_end(name: str) -> None:
+    member = COMPRESSIONS[name](TEXT)
+    for later in (b"\xff\xff" + member[2:], member[:2], b"private", b"\0" * 70_000 + b"private"):
+        with pytest.raises(UserError, match=f"damaged {name} data after line") as error:
+            read(member + later)
+        assert "private" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gzip", "bzip2", "xz"])
+def test_zeros_may_pad_a_member(name: str) -> None:
+    member = COMPRESSIONS[name](TEXT)
+    for zeros in (4, 80_000):
+        assert read(member + b"\0" * zeros) == TEXT
+        assert read(member + b"\0" * zeros + member, size=5) == TEXT * 2
+
+
+@pytest.mark.parametrize("name", ["zstd", "lz4"])
+def test_frames_of_notes_are_skipped(name: str) -> None:
+    member = pa.compress(TEXT, name, asbytes=True) if name == "zstd" else lz4_frame(TEXT)
+    notes = [
+        bytes([first]) + b"\x2a\x4d\x18" + len(note).to_bytes(4, "little") + note
+        for first, note in ((0x50, b""), (0x5F, b"note" * 10))
+    ]
+    for data in (notes[0] + member, notes[1] + notes[0] + member, notes[1] + member + notes[0] + member):
+        assert is_compressed(io.BytesIO(data))
+        assert read(data) == TEXT * data.count(member)
+    assert not is_compressed(io.BytesIO(notes[1]))
+
+
+def lz4_frame(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "lz4") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 def test_what_follows_a_member_is_not_quoted() -> None:
     with pytest.raises(UserError, match="damaged gzip data") as error:
         read(gzip.compress(TEXT) + b"private words")
@@ -75,7 +112,7 @@ def test_bytes_that_are_no_characters_spoil_their_line_only() -> None:
         lines[1].decode()
 
 
-@pytest.mark.parametrize("name", ["utf-9", "hex", "zlib"])
+@pytest.mark.parametrize("name", ["utf-9", "hex", "zlib", "undefined", "idna", "punycode", "", "a\0b"])
 def test_no_such_encoding(name: str) -> None:
     with pytest.raises(UserError, match=f"prepare.encoding={name}"):
         check_encoding(name)

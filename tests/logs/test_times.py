@@ -66,6 +66,8 @@ def test_times_that_are_certain(text: str, when: str) -> None:
             "253402300800",
             "99999999999999999999999999",
         ),
+        *("638412345678901234", "123456789"),  # .NET's ticks, or nanoseconds; any number, or seconds
+        *("2024-01-20 10:00:00 localtime", "2024-01-20 10:00:00 right/UTC"),
         "2034010112",  # January 2034 by the hour, or seconds of June
         "\u0662\u0660\u0662\u0664-01-20",
     ],
@@ -89,13 +91,15 @@ def test_every_way_to_write_a_time_says_the_same(when: datetime) -> None:
         assert parse_time(text, unit) == EPOCH + timedelta(microseconds=micros // size * size)
         # Either the digits say which it is, or nothing does.
         assert parse_time(text) in (parse_time(text, unit), None)
-        assert parse_time(text) is not None or len(text) == 10
+        assert parse_time(text) is not None or len(text) in (9, 10)
 
 
 def test_a_format_that_is_given_is_the_only_one() -> None:
     assert parse_time("1700000000000", "epoch_s") is None
     assert parse_time("2024-01-20", "epoch_s") is None
     assert parse_time("1700000000", "iso") is None
+    assert parse_time("700000000", "epoch_s") == datetime(1992, 3, 7, 20, 26, 40)
+    assert parse_time("700000000000000000", "epoch_ns") == datetime(1992, 3, 7, 20, 26, 40)
     assert parse_time("2034010112", "iso") == datetime(2034, 1, 1, 12)
     assert parse_time("2034010112", "epoch_s") == datetime(2034, 6, 15, 18, 48, 32)
 
@@ -109,3 +113,6 @@ def test_the_zone_is_that_of_times_without_one() -> None:
     check_zone("Asia/Tokyo")
     with pytest.raises(UserError, match=r"no zone Berlin.*Europe/Berlin"):
         check_zone("Berlin")
+    for name in ("localtime", "posixrules", "Factory", "right/Europe/Berlin"):
+        with pytest.raises(UserError, match="no zone"):
+            check_zone(name)

@@ -125,15 +125,19 @@ class Prepare:
         default_factory=lambda: [
             *("\\N", "NULL", "Null", "null", "NaN", "NAN", "None", "NONE", "nil", "N/A", "NA", "#N/A", "<NA>"),
             *("<null>", "(null)", "(none)", "(not set)", "(not provided)", "(other)", "undefined"),
-            *("[object Object]", "-", "--"),
+            *("NaT", "#NULL!", '""', "''", "[object Object]", "-", "--"),
         ]
     )
-    """What exports write for a value that is missing. A user id that is one of these, in capitals or not, or a text
-    that is one of these, spelt as here, is a missing_value. (`none` and `nan` as texts stay: people type them.)"""
+    """What exports write for a value that is missing. A user id that is one of these, whatever its capitals and width,
+    or a text that is one of these, spelt as here, is a missing_value. (`none` and `nan` as texts stay: people type
+    them.)"""
     shared_users: list[str] = field(
-        default_factory=lambda: ["0", "-1", "00000000-0000-0000-0000-000000000000", "anonymous", "unknown", "guest"]
+        default_factory=lambda: [
+            *("0", "00", "0.0", "-1", "00000000-0000-0000-0000-000000000000"),
+            *("anonymous", "unknown", "guest", "missing", "not set"),
+        ]
     )
-    """User ids, in capitals or not, that stand for several people: their rows are rejected (shared_user)."""
+    """User ids, whatever their capitals and width, that stand for several people: rejected as shared_user."""
     memory_limit: str = "1GB"
     """DuckDB's memory limit, shared by its processes; beyond it, it spills to disk. Python and libraries come on top,
     about 200 MB for each process."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from tppo.core.common import UserError
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import parquet
 from tppo.logs.rows import BadRow, Layout, RawRow, Rows
@@ -18,6 +21,8 @@ Line = tuple[int, str, str | None]
 """1-based number, text without line end, reason why the text is unusable."""
 _LEAST_EPOCH = 1e8
 """A smaller number is no time in any unit (seconds of 1973)."""
+_LONE_CR = re.compile(rb"\r(?!\r*(?:\n|\Z))")
+"""A CR between two characters of a line."""
 _UBI_KINDS = {
     **dict.fromkeys(("search", "on_search", "query"), "search"),
     **dict.fromkeys(("click", "item_click", "product_click", "click_through", "result_click"), "click"),
@@ -61,6 +66,23 @@ def _doubtful_lines(first: int, lines: list[bytes]) -> Iterator[Line]:
                 yield number, line.decode().rstrip("\r"), None
             except UnicodeDecodeError:
                 yield number, "", "bad_utf8"
+
+
+def check_line_ends(path: Path, layout: Layout, first: int, data: bytes) -> None:
+    """UserError where a line of a block, whose first line has this number, is several rows with CR between them: a file
+    put together from one with LF and one with CR (Excel for Mac). A CR within a row is white space."""
+    at = 0
+    while found := _LONE_CR.search(data, at):
+        start, end = data.rfind(b"\n", 0, found.start()) + 1, data.find(b"\n", found.start())
+        at = len(data) if end < 0 else end
+        rows = ROWS[layout.rows](layout, 0, data[start:at].replace(b"\r", b"\n"))
+        times = (row.time for row in rows if isinstance(row, RawRow))
+        if sum(parse_time(time, layout.columns.time_format) is not None for time in times) > 1:
+            line = first + data.count(b"\n", 0, start)
+            raise UserError(
+                f"{path}: line {line} is several rows with CR between them, though "
+                f"lines before it end with LF: `tr '\\r' '\\n' < FILE > NEW` makes all ends alike"
+            )
 
 
 def _aol_rows(layout: Layout, first: int, data: bytes) -> Rows:
@@ -162,12 +184,15 @@ def _csv_record(layout: Layout, lines: list[Line], index: int) -> tuple[list[str
 
 
 def _looks_like_row(layout: Layout, text: str) -> bool:
-    """Whether a line within a quoted field has the columns of a row, and the time or the kind of one at its place."""
+    """Whether a line within a quoted field may be a row of its own, whole or not: it has as many columns, or the time
+    or the kind of one among several. Taking a row for text would put its user's id into another's, so doubt counts."""
     fields = [field.strip('" ') for field in text.split(",")]
-    if len(fields) < layout.width:
+    if len(fields) == 1:
         return False
-    known = layout.kind is not None and fields[layout.kind].lower() in EVENT_KINDS
-    return known or parse_time(fields[layout.time], layout.columns.time_format) is not None
+    time_format = layout.columns.time_format
+    return len(fields) >= layout.width or any(
+        field.lower() in EVENT_KINDS or parse_time(field, time_format) is not None for field in fields
+    )
 
 
 def _json_rows(layout: Layout, first: int, data: bytes) -> Rows:
@@ -177,10 +202,21 @@ def _json_rows(layout: Layout, first: int, data: bytes) -> Rows:
             yield BadRow(number, reason or "blank_line")
             continue
         try:
-            record = json.loads(text)
+            record = _JSON.decode(text)
         except (ValueError, RecursionError):
             record = None
         yield take(layout, number, record) if isinstance(record, dict) else BadRow(number, "malformed")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _field(record: dict[str, Any], name: str) -> Any:

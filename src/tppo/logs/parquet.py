@@ -18,7 +18,6 @@ from tppo.logs.rows import Layout, columns_of
 from tppo.logs.times import EPOCH
 
 _BATCH_ROWS = {"parquet": 1 << 16, "ubi": 1 << 14, "ga4": 1 << 14}
-_GA4_COLUMNS = ("event_name", "event_timestamp", "event_params", "items")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
 _OUT_OF_RANGE = "out of range"
@@ -32,20 +31,23 @@ def is_parquet(raw: BinaryIO) -> bool:
     return magic == b"PAR1"
 
 
-def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[Layout, int, pa.RecordBatch]]:
-    """(layout, number of the first row, batch) of one file, in order.
+def read_batches(
+    path: Path, raw: BinaryIO, layout: Layout, given: Path | None = None
+) -> Iterator[tuple[Layout, int, pa.RecordBatch]]:
+    """(layout, number of the first row, batch) of one file, in order. Folders' names hold columns below `given`.
 
     Raises:
         UserError: no Parquet, or a column missing or of a type that is not read.
     """
     layout = replace(layout, parquet=True)
     try:
-        file = pq.ParquetFile(raw)
+        # As nanoseconds, Arrow's default for INT96 (Spark, Impala), a year after 2262 would wrap to a plausible one.
+        file = pq.ParquetFile(raw, coerce_int96_timestamp_unit="us")
         schema = file.schema_arrow
         if layout.format == "parquet":
-            layout, names = _plain_columns(path, schema, layout)
+            layout, names = _plain_columns(path, given, schema, layout)
         elif layout.format == "ga4":
-            names = [name for name in (*_GA4_COLUMNS, layout.user_field()) if name in schema.names]
+            names = _ga4_columns(path, schema, layout)
         else:
             names = None
         number = 1
@@ -59,12 +61,24 @@ def read_batches(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[tuple[La
         raise UserError(f"{path} is not a readable Parquet file: check prepare.format, or get the file again") from None
 
 
-def _plain_columns(path: Path, schema: pa.Schema, layout: Layout) -> tuple[Layout, list[str]]:
+def _ga4_columns(path: Path, schema: pa.Schema, layout: Layout) -> list[str]:
+    """The columns that are read of those that the file has."""
+    needed = ("event_name", "event_timestamp", layout.user_field())
+    if missing := [name for name in needed if schema.names.count(name) != 1]:
+        raise UserError(
+            f"{path}: the columns {missing} of a GA4 export are not there exactly once: check prepare.format and "
+            f"prepare.columns.user_id, or export the table whole"
+        )
+    return [name for name in (*needed, "event_params", "items") if name in schema.names]
+
+
+def _plain_columns(path: Path, given: Path | None, schema: pa.Schema, layout: Layout) -> tuple[Layout, list[str]]:
     """The layout with the columns that the folders' names hold, and the names of those that the file holds."""
     columns = layout.columns
     wanted = {columns.user_id: "user_id", columns.time: "time", columns.kind: "kind", columns.text: "text"}
     wanted.pop("", None)
-    keys = dict(part.split("=", 1) for part in path.parts[:-1] if "=" in part)
+    folders = (path.relative_to(given) if given else path).parts[:-1]
+    keys = dict(part.split("=", 1) for part in folders if "=" in part)
     constants = {
         name: None if keys[name] == _NO_VALUE else unquote(keys[name])
         for name in wanted

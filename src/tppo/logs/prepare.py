@@ -137,35 +137,36 @@ def check_settings(prepare: Prepare) -> None:
         )
 
 
-def _source(prepare: Prepare, run: RunFolder) -> tuple[list[Path], str, Columns, bytes]:
-    """Files, format, columns and hash key of the log."""
+def _source(prepare: Prepare, run: RunFolder) -> tuple[dict[Path, Path], str, Columns, bytes]:
+    """Files (as readers.list_files gives them), format, columns and hash key of the log."""
     if prepare.source == ["synthetic"]:
-        return [run.require("synthetic") / "log.tsv"], "tsv", Columns(), SYNTHETIC_KEY
+        folder = run.require("synthetic")
+        return {folder / "log.tsv": folder}, "tsv", Columns(), SYNTHETIC_KEY
     return _log_files(prepare), prepare.format, prepare.columns, hash_key()
 
 
-def _log_files(prepare: Prepare) -> list[Path]:
+def _log_files(prepare: Prepare) -> dict[Path, Path]:
     if "synthetic" in prepare.source:
         raise UserError("prepare.source: `synthetic` cannot be mixed with files")
     return readers.list_files(prepare.source, prepare.format)
 
 
-def _check_files(files: list[Path], format: str, columns: Columns, encoding: str) -> int:
+def _check_files(files: dict[Path, Path], format: str, columns: Columns, encoding: str) -> int:
     """Bytes of the log, roughly, uncompressed.
 
     Raises:
         UserError: a file that cannot be read, by its first block: before hours go into the others.
     """
     size = 0
-    for path in files:
+    for path, given in files.items():
         with path.open("rb") as raw:
             compressed = is_compressed(raw) or is_parquet(raw)
-            next(readers.read_log(path, raw, format, columns, encoding), None)
+            next(readers.read_log(path, raw, format, columns, encoding, given=given), None)
         size += path.stat().st_size * (COMPRESSION if compressed else 1)
     return size
 
 
-def _plan(recipe: Recipe, files: list[Path], cleaning: Cleaning) -> dict[str, Any]:
+def _plan(recipe: Recipe, files: dict[Path, Path], cleaning: Cleaning) -> dict[str, Any]:
     """What the files of the scratch folder depend on."""
     settings = asdict(recipe.prepare)
     for name in RESOURCES:
@@ -250,11 +251,14 @@ def _by_count(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def _counted(rejected: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+
+
 def _nothing_kept(rejected: dict[str, int]) -> None:
-    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "no row at all"
     raise UserError(
-        f"no row of the log could be kept ({counts}): check prepare.format, .encoding and .columns; "
-        f"rejects.parquet in the stage's folder lists file and line"
+        f"no row of the log could be kept ({_counted(rejected) or 'no row at all'}): check prepare.format, .encoding "
+        f"and .columns; rejects.parquet in the stage's folder lists file and line"
     )
 
 
@@ -309,7 +313,9 @@ def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:
                 f"split {split} has no examples ({facts['users']} users in the log, "
                 f"{facts['users_too_few_events']} of them with too few events): {way_out}, "
                 f"lower prepare.min_history ({prepare.min_history}) or prepare.min_users_per_target "
-                f"({prepare.min_users_per_target}), or give a log with more users"
+                f"({prepare.min_users_per_target}), or give a log with more users; of {facts['rows_read']} rows "
+                f"{facts['rows_rejected']} were rejected ({_counted(facts['rejected']) or 'none'}): see whether the "
+                f"settings read the log as it is meant"
             )
 
 

@@ -10,10 +10,10 @@ Formats (`tppo.logs.formats` takes their rows apart)
   ClickURL is a click as well (ItemRank may be empty all the same). Rows cut off after QueryTime are taken.
 - tsv: a header, then one line per row, no quoting (quotes are ordinary characters, common in searches).
 - csv: a header, then RFC 4180 records; a quoted record may span lines and `line` is where it starts; but where one
-  of its lines looks like a row of its own, a quote was left open, and the row that it opens in is rejected.
+  of its lines may be a row of its own, a quote was left open, and the row that it opens in is rejected.
 - jsonl: one object per line; `user.id` as a column is the `id` in the object `user`.
-- parquet: `line` is the 1-based row. A folder is read as one log, and the keys in its folders' names
-  (`.../day=2024-01-20/`) are columns.
+- parquet: `line` is the 1-based row. A folder is read as one log, and the keys in the names of the
+  folders below it (`.../day=2024-01-20/`) are columns.
 - ubi: OpenSearch User Behavior Insights, the documents of ubi_queries and ubi_events as JSON lines (as they are, or
   under `_source`) or Parquet, in any order.
 - ga4: the BigQuery export of Google Analytics 4, as JSON lines or Parquet.
@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,13 +39,15 @@ import pyarrow as pa
 from tppo.core.common import UserError
 from tppo.core.config import Columns
 from tppo.logs import parquet
-from tppo.logs.formats import ROWS, csv_whole_records, text_lines
+from tppo.logs.formats import ROWS, check_line_ends, csv_whole_records, text_lines
 from tppo.logs.rows import REASONS, BadRow, Layout, RawRow, Rows, columns_of
 from tppo.logs.streams import MAX_LINE_BYTES, read_blocks
 from tppo.logs.times import time_kind
 
 AOL_HEADER = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
+_TABLES = {"_delta_log", ".hoodie"}
+"""What lies in the folder of a table of Delta Lake or Hudi."""
 _SMALL_BLOCK = 1 << 16
 
 
@@ -59,55 +63,78 @@ class Block(NamedTuple):
         return ROWS[self.layout.rows](self.layout, self.first_line, self.data)
 
 
-def list_files(sources: list[str], format: str = "") -> list[Path]:
-    """The log files that `prepare.source` names, globs and folders of Parquet files expanded, each once.
+def list_files(sources: list[str], format: str = "") -> dict[Path, Path]:
+    """The log files that `prepare.source` names, globs and folders of Parquet files expanded, each once, in order; and
+    for each the folder that was given: only below it do folders' names hold columns.
 
     Raises:
         UserError: a file or glob that matches nothing, a folder of something else, an empty file.
     """
     files: dict[Path, Path] = {}
+    seen: set[Path] = set()
     for source in sources:
         matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not matches:
             raise UserError(f"prepare.source: {source} does not exist (and matches no file as a pattern)")
+        given = Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
         for match in map(Path, matches):
             for path in _parquet_files(match, format) if match.is_dir() else [match]:
                 if not path.is_file():
                     raise UserError(f"prepare.source: {path} is no ordinary file: write the log into one")
                 if path.stat().st_size == 0:
                     raise UserError(f"{path} is empty: remove it from prepare.source")
-                files.setdefault(path.resolve(), path)
+                if path.resolve() not in seen:
+                    seen.add(path.resolve())
+                    is_given = match == Path(source)
+                    files[path] = given if not is_given else match if match.is_dir() else match.parent
     if not files:
         raise UserError("prepare.source names no file")
-    return list(files.values())
+    return files
 
 
 def _parquet_files(folder: Path, format: str) -> list[Path]:
-    """The files of a partitioned data set in the order of their paths; names with `_` or `.` first are no data."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    data = [p for p in found if not any(part[0] in "_." for part in p.relative_to(folder).parts)]
+    """The files of a partitioned data set in the order of their paths, links followed; names with `_` or `.` first are
+    no data."""
+    data: list[Path] = []
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if managers := _TABLES & {*folders, *files}:
+            raise UserError(
+                f"prepare.source: {name} is a table with a log of its own ({managers.pop()}), whose folder may hold "
+                f"rows that were deleted: write the table's present rows as plain Parquet, and give that folder"
+            )
+        seen.add(os.path.realpath(name))
+        # Each folder once, however many links lead to it, perhaps from within.
+        folders[:] = sorted(f for f in folders if f[0] not in "_." and os.path.realpath(Path(name, f)) not in seen)
+        data += [Path(name, file) for file in files if file[0] not in "_."]
     if format not in ("parquet", "ubi", "ga4") or not data:
         raise UserError(f"prepare.source: {folder} is a folder: give files or a pattern such as {folder}/*.gz")
-    others = [path for path in data if path.suffix not in PARQUET_ENDINGS]
+    others = sorted(path for path in data if path.suffix not in PARQUET_ENDINGS)
     if others:
         raise UserError(
             f"prepare.source: {folder} holds {len(others)} file(s) that are not named .parquet, {others[0]} for one: "
             f"give a pattern such as {folder}/**/*.parquet"
         )
-    return data
+    return sorted(data)
 
 
 def read_log(
-    path: Path, raw: BinaryIO, format: str, columns: Columns, encoding: str = "auto", size: int = _SMALL_BLOCK
+    path: Path,
+    raw: BinaryIO,
+    format: str,
+    columns: Columns,
+    encoding: str = "auto",
+    size: int = _SMALL_BLOCK,
+    given: Path | None = None,
 ) -> Iterator[Block]:
     """The rows of one open log file in blocks, in order. `raw` is the file at its start (callers may watch its
-    position); equal sizes give equal blocks.
+    position); equal sizes give equal blocks. `given` is the folder below which folders' names hold columns; None: all.
 
     Raises:
         UserError: wrong header or columns, not the named format, damaged compression.
     """
     if format == "parquet" or (format in ("ubi", "ga4") and parquet.is_parquet(raw)):
-        batches = parquet.read_batches(path, raw, Layout(format, columns))
+        batches = parquet.read_batches(path, raw, Layout(format, columns), given)
         blocks: Iterator[Block] = (Block(*batch) for batch in batches)
     else:
         blocks = _text_blocks(path, raw, Layout(format, columns), encoding, size)
@@ -161,6 +188,7 @@ def _text_blocks(path: Path, raw: BinaryIO, layout: Layout, encoding: str, size:
             cut = csv_whole_records(layout, data)
         rest = data[cut:]
         if cut:
+            check_line_ends(path, layout, number, data[:cut])
             yield Block(layout, number, data[:cut])
         if following is None:
             return

@@ -18,7 +18,7 @@ REASONS: dict[str, str] = {
     "bad_utf8": "the line is not UTF-8 (or what prepare.encoding says), or a text is no Unicode",
     "blank_line": "the line is empty",
     "wrong_columns": "another number of columns than the header",
-    "malformed": "CSV quoting that does not close before the next row, or a line that is no JSON object",
+    "malformed": "CSV quoting that does not close before the next row, or no JSON object with each key once",
     # Its fields.
     "missing_value": "user, time, kind or text is missing, of the wrong type, or one of prepare.null_values",
     "shared_user": "the user id stands for several people (prepare.shared_users)",

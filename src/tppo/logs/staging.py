@@ -25,6 +25,7 @@ from tppo.core.config import Columns, Prepare
 from tppo.core.files import write_json
 from tppo.core.tables import SPLITS, field
 from tppo.core.text import EVENT_KINDS
+from tppo.core.words import normalise_query
 from tppo.logs.clean import clean_text, clean_url, hash_user, user_draw
 from tppo.logs.readers import Block, read_log
 from tppo.logs.rows import REASONS, BadRow, RawRow
@@ -57,7 +58,7 @@ _REASON_NUMBERS = {reason: number for number, reason in enumerate(REASON_NAMES)}
 
 
 class Missing(NamedTuple):
-    """Values that stand for none: of user ids (case folded), of users that are several people, of texts."""
+    """Values that stand for none: of user ids (_folded), of users that are several people, of texts."""
 
     users: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
@@ -65,7 +66,7 @@ class Missing(NamedTuple):
 
     @classmethod
     def of(cls, prepare: Prepare) -> Missing:
-        users, shared = (frozenset(map(str.casefold, v)) for v in (prepare.null_values, prepare.shared_users))
+        users, shared = (frozenset(map(_folded, v)) for v in (prepare.null_values, prepare.shared_users))
         return cls(users, shared, frozenset(prepare.null_values))
 
 
@@ -131,9 +132,16 @@ def _rejected(reason: str) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1 << 10)  # a user's rows mostly follow each other; an id can be 64 KiB long
+@lru_cache(maxsize=1 << 10)
+def _folded(user: str) -> str:
+    """An id as it is compared with those that are none: without case, width and what cannot be seen."""
+    # A normal form has a space for U+200B, which ends a word; an id is no words.
+    return user.strip().casefold() if user.isascii() else normalise_query(user.replace("\u200b", ""))
+
+
 def clean_user(user: str, key: bytes, missing: Missing) -> tuple[str | None, int]:
     """(None, hash), or (reason, 0) for an id that is none, or several people's."""
-    folded = user.strip().casefold()
+    folded = _folded(user)
     if not folded or folded in missing.users:
         return "missing_value", 0
     return ("shared_user", 0) if folded in missing.shared else (None, hash_user(key, user))
@@ -230,7 +238,7 @@ def _write_chunk(path: Path, cleaned: Cleaned, buckets: int) -> None:
 
 
 def stage_files(
-    files: list[Path], encoding: str, columns: Columns, format: str, cleaning: Cleaning, folder: Path, run: Map
+    files: dict[Path, Path], encoding: str, columns: Columns, format: str, cleaning: Cleaning, folder: Path, run: Map
 ) -> int:
     """Write the chunk files that `folder` does not hold yet; returns the number of rows of all."""
     finished = folder / "read.json"
@@ -245,9 +253,9 @@ def stage_files(
         def jobs() -> Iterator[tuple[Path, int, Block]]:
             nonlocal rows
             chunk = 0
-            for number, path in enumerate(files):
+            for number, (path, given) in enumerate(files.items()):
                 with path.open("rb") as raw:
-                    for block in read_log(path, raw, format, columns, encoding, BLOCK_BYTES):
+                    for block in read_log(path, raw, format, columns, encoding, BLOCK_BYTES, given):
                         target = chunk_path(folder, chunk)
                         chunk += 1
                         if target.exists():

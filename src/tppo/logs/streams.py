@@ -15,8 +15,9 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,6 +30,7 @@ _BUFFER = 1 << 16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"} | {
     b"\x04\x22\x4d\x18": "lz4"
 }
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18.{4}", re.DOTALL)
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".lz4": "lz4"}
 _NOT_TEXT = {
     b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save the sheet as CSV (UTF-8)",
@@ -57,17 +59,26 @@ codecs.register_error(_BAD, lambda error: ("\udcff", cast(UnicodeDecodeError, er
 
 def is_compressed(raw: BinaryIO) -> bool:
     """Whether a file begins as compressed data does; leaves it at its start."""
+    return _compression(raw) is not None
+
+
+def _compression(raw: BinaryIO) -> str | None:
+    """Name of the compression that a file begins with; leaves it at its start."""
     magic = raw.read(16)
+    while _SKIPPABLE.match(magic):  # frames of notes that zstd and lz4 have in common: pzstd begins with one
+        raw.seek(int.from_bytes(magic[4:8], "little") + 8 - len(magic), io.SEEK_CUR)
+        magic = raw.read(16)
     raw.seek(0)
-    return any(map(magic.startswith, _COMPRESSED))
+    return next((name for mark, name in _COMPRESSED.items() if magic.startswith(mark)), None)
 
 
 def check_encoding(name: str) -> None:
-    """UserError for `prepare.encoding` when Python knows no such encoding of text."""
+    """UserError for `prepare.encoding` when Python knows no such encoding of text, or cannot read it in pieces."""
     try:
         if name != "auto":
             "a".encode(name)
-    except LookupError:
+            codecs.getincrementaldecoder(name)(_BAD).decode(b"a", final=True)
+    except (LookupError, ValueError):
         raise UserError(
             f"prepare.encoding={name}: no such encoding; give auto, or a name such as utf-8, utf-16, gb18030, shift_jis"
         ) from None
@@ -118,9 +129,7 @@ def _whole_lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _decompressed(path: Path, raw: BinaryIO) -> tuple[str, BinaryIO]:
     """Name of the compression, empty for none, and the content."""
-    magic = raw.read(16)
-    raw.seek(0)
-    kind = next((name for mark, name in _COMPRESSED.items() if magic.startswith(mark)), None)
+    kind = _compression(raw)
     if kind is None:
         if named := _SUFFIXES.get(path.suffix):
             raise UserError(f"{path} is named {path.suffix} but is not {named} data: rename it or get it again")
@@ -128,12 +137,45 @@ def _decompressed(path: Path, raw: BinaryIO) -> tuple[str, BinaryIO]:
     if kind == "gzip":
         stream: object = gzip.GzipFile(fileobj=raw)
     elif kind == "bzip2":
-        stream = bz2.BZ2File(raw)
+        stream = _Members(raw, bz2.BZ2Decompressor)
     elif kind == "xz":
-        stream = lzma.LZMAFile(raw)  # noqa: SIM115 - `raw` is its owner's to close
+        stream = _Members(raw, lzma.LZMADecompressor)
     else:
         stream = pa.CompressedInputStream(pa.PythonFile(_Unclosed(raw), mode="r"), kind)
     return kind, io.BufferedReader(cast(Any, _Unclosed(stream)), _BUFFER)
+
+
+class _Members:
+    """The members of a bzip2 or xz file, one after the other: Python's own readers end at a member that is damaged at
+    its beginning, as if the file ended there."""
+
+    def __init__(self, raw: BinaryIO, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._begin = raw, begin
+        self._member = begin()
+        self._held = b""
+
+    def read(self, size: int) -> bytes:
+        """Some bytes, none at the end; EOFError, OSError or LZMAError where the data are damaged."""
+        while True:
+            if self._member.eof:
+                self._held = self._after(self._member.unused_data)
+                if not self._held:
+                    return b""
+                self._member = self._begin()
+            block = b""
+            if self._member.needs_input:
+                block, self._held = self._held or self._raw.read(_BUFFER), b""
+                if not block:
+                    raise EOFError
+            if data := self._member.decompress(block, size):
+                return data
+
+    def _after(self, rest: bytes) -> bytes:
+        """What follows a member and the zeros that may pad it."""
+        rest = rest.lstrip(b"\0")
+        while not rest and (block := self._raw.read(_BUFFER)):
+            rest = block.lstrip(b"\0")
+        return rest
 
 
 class _Unclosed(io.RawIOBase):

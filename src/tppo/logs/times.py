@@ -8,7 +8,8 @@ Read
 - Seconds, milliseconds, microseconds or nanoseconds since 1970 (UTC), with a fraction or without.
 
 `auto` tells these apart by the number of digits: within the years below, none has as many digits as another, but for
-ten digits, which are `YYYYMMDDHH` as well as seconds of 2033 to 2036: no time under `auto`. All times of a file are of
+ten digits, which are `YYYYMMDDHH` as well as seconds of 2033 to 2036: no time under `auto`. Nor are 9 digits (seconds
+before 2001, or any number) and 18 (nanoseconds before 2001, or .NET's ticks). All times of a file are of
 one kind, the first's; others are no times.
 
 Decided
@@ -34,11 +35,11 @@ FIRST, LAST = datetime(1990, 1, 1), datetime(2100, 1, 1)
 EPOCH = datetime(1970, 1, 1)
 _UNITS = {"epoch_s": 1_000_000, "epoch_ms": 1_000, "epoch_us": 1}
 """Microseconds in a unit; nanoseconds are divided."""
-_EPOCH_DIGITS = {9: "epoch_s", 10: "epoch_s", 12: "epoch_ms", 13: "epoch_ms", 15: "epoch_us", 16: "epoch_us"} | {
-    18: "epoch_ns",
-    19: "epoch_ns",
-}
-"""Digits before the point of the seconds, milliseconds and so on of the plausible years (10^9 s is 2001)."""
+_EPOCH_DIGITS = {10: "epoch_s", 12: "epoch_ms", 13: "epoch_ms", 15: "epoch_us", 16: "epoch_us", 19: "epoch_ns"}
+"""Digits before the point of the seconds, milliseconds and so on that `auto` takes a number for. Of the plausible years
+before 2001 (10^9 s), seconds (9 digits) may be any number, and nanoseconds (18) .NET's ticks: they need the setting."""
+_NO_ZONES = ("localtime", "posixrules", "Factory")
+"""Files of the zone database that are whatever this machine's owner chose, or a placeholder."""
 _CLOCK = r"(?P<hour>\d\d)(?:(?P<c>:?)(?P<minute>\d\d)(?:(?P=c)(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
 _ZONE = (
     r"(?: ?(?P<offset>[Zz]|[+-]\d\d(?::?\d\d(?::?\d\d)?)?))?(?: (?P<name>[A-Za-z][\w/+-]*)|\[(?P<bracket>[\w/+-]+)\])?"
@@ -171,6 +172,8 @@ def _offset(text: str) -> timezone:
 
 @lru_cache(maxsize=1 << 10)
 def _named_zone(name: str) -> tzinfo | None:
+    if name in _NO_ZONES or name.startswith("right/"):  # `right`: its clocks count leap seconds, ours do not
+        return None
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
