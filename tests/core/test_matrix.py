@@ -395,8 +395,14 @@ def test_a_redo_of_no_stage_deletes_nothing(world: World) -> None:
                 cli.run(world.recipe(), MADE, redo=[name]) if asked == "run" else cli._run_stages_of(
                     asked, world.recipe(), [name]
                 )
-    with pytest.raises(UserError, match="does not make it anew"):
-        cli._run_stages_of("sft", world.recipe(), ["prepare"])
+    for asked, stage in (("sft", "prepare"), ("prepare", "sft"), ("prepare", "sample")):
+        with pytest.raises(UserError, match=f"does not make it anew, `tppo run --redo {stage}` does"):
+            cli._run_stages_of(asked, world.recipe(), [stage])
+    with pytest.raises(UserError, match=r"--redo.*'sample'.*not among"):
+        cli.run(world.recipe(), ["prepare", "sft"], redo=["sample"])
+    with pytest.raises(UserError, match="this recipe's stages are") as told:
+        cli._run_stages_of("prepare", world.recipe(), ["none"])
+    assert str(told.value).count("'prepare'") == 1
     assert world.files() == before
 
 

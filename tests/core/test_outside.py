@@ -59,6 +59,25 @@ def test_the_key_is_told_from_others_and_not_told(monkeypatch: pytest.MonkeyPatc
         key_digest()
 
 
+def test_a_key_that_the_stage_made_itself_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none when the first stage starts; also of a stage that an older version started, which noted none."""
+    monkeypatch.setenv("TPPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TPPO_HASH_KEY", raising=False)
+    log = tmp_path / "log.tsv"
+    log.write_text("rows")
+    recipe = Recipe(run_dir=str(tmp_path / "run"))
+    recipe.prepare.source = [str(log)]
+    run = RunFolder(recipe)
+    run_stage(recipe, "prepare", lambda recipe, run, folder: {})
+    assert run.is_done("prepare")
+    old = {"prepare.source": {"files": {}, "key": None}}
+    ended = outside.notes_at_end(stage_outside("prepare", recipe), old)
+    assert ended["prepare.source"]["key"] == key_digest() is not None
+    monkeypatch.setenv("TPPO_HASH_KEY", "another key of the house")
+    with pytest.raises(UserError, match=r"TPPO_HASH_KEY, or the key.*--redo prepare"):
+        run.is_done("prepare")
+
+
 def test_another_commit_of_a_hub_model_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage's own download counts, not what lay in the cache when it started; nothing is asked of the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

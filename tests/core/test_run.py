@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tppo.core.config import Evaluate, Reading, Recipe
 from tppo.core.files import peak_memory_mib
 from tppo.core.recipe import parse_recipe
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.stages import all_stages, of_variant, shared_stages, stage_command, stage_inputs
+from tppo.core.stages import STAGES, all_stages, of_variant, shared_stages, stage_command, stage_inputs
 
 VOTED = Evaluate(readings=[Reading("vote", 5), Reading("distance")])
 
@@ -96,7 +98,7 @@ def test_a_run_of_before_stays_done(tmp_path: Path):
     """Its manifests have no format, no notes of what is outside and no times of outputs; hashes they have."""
 
     def work(recipe: Recipe, run: RunFolder, folder: Path):
-        (folder / "out.txt").write_text("made")
+        (folder / STAGES[folder.name].writes[0]).write_text("made")
         return {}
 
     recipe = Recipe(run_dir=str(tmp_path))
@@ -109,9 +111,49 @@ def test_a_run_of_before_stays_done(tmp_path: Path):
                 record.pop(new, None)
             path.write_text(json.dumps(record))
         assert RunFolder(recipe).is_done(stage)
-    (tmp_path / "synthetic" / "out.txt").write_text("edit")
-    with pytest.raises(UserError, match=r"out.txt has changed since stage 'synthetic' wrote it: put .*--redo synth"):
+    (tmp_path / "synthetic" / "log.tsv").write_text("edit")
+    with pytest.raises(UserError, match=r"log.tsv has changed since stage 'synthetic' wrote it: put .*--redo synth"):
         RunFolder(recipe).is_done("synthetic")
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("name", ["notes.txt", "notes.tmp", "sub/notes.tmp", "sub/deep/notes.txt", "empty/"])
+def test_a_redo_deletes_nothing_that_was_put_there(tmp_path: Path, when: str, name: str):
+    """Whenever it was, and whatever it is called; half a file of the stage's own is no more than that."""
+
+    def put():
+        path = tmp_path / "synthetic" / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("mine")
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        (folder / "log.tsv").write_text("made")
+        if when == "during":
+            put()
+        if when == "before" and not path.exists():
+            put()
+            raise KeyboardInterrupt
+        return {}
+
+    path = tmp_path / "synthetic" / name
+    recipe = Recipe(run_dir=str(tmp_path))
+    with suppress(KeyboardInterrupt):
+        run_stage(recipe, "synthetic", work)
+    run_stage(recipe, "synthetic", work)
+    if when == "after":
+        put()
+    for half in ("log.tmp", "log.tsv.tmp", "manifest.json.tmp"):
+        (tmp_path / "synthetic" / half).write_text("half")
+    run = RunFolder(recipe)
+    with pytest.raises(UserError, match=rf"has not made .*{name.split('/')[0]}.*move it"):
+        run.discard_from("synthetic")
+    assert path.exists()
+    assert (tmp_path / "synthetic" / "log.tsv").exists()
+    shutil.move(path if "/" not in name else path.parent if path.is_file() else path, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "synthetic" / "sub", ignore_errors=True)
+    run.discard_from("synthetic")
+    assert not (tmp_path / "synthetic").exists()
 
 
 def test_peak_memory_is_in_mib_everywhere(monkeypatch: pytest.MonkeyPatch):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tppo.core.common import UserError
@@ -61,6 +61,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 def unknown_names(folder: Path, stage: str) -> list[str]:
     """Names in the folder of an unfinished stage that it is not known to write."""
     known = (MANIFEST, STARTED, *LEFTOVERS, *STAGES[split_stage(stage)[0]].writes)
+    known = (*known, *_halves(known))
     return [path.name for path in sorted(folder.iterdir()) if not any(fnmatch(path.name, pattern) for pattern in known)]
 
 
@@ -163,6 +164,11 @@ def _marked(folder: Path) -> bool:
     return False
 
 
+def _halves(names: Iterable[str]) -> set[str]:
+    """Names of what a kill leaves of files, by either way in which they are written (`name.json.tmp`, `name.tmp`)."""
+    return {half for name in names for half in (f"{name}.tmp", str(PurePosixPath(name).with_suffix(".tmp")))}
+
+
 def _not_ours(folder: Path, stage: str) -> list[Path]:
     try:
         manifest, started = (read_record(folder / name) for name in (MANIFEST, STARTED))
@@ -170,10 +176,10 @@ def _not_ours(folder: Path, stage: str) -> list[Path]:
         manifest = started = None  # damaged: by names alone
     if manifest and "outputs" in manifest:
         known = {MANIFEST, STARTED, *manifest["outputs"]}
-        return [
-            path
-            for path in files_of(folder)
-            if path.relative_to(folder).as_posix() not in known and not fnmatch(path.name, "*.tmp")
-        ]
+        known |= _halves([*known, *STAGES[split_stage(stage)[0]].writes])
+        # A folder with nothing in it is in no manifest: its name decides.
+        empty = [path for name in unknown_names(folder, stage) if not any(files_of(path := folder / name))]
+        others = [path for path in files_of(folder) if path.relative_to(folder).as_posix() not in known]
+        return [*others, *(path for path in empty if path.is_dir() and not path.is_symlink())]
     foreign = {*unknown_names(folder, stage), *(started or {}).get("foreign", [])}
     return [folder / name for name in sorted(foreign) if (folder / name).exists()]

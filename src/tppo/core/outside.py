@@ -58,7 +58,7 @@ class Log:
 
     def note(self) -> Note:
         files = {name: file_mark(path) for name, path in self._found().items()}
-        return {"files": files, "key": key_digest()} if files else {}
+        return {"files": files, "key": key_digest(make=True)} if files else {}
 
     def here(self) -> bool:
         return bool(self._found())
@@ -67,7 +67,7 @@ class Log:
         found = self._found()
         if not found:
             return []
-        other_key = old["key"] and (now := key_digest()) and now != old["key"]
+        other_key = old.get("key") is not None and (now := key_digest()) is not None and now != old["key"]
         return [
             *_changed_files(found, old["files"]),
             *(["TPPO_HASH_KEY, or the key in the cache folder, is another one"] if other_key else []),
@@ -140,8 +140,13 @@ def notes_at_start(outside: Mapping[str, Outside]) -> dict[str, Note]:
 
 
 def notes_at_end(outside: Mapping[str, Outside], started: Mapping[str, Note]) -> dict[str, Note]:
-    """The notes of a stage that has ended: those of its start, and the commit that was loaded since."""
-    return {setting: started.get(setting) or thing.note() for setting, thing in outside.items()}
+    """The notes of a stage that has ended: those of its start, and what was not known then: the commit that was loaded
+    since, and the key that a stage of an older version made after it had started."""
+    found = {setting: started.get(setting) or thing.note() for setting, thing in outside.items()}
+    return {
+        setting: {**note, "key": key_digest()} if "key" in note and note["key"] is None else note
+        for setting, note in found.items()
+    }
 
 
 def changes(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[str]:
@@ -160,10 +165,14 @@ def not_here(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[st
     return [setting for setting, thing in outside.items() if old.get(setting) and not thing.here()]
 
 
-def key_digest() -> str | None:
+def key_digest(*, make: bool = False) -> str | None:
     """Tells one key of the user hashes from another, and no more: a slow one-way function cut to 24 bits, which one
-    guess in 16 million fits by chance. None where there is no key yet; none is made."""
-    if not os.environ.get("TPPO_HASH_KEY") and not (cache_dir() / "hash_key").exists():
+    guess in 16 million fits by chance. None where there is no key yet.
+
+    Args:
+        make: the key that the stage about to start would make, where there is none.
+    """
+    if not make and not os.environ.get("TPPO_HASH_KEY") and not (cache_dir() / "hash_key").exists():
         return None
     # By name, as stages are: the key belongs to a room above this one.
     return _slow_digest(importlib.import_module("tppo.logs.clean").hash_key())

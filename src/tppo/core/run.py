@@ -245,16 +245,21 @@ class RunFolder:
         """What `stages` read is finished, and so is what the recipe says of all stages to their left that are this
         run's own. Of those farther left a folder that is gone is no matter.
 
+        Args:
+            redo: of `stages`; no other is made anew.
+
         Raises:
             UserError: names the stage and the setting.
         """
-        doomed, left = self.followers(redo), list(stages)
+        for stage in redo:
+            self.check_own(stage)
+            if stage not in stages:  # it would be deleted, and left at that
+                told = f"this command does not make it anew, `tppo run --redo {stage}` does"
+                raise UserError(f"--redo {stage}: {told}, with all that follows")
+        left = list(stages)
         for stage in left:  # grows as it goes
             own = stage in stages or stage not in self.recipe.stage_dirs
             left += [name for name in stage_inputs(stage, self.recipe) if own and name not in left]
-        for stage in left[len(stages) :]:
-            if stage in doomed:
-                raise UserError(f"--redo {stage}: this command does not make it anew, `tppo run` does")
         direct = {name for stage in stages for name in stage_inputs(stage, self.recipe)}
         for stage in stages:
             if set(self.missing_inputs(stage)) - set(stages):
@@ -381,7 +386,8 @@ class RunFolder:
     def _finish(self, stage: str, started: dict[str, Any], facts: dict[str, Any], seconds: float) -> None:
         """Write the manifest."""
         folder, foreign = self.path(stage), started.pop("foreign")
-        made = folders.outputs(folder, foreign)
+        # What was put here while the stage was at work is no more its own than what was here before.
+        made = folders.outputs(folder, [*foreign, *folders.unknown_names(folder, stage)])
         # Which commit of a hub's model was read is known by now.
         started["outside"] = outside.notes_at_end(stage_outside(stage, self.recipe), started["outside"])
         write_json(

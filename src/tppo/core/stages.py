@@ -135,9 +135,9 @@ def _tuned(recipe: Recipe) -> list[str]:
     return [rl_stage(algorithm) for algorithm in recipe.algorithms]
 
 
-LEFTOVERS = (*UNFINISHED, "*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", "scratch", "checkpoint-*", "facts.json")
-"""Names, as patterns, of what a stage that was stopped may leave in its folder: half a file, half a model, work kept to
-go on from."""
+LEFTOVERS = (*UNFINISHED, "tmp-checkpoint-*", "tmp-old-checkpoint-*", "scratch", "checkpoint-*", "facts.json")
+"""Names, as patterns, of what a stage that was stopped may leave in its folder, beside half of a file that it writes:
+half a model, work kept to go on from."""
 _TRACKED = ("tensorboard", "events.out.tfevents.*", "wandb", "mlruns", "mlflow.db", ".trackio")
 
 STAGES = {
