@@ -156,6 +156,18 @@ def test_a_redo_deletes_nothing_that_was_put_there(tmp_path: Path, when: str, na
     assert not (tmp_path / "synthetic").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"synthetic": "x"}'])
+def test_a_damaged_note_of_redos_is_said_before_anything_is_deleted(tmp_path: Path, text: str):
+    recipe = make_run(tmp_path, ["synthetic", "prepare"])
+    (tmp_path / "redone.json").write_text(text)
+    for redo in ([], ["synthetic"]):
+        with pytest.raises(UserError, match=r"redone\.json is damaged.*delete it"):
+            RunFolder(recipe).check(["synthetic"], redo)
+    with pytest.raises(UserError, match=r"redone\.json is damaged.*delete it"):
+        RunFolder(recipe).discard_from("synthetic")
+    assert RunFolder(recipe).is_done("prepare")
+
+
 def test_peak_memory_is_in_mib_everywhere(monkeypatch: pytest.MonkeyPatch):
     peak = peak_memory_mib()
     assert 10 < peak < 100_000

@@ -34,23 +34,53 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    problem = "it is no JSON object"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            if not isinstance(number := record.get("format", 1), int) or number > FORMAT:
-                raise UserError(
-                    f"{path} has format {number!r}, this tppo reads up to {FORMAT}: it was written by a newer version; "
-                    "update tppo, or give another --run_dir"
-                )
+        number = record.get("format", 1) if isinstance(record, dict) else 1
+        if not isinstance(number, int) or number > FORMAT:
+            raise UserError(
+                f"{path} has format {number!r}, this tppo reads up to {FORMAT}: it was written by a newer version; "
+                "update tppo, or give another --run_dir"
+            )
+        if not (problem := _misshapen(record, finished=path.name == MANIFEST)):
             return record
     except UserError:
         raise
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         problem = str(error)
     raise UserError(
         f"{path} is damaged ({problem}): put the file back, or give `--redo {path.parent.name}` to make the stage anew"
     )
+
+
+def _misshapen(record: Any, *, finished: bool) -> str:
+    """What is not as a stage writes it in a manifest (`finished`) or started.json; empty when nothing is. What older
+    versions did not write may be missing."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    if "config" not in record:
+        return "it is no manifest of a tppo stage"
+    if not record["config"]:
+        return "config is empty"
+    if missing := [name for name in ("inputs", "facts") if finished and name not in record]:
+        return f"it has no {missing[0]}"
+    notes, numerics = record.get("outside", {}), record.get("numerics")
+    files = [note["files"] for note in notes.values() if "files" in note] if _is_table(notes, dict) else []
+    whole = {
+        **{name: isinstance(record.get(name, {}), dict) for name in ("config", "facts")},
+        **{name: _is_table(record.get(name, {}), str) for name in ("inputs", "outputs")},
+        "stamps": _is_table(record.get("stamps", {}), dict),
+        "outside": _is_table(notes, dict)
+        and all(_is_table(marks, dict) and all("sha256" in mark for mark in marks.values()) for marks in files),
+        "numerics": numerics is None or (_is_table(numerics, str) and "precision" in numerics),
+        "foreign": isinstance(names := record.get("foreign", []), list) and all(isinstance(n, str) for n in names),
+    }
+    return next((f"{name} is not what a stage writes there" for name, right in whole.items() if not right), "")
+
+
+def _is_table(value: Any, kind: type) -> bool:
+    """Whether a value is a JSON object whose values are all of one kind."""
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -157,7 +187,7 @@ def _marked(folder: Path) -> bool:
         if (folder / name).is_file():
             try:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return True
             if isinstance(record, dict) and "config" in record:
                 return True
@@ -174,7 +204,7 @@ def _not_ours(folder: Path, stage: str) -> list[Path]:
         manifest, started = (read_record(folder / name) for name in (MANIFEST, STARTED))
     except UserError:
         manifest = started = None  # damaged: by names alone
-    if manifest and "outputs" in manifest:
+    if manifest is not None and "outputs" in manifest:
         known = {MANIFEST, STARTED, *manifest["outputs"]}
         known |= _halves([*known, *STAGES[split_stage(stage)[0]].writes])
         # A folder with nothing in it is in no manifest: its name decides.

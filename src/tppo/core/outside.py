@@ -67,7 +67,9 @@ class Log:
         found = self._found()
         if not found:
             return []
-        other_key = old.get("key") is not None and (now := key_digest()) is not None and now != old["key"]
+        if not {"files", "key"} <= old.keys():
+            return ["what the stage noted of it is damaged"]
+        other_key = old["key"] is not None and (now := key_digest()) is not None and now != old["key"]
         return [
             *_changed_files(found, old["files"]),
             *(["TPPO_HASH_KEY, or the key in the cache folder, is another one"] if other_key else []),

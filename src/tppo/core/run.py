@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -180,8 +180,6 @@ class RunFolder:
 
     def _changes(self, stage: str, record: dict[str, Any]) -> list[str]:
         """Settings, and things outside, that are not as in the stage's manifest or started.json, in words."""
-        if "config" not in record:
-            raise UserError(f"{self.path(stage)} holds no manifest of a tppo stage: give another --run_dir")
         used = (record.get("numerics") or {}).get("precision")
         read, noted = stage_outside(stage, self.recipe), record.get("outside", {})
         for setting in outside.not_here(read, noted):
@@ -224,6 +222,7 @@ class RunFolder:
         Raises:
             UserError: names what stands in the way.
         """
+        self._all_redone()
         for stage in redo:
             self.check_own(stage)
         doomed = self.followers(redo)
@@ -267,7 +266,7 @@ class RunFolder:
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
             if stage in self.recipe.stage_dirs:
                 folders.check_outputs(self.path(stage), stage, self._way_out(stage))
-            elif manifest := self.manifest(stage):
+            elif (manifest := self.manifest(stage)) is not None:
                 self._check_made(stage, manifest)
                 if stage in direct and not self.missing_inputs(stage):
                     self.require_current(stage)
@@ -309,7 +308,16 @@ class RunFolder:
 
     def _all_redone(self) -> dict[str, float]:
         path = self.root / REDONE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        with suppress(ValueError, RecursionError):  # no JSON, or no UTF-8
+            times = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(times, dict) and all(isinstance(time, int | float) for time in times.values()):
+                return times
+        raise UserError(
+            f"{path} is damaged: put the file back, or delete it (what a judge abstained on before is not asked again "
+            "then until the next --redo)"
+        )
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
