@@ -179,7 +179,9 @@ def put(path: Path, text: str = "a stranger's") -> None:
 
 
 def change(path: Path, **changed: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    """Other values in a JSON file; `...`: none."""
+    changed = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: value for name, value in changed.items() if value is not ...}))
 
 
 def replaced_by(world: World, stage: str, make: Callable[[Path], None]) -> None:
@@ -262,6 +264,9 @@ CHANGES: dict[str, tuple[Callable[[World], None], tuple[str, ...], str]] = {
            ("stamps of texts", {"stamps": {"examples.parquet": "x"}}, "stamps is not what"),
            ("numerics a text", {"numerics": "x"}, "numerics is not what"),
            ("inputs a list", {"inputs": []}, "inputs is not what"),
+           ("without config", {"config": ...}, "no manifest of a tppo stage"),
+           ("without facts", {"facts": ...}, "no manifest of a tppo stage"),
+           ("without inputs", {"inputs": ...}, "no manifest of a tppo stage"),
            ("facts null", {"facts": None}, "facts is not what"),
            ("foreign a text", {"foreign": 5}, "foreign is not what"),
        )},

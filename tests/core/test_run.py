@@ -1,6 +1,7 @@
 """The run folder: which stages are done, and what a changed input does."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -154,6 +155,63 @@ def test_a_redo_deletes_nothing_that_was_put_there(tmp_path: Path, when: str, na
     shutil.rmtree(tmp_path / "synthetic" / "sub", ignore_errors=True)
     run.discard_from("synthetic")
     assert not (tmp_path / "synthetic").exists()
+
+
+def test_a_stage_from_elsewhere_has_the_same_task(tmp_path: Path):
+    """`tppo sft` on the examples of another run: those were cut for another number of queries."""
+    make_run(tmp_path / "old", ["synthetic", "prepare"])
+    here = Recipe(run_dir=str(tmp_path / "new"), stage_dirs={"prepare": str(tmp_path / "old" / "prepare")})
+    RunFolder(here).check_left(["sft"])
+    here.seed = 1
+    RunFolder(here).check_left(["sft"])
+    here.task.num_queries = 2
+    with pytest.raises(UserError, match=r"stage_dirs: .*old/prepare was made .*task\.num_queries: 3 -> 2.*anew there"):
+        RunFolder(here).check_left(["sft"])
+    (tmp_path / "old" / "prepare" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no manifest of a tppo stage"):
+        RunFolder(here).check_left(["sft"])
+
+
+def test_stage_dirs_name_stages():
+    for name in ("prepar", "rl", "read", "dpo"):
+        with pytest.raises(UserError, match=rf"stage_dirs: \['{name}'\] are no stages; there are .*'rl_tppo'"):
+            parse_recipe("sft", ["--stage_dirs", f"{{{name}: x}}"])
+    assert parse_recipe("sft", ["--stage_dirs", "{rl_dpo: x, read_vote: y}"])[0].stage_dirs.keys() == {
+        "rl_dpo", "read_vote",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["setting", "log", "nothing"])
+def test_a_prepare_that_kept_nothing_begins_anew(tmp_path: Path, change: str):
+    """What an unfinished one left is of use to itself alone; of a log that has changed it is never used."""
+    log = tmp_path / "log.tsv"
+    log.write_text("one")
+    recipe = Recipe(run_dir=str(tmp_path / "run"))
+    recipe.prepare.source = [str(log)]
+    folder, left = tmp_path / "run" / "prepare", []
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        left.append((folder / "scratch").exists())
+        (folder / "scratch").mkdir(exist_ok=True)
+        (folder / "scratch" / "plan.json").write_text("{}")
+        (folder / "rejects.parquet").write_text("x")
+        if len(left) == 1:
+            raise UserError("no row could be kept")
+        return {}
+
+    with pytest.raises(UserError, match="no row"):
+        run_stage(recipe, "prepare", work)
+    if change == "setting":
+        recipe.prepare.min_history += 1
+    elif change == "log":
+        stat = log.stat()
+        log.write_text("two")
+        os.utime(log, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert RunFolder(recipe).check(["prepare"]) == ["prepare"]
+    assert run_stage(recipe, "prepare", work)
+    assert left == [False, change == "nothing"]
+    assert RunFolder(recipe).is_done("prepare")
+    assert folder.exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"synthetic": "x"}'])

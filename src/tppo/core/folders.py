@@ -42,7 +42,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
                 f"{path} has format {number!r}, this tppo reads up to {FORMAT}: it was written by a newer version; "
                 "update tppo, or give another --run_dir"
             )
-        if not (problem := _misshapen(record, finished=path.name == MANIFEST)):
+        if not (problem := _misshapen(record)):
             return record
     except UserError:
         raise
@@ -53,17 +53,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     )
 
 
-def _misshapen(record: Any, *, finished: bool) -> str:
-    """What is not as a stage writes it in a manifest (`finished`) or started.json; empty when nothing is. What older
-    versions did not write may be missing."""
+def _misshapen(record: Any) -> str:
+    """What is not as a stage writes it in a manifest or started.json; empty when nothing is. What is missing is for
+    those to say who need it: older versions wrote less."""
     if not isinstance(record, dict):
         return "it is no JSON object"
-    if "config" not in record:
-        return "it is no manifest of a tppo stage"
-    if not record["config"]:
+    if record.get("config") == {}:
         return "config is empty"
-    if missing := [name for name in ("inputs", "facts") if finished and name not in record]:
-        return f"it has no {missing[0]}"
     notes, numerics = record.get("outside", {}), record.get("numerics")
     files = [note["files"] for note in notes.values() if "files" in note] if _is_table(notes, dict) else []
     whole = {
