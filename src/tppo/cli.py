@@ -51,6 +51,8 @@ def run(recipe: Recipe, stages: Sequence[str] = (), redo: Sequence[str] = ()) ->
     check_samples(recipe)
     check_readings(recipe.evaluate, recipe.judge)
     wanted = [stage for stage in known if not stages or stage in stages]
+    if unmade := sorted(set(redo) - set(wanted)):
+        raise UserError(f"--redo {unmade}: not among the stages {wanted}, so deleted and not made anew: add them there")
     check_sections(recipe, RunFolder(recipe).check(wanted, redo))
     run_stages(recipe, wanted, redo=redo)
 
@@ -101,7 +103,7 @@ def _run_stages_of(command: str, recipe: Recipe, redo: Sequence[str]) -> None:
         if not stages:
             raise UserError("evaluate.readings is empty: say who reads, as `--evaluate.readings '[{reader: vote}]'`")
     run = RunFolder(recipe)
-    _check_names("--redo", redo, [*all_stages(recipe), *stages])
+    _check_names("--redo", redo, list(dict.fromkeys([*all_stages(recipe), *stages])))
     if "rl_dpo" in stages:
         check_samples(recipe)
     run.check_left(stages, redo)

@@ -179,7 +179,9 @@ def put(path: Path, text: str = "a stranger's") -> None:
 
 
 def change(path: Path, **changed: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    """Other values in a JSON file; `...`: none."""
+    changed = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: value for name, value in changed.items() if value is not ...}))
 
 
 def replaced_by(world: World, stage: str, make: Callable[[Path], None]) -> None:
@@ -248,6 +250,30 @@ CHANGES: dict[str, tuple[Callable[[World], None], tuple[str, ...], str]] = {
                              "from other inputs"),
     "manifest: damaged": (lambda w: put(w.run_dir / "sft/manifest.json", "{"), only("sft"), "manifest.json is damaged"),
     "manifest: a list": (lambda w: put(w.run_dir / "sft/manifest.json", "[]"), only("sft"), "manifest.json is damaged"),
+    **{f"manifest: {named}": (lambda w, changed=changed: change(w.run_dir / "prepare/manifest.json", **changed),
+                              ("sft", "redo prepare"), refusal)
+       for named, changed, refusal in (
+           ("config a number", {"config": 5}, "config is not what"),
+           ("config empty", {"config": {}}, "config is empty"),
+           ("outside a text", {"outside": "x"}, "outside is not what"),
+           ("a note without key", {"outside": {"prepare.source": {"files": {}}}}, "noted of it is damaged"),
+           ("a note of a text", {"outside": {"prepare.source": "x"}}, "outside is not what"),
+           ("a mark without hash", {"outside": {"prepare.source": {"files": {"x": {}}, "key": "x"}}}, "outside is no"),
+           ("outputs a list", {"outputs": []}, "outputs is not what"),
+           ("stamps a list", {"stamps": []}, "stamps is not what"),
+           ("stamps of texts", {"stamps": {"examples.parquet": "x"}}, "stamps is not what"),
+           ("numerics a text", {"numerics": "x"}, "numerics is not what"),
+           ("inputs a list", {"inputs": []}, "inputs is not what"),
+           ("without config", {"config": ...}, "no manifest of a tppo stage"),
+           ("without facts", {"facts": ...}, "no manifest of a tppo stage"),
+           ("without inputs", {"inputs": ...}, "no manifest of a tppo stage"),
+           ("facts null", {"facts": None}, "facts is not what"),
+           ("foreign a text", {"foreign": 5}, "foreign is not what"),
+       )},
+    "manifest: empty object": (lambda w: put(w.run_dir / "prepare/manifest.json", "{}"),
+                               (*only("prepare"), "sft"), "no manifest of a tppo stage"),
+    "manifest: too deep": (lambda w: put(w.run_dir / "prepare/manifest.json", "[" * 200_000), ("run", "redo prepare"),
+                           "manifest.json is damaged"),
     "manifest: newer": (lambda w: change(w.run_dir / "sft/manifest.json", format=99), ("run", "sft", "sample"),
                         "format 99.*newer version"),
     "stage: deleted": (lambda w: shutil.rmtree(w.run_dir / "prepare"), ("run", "sft", "redo prepare"),
@@ -395,8 +421,14 @@ def test_a_redo_of_no_stage_deletes_nothing(world: World) -> None:
                 cli.run(world.recipe(), MADE, redo=[name]) if asked == "run" else cli._run_stages_of(
                     asked, world.recipe(), [name]
                 )
-    with pytest.raises(UserError, match="does not make it anew"):
-        cli._run_stages_of("sft", world.recipe(), ["prepare"])
+    for asked, stage in (("sft", "prepare"), ("prepare", "sft"), ("prepare", "sample")):
+        with pytest.raises(UserError, match=f"does not make it anew, `tppo run --redo {stage}` does"):
+            cli._run_stages_of(asked, world.recipe(), [stage])
+    with pytest.raises(UserError, match=r"--redo.*'sample'.*not among"):
+        cli.run(world.recipe(), ["prepare", "sft"], redo=["sample"])
+    with pytest.raises(UserError, match="this recipe's stages are") as told:
+        cli._run_stages_of("prepare", world.recipe(), ["none"])
+    assert str(told.value).count("'prepare'") == 1
     assert world.files() == before
 
 

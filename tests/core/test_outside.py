@@ -59,6 +59,25 @@ def test_the_key_is_told_from_others_and_not_told(monkeypatch: pytest.MonkeyPatc
         key_digest()
 
 
+def test_a_key_that_the_stage_made_itself_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none when the first stage starts; also of a stage that an older version started, which noted none."""
+    monkeypatch.setenv("TPPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TPPO_HASH_KEY", raising=False)
+    log = tmp_path / "log.tsv"
+    log.write_text("rows")
+    recipe = Recipe(run_dir=str(tmp_path / "run"))
+    recipe.prepare.source = [str(log)]
+    run = RunFolder(recipe)
+    run_stage(recipe, "prepare", lambda recipe, run, folder: {})
+    assert run.is_done("prepare")
+    old = {"prepare.source": {"files": {}, "key": None}}
+    ended = outside.notes_at_end(stage_outside("prepare", recipe), old)
+    assert ended["prepare.source"]["key"] == key_digest() is not None
+    monkeypatch.setenv("TPPO_HASH_KEY", "another key of the house")
+    with pytest.raises(UserError, match=r"TPPO_HASH_KEY, or the key.*--redo prepare"):
+        run.is_done("prepare")
+
+
 def test_another_commit_of_a_hub_model_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage's own download counts, not what lay in the cache when it started; nothing is asked of the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -100,6 +119,45 @@ def test_a_folder_of_logs_is_all_its_files(tmp_path: Path) -> None:
     assert log.changed(old) == []
     (tmp_path / "day=2.parquet").write_text("b")
     assert log.changed(old) == [f"{tmp_path / 'day=2.parquet'} is new"]
+
+
+def test_what_is_not_read_of_a_folder_of_logs_is_no_change(tmp_path: Path) -> None:
+    """Marks of Spark and the like; what links lead to is read."""
+    folder = tmp_path / "log"
+    (tmp_path / "disk").mkdir()
+    (folder / "day=1").mkdir(parents=True)
+    (folder / "day=1" / "a.parquet").write_text("a")
+    (folder / "day=2").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "b.parquet").write_text("b")
+    (folder / "round").symlink_to(folder)
+    log = Log((str(folder),))
+    old = log.note()
+    assert old["files"].keys() == {str(folder / "day=1/a.parquet"), str(folder / "day=2/b.parquet")}
+    (folder / "_temporary").mkdir()
+    for name in ("_SUCCESS", "day=1/_committed_1", ".a.crc", "_temporary/c.parquet"):
+        (folder / name).write_text("x")
+    assert log.changed(old) == []
+    before = {**old, "files": {**old["files"], str(folder / "_SUCCESS"): file_mark(folder / "_SUCCESS")}}
+    assert log.changed(before) == [], "noted by an older version"
+    (tmp_path / "disk" / "b.parquet").write_text("c")
+    assert log.changed(old) == [f"{folder / 'day=2/b.parquet'} has changed"]
+    # The same through a pattern that names folders.
+    assert Log((str(tmp_path / "l*"),)).note()["files"].keys() == old["files"].keys()
+
+
+def test_what_a_trainer_leaves_beside_a_model_is_no_change(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    model = Model(str(tmp_path))
+    old = model.note()
+    for name in ("training_args.bin", "trainer_state.json", "all_results.json", "requirements.txt"):
+        (tmp_path / name).write_text("x")
+    assert model.changed(old) == []
+    assert model.changed({"files": {**old["files"], "training_args.bin": {"sha256": "x"}}}) == []
+    for name in ("generation_config.json", "chat_template.jinja", "vocab.txt", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("x")
+        assert model.changed(old) == [f"{tmp_path}: {name} is new"]
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """The run folder: which stages are done, and what a changed input does."""
 
 import json
+import os
 import re
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from tppo.core.config import Evaluate, Reading, Recipe
 from tppo.core.files import peak_memory_mib
 from tppo.core.recipe import parse_recipe
 from tppo.core.run import RunFolder, run_stage
-from tppo.core.stages import all_stages, of_variant, shared_stages, stage_command, stage_inputs
+from tppo.core.stages import STAGES, all_stages, of_variant, shared_stages, stage_command, stage_inputs
 
 VOTED = Evaluate(readings=[Reading("vote", 5), Reading("distance")])
 
@@ -96,7 +99,7 @@ def test_a_run_of_before_stays_done(tmp_path: Path):
     """Its manifests have no format, no notes of what is outside and no times of outputs; hashes they have."""
 
     def work(recipe: Recipe, run: RunFolder, folder: Path):
-        (folder / "out.txt").write_text("made")
+        (folder / STAGES[folder.name].writes[0]).write_text("made")
         return {}
 
     recipe = Recipe(run_dir=str(tmp_path))
@@ -109,9 +112,118 @@ def test_a_run_of_before_stays_done(tmp_path: Path):
                 record.pop(new, None)
             path.write_text(json.dumps(record))
         assert RunFolder(recipe).is_done(stage)
-    (tmp_path / "synthetic" / "out.txt").write_text("edit")
-    with pytest.raises(UserError, match=r"out.txt has changed since stage 'synthetic' wrote it: put .*--redo synth"):
+    (tmp_path / "synthetic" / "log.tsv").write_text("edit")
+    with pytest.raises(UserError, match=r"log.tsv has changed since stage 'synthetic' wrote it: put .*--redo synth"):
         RunFolder(recipe).is_done("synthetic")
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("name", ["notes.txt", "notes.tmp", "sub/notes.tmp", "sub/deep/notes.txt", "empty/"])
+def test_a_redo_deletes_nothing_that_was_put_there(tmp_path: Path, when: str, name: str):
+    """Whenever it was, and whatever it is called; half a file of the stage's own is no more than that."""
+
+    def put():
+        path = tmp_path / "synthetic" / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("mine")
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        (folder / "log.tsv").write_text("made")
+        if when == "during":
+            put()
+        if when == "before" and not path.exists():
+            put()
+            raise KeyboardInterrupt
+        return {}
+
+    path = tmp_path / "synthetic" / name
+    recipe = Recipe(run_dir=str(tmp_path))
+    with suppress(KeyboardInterrupt):
+        run_stage(recipe, "synthetic", work)
+    run_stage(recipe, "synthetic", work)
+    if when == "after":
+        put()
+    for half in ("log.tmp", "log.tsv.tmp", "manifest.json.tmp"):
+        (tmp_path / "synthetic" / half).write_text("half")
+    run = RunFolder(recipe)
+    with pytest.raises(UserError, match=rf"has not made .*{name.split('/')[0]}.*move it"):
+        run.discard_from("synthetic")
+    assert path.exists()
+    assert (tmp_path / "synthetic" / "log.tsv").exists()
+    shutil.move(path if "/" not in name else path.parent if path.is_file() else path, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "synthetic" / "sub", ignore_errors=True)
+    run.discard_from("synthetic")
+    assert not (tmp_path / "synthetic").exists()
+
+
+def test_a_stage_from_elsewhere_has_the_same_task(tmp_path: Path):
+    """`tppo sft` on the examples of another run: those were cut for another number of queries."""
+    make_run(tmp_path / "old", ["synthetic", "prepare"])
+    here = Recipe(run_dir=str(tmp_path / "new"), stage_dirs={"prepare": str(tmp_path / "old" / "prepare")})
+    RunFolder(here).check_left(["sft"])
+    here.seed = 1
+    RunFolder(here).check_left(["sft"])
+    here.task.num_queries = 2
+    with pytest.raises(UserError, match=r"stage_dirs: .*old/prepare was made .*task\.num_queries: 3 -> 2.*anew there"):
+        RunFolder(here).check_left(["sft"])
+    (tmp_path / "old" / "prepare" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no manifest of a tppo stage"):
+        RunFolder(here).check_left(["sft"])
+
+
+def test_stage_dirs_name_stages():
+    for name in ("prepar", "rl", "read", "dpo"):
+        with pytest.raises(UserError, match=rf"stage_dirs: \['{name}'\] are no stages; there are .*'rl_tppo'"):
+            parse_recipe("sft", ["--stage_dirs", f"{{{name}: x}}"])
+    assert parse_recipe("sft", ["--stage_dirs", "{rl_dpo: x, read_vote: y}"])[0].stage_dirs.keys() == {
+        "rl_dpo", "read_vote",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["setting", "log", "nothing"])
+def test_a_prepare_that_kept_nothing_begins_anew(tmp_path: Path, change: str):
+    """What an unfinished one left is of use to itself alone; of a log that has changed it is never used."""
+    log = tmp_path / "log.tsv"
+    log.write_text("one")
+    recipe = Recipe(run_dir=str(tmp_path / "run"))
+    recipe.prepare.source = [str(log)]
+    folder, left = tmp_path / "run" / "prepare", []
+
+    def work(recipe: Recipe, run: RunFolder, folder: Path):
+        left.append((folder / "scratch").exists())
+        (folder / "scratch").mkdir(exist_ok=True)
+        (folder / "scratch" / "plan.json").write_text("{}")
+        (folder / "rejects.parquet").write_text("x")
+        if len(left) == 1:
+            raise UserError("no row could be kept")
+        return {}
+
+    with pytest.raises(UserError, match="no row"):
+        run_stage(recipe, "prepare", work)
+    if change == "setting":
+        recipe.prepare.min_history += 1
+    elif change == "log":
+        stat = log.stat()
+        log.write_text("two")
+        os.utime(log, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert RunFolder(recipe).check(["prepare"]) == ["prepare"]
+    assert run_stage(recipe, "prepare", work)
+    assert left == [False, change == "nothing"]
+    assert RunFolder(recipe).is_done("prepare")
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"synthetic": "x"}'])
+def test_a_damaged_note_of_redos_is_said_before_anything_is_deleted(tmp_path: Path, text: str):
+    recipe = make_run(tmp_path, ["synthetic", "prepare"])
+    (tmp_path / "redone.json").write_text(text)
+    for redo in ([], ["synthetic"]):
+        with pytest.raises(UserError, match=r"redone\.json is damaged.*delete it"):
+            RunFolder(recipe).check(["synthetic"], redo)
+    with pytest.raises(UserError, match=r"redone\.json is damaged.*delete it"):
+        RunFolder(recipe).discard_from("synthetic")
+    assert RunFolder(recipe).is_done("prepare")
 
 
 def test_peak_memory_is_in_mib_everywhere(monkeypatch: pytest.MonkeyPatch):

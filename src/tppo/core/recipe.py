@@ -24,7 +24,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from tppo.core.common import UserError
 from tppo.core.config import REPLACED, RETIRED, Evaluate, JudgeSettings, Recipe
-from tppo.core.stages import STAGES
+from tppo.core.stages import STAGES, stage_names
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -164,6 +164,8 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Recipe:
     recipe = parser.instantiate_classes(_without(namespace, "config", "redo"))
+    if unknown := sorted(recipe["stage_dirs"].keys() - set(stage_names())):
+        raise UserError(f"stage_dirs: {unknown} are no stages; there are {stage_names()}")
     return Recipe(**{name: recipe[name] for name in Recipe.__dataclass_fields__})
 
 

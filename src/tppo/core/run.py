@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -153,6 +153,7 @@ class RunFolder:
 
     def _check_made(self, stage: str, manifest: dict[str, Any]) -> None:
         """Refuse a finished stage that would not be made so now, or whose files have changed."""
+        self._check_names_in(stage, manifest, "config", "inputs", "facts")
         if changed := self._changes(stage, manifest):
             raise UserError(
                 f"{self.path(stage)} was made with other settings ({'; '.join(changed)}). "
@@ -198,8 +199,7 @@ class RunFolder:
 
     def _changes(self, stage: str, record: dict[str, Any]) -> list[str]:
         """Settings, and things outside, that are not as in the stage's manifest or started.json, in words."""
-        if "config" not in record:
-            raise UserError(f"{self.path(stage)} holds no manifest of a tppo stage: give another --run_dir")
+        self._check_names_in(stage, record, "config", "inputs")
         used = (record.get("numerics") or {}).get("precision")
         read, noted = stage_outside(stage, self.recipe), record.get("outside", {})
         for setting in outside.not_here(read, noted):
@@ -209,6 +209,26 @@ class RunFolder:
                 markup=False,
             )
         return changed_settings(stage, record["config"], self.recipe, used) + outside.changes(read, noted)
+
+    def _check_task(self, stage: str) -> None:
+        """Refuse a stage taken from another run whose task is another one."""
+        if (manifest := self.manifest(stage)) is None:
+            return
+        self._check_names_in(stage, manifest, "config")
+        changed = changed_settings(stage, manifest["config"], self.recipe)
+        if task := [words for words in changed if words.startswith("task")]:
+            raise UserError(
+                f"stage_dirs: {self.path(stage)} was made with other settings ({'; '.join(task)}): give the same task "
+                "here, or make that stage anew there"
+            )
+
+    def _check_names_in(self, stage: str, record: dict[str, Any], *names: str) -> None:
+        """Refuse a manifest or started.json that lacks what every version wrote."""
+        if missing := [name for name in names if name not in record]:
+            raise UserError(
+                f"{self.path(stage)} holds no manifest of a tppo stage (it has no {missing[0]}): put the file back, "
+                f"{self._way_out(stage)}, or give another --run_dir"
+            )
 
     def _check_unfinished(self, stage: str) -> None:
         """Refuse to go on in a folder that is somebody else's, or that holds work begun otherwise than it would be now.
@@ -220,16 +240,18 @@ class RunFolder:
         started = read_record(folder / STARTED)
         if started is None or STAGES[split_stage(stage)[0]].derived:
             return
-        if _wrote_nothing(folder):
+        if _wrote_nothing(folder, stage):
             return
-        changed = self._changes(stage, started)
-        if not self._same_inputs(stage, started):
-            changed.append("the stages that it reads have been made anew")
-        if changed:
+        if changed := self._begun_otherwise(stage, started):
             raise UserError(
                 f"{self.path(stage)} is unfinished and was started with other settings ({'; '.join(changed)}). "
                 f"Give `--redo {stage}` to start it anew, without what it has done so far, or another --run_dir"
             )
+
+    def _begun_otherwise(self, stage: str, started: dict[str, Any]) -> list[str]:
+        """How an unfinished stage was begun otherwise than it would be now, in words."""
+        same = self._same_inputs(stage, started)
+        return self._changes(stage, started) + ([] if same else ["the stages that it reads have been made anew"])
 
     def check(self, stages: Sequence[str], redo: Collection[str] = (), *, wait: bool = False) -> list[str]:
         """Those of `stages` that are to be made, once all that is in the way has been looked for; writes nothing. Their
@@ -242,6 +264,7 @@ class RunFolder:
         Raises:
             UserError: names what stands in the way.
         """
+        self._all_redone()
         for stage in redo:
             self.check_own(stage)
         doomed = self.followers(redo)
@@ -263,16 +286,21 @@ class RunFolder:
         """What `stages` read is finished, and so is what the recipe says of all stages to their left that are this
         run's own. Of those farther left a folder that is gone is no matter.
 
+        Args:
+            redo: of `stages`; no other is made anew.
+
         Raises:
             UserError: names the stage and the setting.
         """
-        doomed, left = self.followers(redo), list(stages)
+        for stage in redo:
+            self.check_own(stage)
+            if stage not in stages:  # it would be deleted, and left at that
+                told = f"this command does not make it anew, `tppo run --redo {stage}` does"
+                raise UserError(f"--redo {stage}: {told}, with all that follows")
+        left = list(stages)
         for stage in left:  # grows as it goes
             own = stage in stages or stage not in self.recipe.stage_dirs
             left += [name for name in stage_inputs(stage, self.recipe) if own and name not in left]
-        for stage in left[len(stages) :]:
-            if stage in doomed:
-                raise UserError(f"--redo {stage}: this command does not make it anew, `tppo run` does")
         direct = {name for stage in stages for name in stage_inputs(stage, self.recipe)}
         for stage in stages:
             if set(self.missing_inputs(stage)) - set(stages):
@@ -280,7 +308,8 @@ class RunFolder:
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
             if stage in self.recipe.stage_dirs:
                 folders.check_outputs(self.path(stage), stage, self._way_out(stage))
-            elif manifest := self.manifest(stage):
+                self._check_task(stage)
+            elif (manifest := self.manifest(stage)) is not None:
                 self._check_made(stage, manifest)
                 if stage in direct and not self.missing_inputs(stage):
                     self.require_current(stage)
@@ -322,7 +351,16 @@ class RunFolder:
 
     def _all_redone(self) -> dict[str, float]:
         path = self.root / REDONE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        with suppress(ValueError, RecursionError):  # no JSON, or no UTF-8
+            times = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(times, dict) and all(isinstance(time, int | float) for time in times.values()):
+                return times
+        raise UserError(
+            f"{path} is damaged: put the file back, or delete it (what a judge abstained on before is not asked again "
+            "then until the next --redo)"
+        )
 
     def _choose_numerics(self, stage: str) -> dict[str, str] | None:
         """Device, precision and reason of a stage that multiplies matrices in a precision of its own; else None."""
@@ -378,7 +416,7 @@ class RunFolder:
         else:
             self.is_done(stage)
             (folder / MANIFEST).unlink(missing_ok=True)
-        before = {} if _wrote_nothing(folder) else read_record(folder / STARTED) or {}
+        before = self._to_go_on_from(stage)
         read = stage_outside(stage, self.recipe)
         started = {
             "format": folders.FORMAT,
@@ -396,10 +434,27 @@ class RunFolder:
         write_json(folder / STARTED, started)
         return folder, started
 
+    def _to_go_on_from(self, stage: str) -> dict[str, Any]:
+        """The started.json of work that is gone on with; empty where a stage begins anew, and what it then has no use
+        for is deleted."""
+        folder, started = self.path(stage), read_record(self.path(stage) / STARTED) or {}
+        if not _wrote_nothing(folder, stage):
+            return started
+        left = [path for name in STAGES[split_stage(stage)[0]].restarts if (path := folder / name).exists()]
+        if left and started and not self._begun_otherwise(stage, started):
+            return started
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return {}
+
     def _finish(self, stage: str, started: dict[str, Any], facts: dict[str, Any], seconds: float) -> None:
         """Write the manifest."""
         folder, foreign = self.path(stage), started.pop("foreign")
-        made = folders.outputs(folder, foreign)
+        # What was put here while the stage was at work is no more its own than what was here before.
+        made = folders.outputs(folder, [*foreign, *folders.unknown_names(folder, stage)])
         # Which commit of a hub's model was read is known by now.
         started["outside"] = outside.notes_at_end(stage_outside(stage, self.recipe), started["outside"])
         write_json(
@@ -418,9 +473,10 @@ class RunFolder:
         )
 
 
-def _wrote_nothing(folder: Path) -> bool:
-    """Whether a stage stopped before it had anything to go on from."""
-    return all(path.name == STARTED for path in folders.files_of(folder))
+def _wrote_nothing(folder: Path, stage: str) -> bool:
+    """Whether a stage stopped before it had anything to lose."""
+    nothing = (STARTED, *STAGES[split_stage(stage)[0]].restarts)
+    return all(path.relative_to(folder).parts[0] in nothing for path in folders.files_of(folder))
 
 
 @cache

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from tppo.core.common import UserError
-from tppo.core.config import Algorithm, Recipe, judge_identity, rl_identity
+from tppo.core.config import Algorithm, Reader, Recipe, TuningAlgorithm, judge_identity, rl_identity
 from tppo.core.files import UNFINISHED
 from tppo.core.outside import Log, Model, Outside
 
@@ -63,6 +63,9 @@ class Stage:
     """What it reads from outside the run folder, by setting."""
     writes: tuple[str, ...] = ()
     """Names in its folder, as patterns, beside those that any stage may leave unfinished (`LEFTOVERS`)."""
+    restarts: tuple[str, ...] = ()
+    """Names in its unfinished folder that are nothing to lose: with other settings it begins anew without being asked,
+    as from an empty folder."""
     shared: bool = True
     """Before the tuning of policies: `shared_seed` is its seed where there is one, and one of them serves many
     tunings."""
@@ -135,9 +138,9 @@ def _tuned(recipe: Recipe) -> list[str]:
     return [rl_stage(algorithm) for algorithm in recipe.algorithms]
 
 
-LEFTOVERS = (*UNFINISHED, "*.tmp", "tmp-checkpoint-*", "tmp-old-checkpoint-*", "scratch", "checkpoint-*", "facts.json")
-"""Names, as patterns, of what a stage that was stopped may leave in its folder: half a file, half a model, work kept to
-go on from."""
+LEFTOVERS = (*UNFINISHED, "tmp-checkpoint-*", "tmp-old-checkpoint-*", "scratch", "checkpoint-*", "facts.json")
+"""Names, as patterns, of what a stage that was stopped may leave in its folder, beside half of a file that it writes:
+half a model, work kept to go on from."""
 _TRACKED = ("tensorboard", "events.out.tfevents.*", "wandb", "mlruns", "mlflow.db", ".trackio")
 
 STAGES = {
@@ -154,6 +157,8 @@ STAGES = {
                 {} if recipe.prepare.source == ["synthetic"] else {"prepare.source": Log(tuple(recipe.prepare.source))}
             ),
             writes=("examples.parquet", "rejects.parquet"),
+            # A pass over the log; the advice of a stop (a setting, a mended file) has to lead somewhere.
+            restarts=("scratch", "rejects.parquet"),
         ),
         Stage(
             "sft",
@@ -292,6 +297,13 @@ def rl_stage(algorithm: str) -> str:
 def read_stages(recipe: Recipe) -> list[str]:
     """Names of the stages that read finished answers."""
     return [f"read_{reading.reader}" for reading in recipe.evaluate.readings]
+
+
+def stage_names() -> list[str]:
+    """Every stage that a run can have, by the name of its folder."""
+    single = [name for name in STAGES if name not in ("rl", "dpo", "read")]
+    tuned = [rl_stage(algorithm) for algorithm in get_args(TuningAlgorithm)]
+    return [*single, *tuned, *(f"read_{reader}" for reader in get_args(Reader))]
 
 
 def split_stage(stage: str) -> tuple[str, str]:
