@@ -288,3 +288,17 @@ def test_accents_that_are_stripped_and_doubled_spaces_are_losses():
 
 def test_a_script_that_is_not_known_is_no_reason_to_refuse():
     check_round_trip(get_tokenizer("characters"), "characters", ["how to\nfix a flat"], _SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"</s>": 0, "a": 1}, unk_token="<gone>"),
+        models.WordPiece({"</s>": 0, "a": 1}, unk_token="<gone>"),
+        models.Unigram([("</s>", 0.0), ("a", -1.0)]),
+    ],
+)
+def test_a_tokenizer_that_fails_on_what_it_does_not_know_is_refused(model):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
+    with pytest.raises(UserError, match="tokenizer of 'mine' fails on text that it does not know"):
+        check_round_trip(tokenizer, "mine", _TASK_TEXTS, _SCRIPTS)

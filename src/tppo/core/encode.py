@@ -145,16 +145,24 @@ def check_round_trip(tokenizer: Any, name: str, required: Sequence[str], optiona
     Raises:
         UserError: says what is lost.
     """
-    plain = _plain(tokenizer)
-    known = [] if plain.backend is None else [text for text in optional if all(map(plain.spells, set(text)))]
-    for text in [*required, *known]:
-        ids = encode_text(tokenizer, text)
-        if not brings_back(tokenizer, text, ids):
-            raise UserError(
-                f"the tokenizer of '{name}' does not bring back what it is given: {_loss(tokenizer, text, ids)}. "
-                "Queries could not be told apart, or not be written. Take a model whose tokenizer keeps all text, such "
-                "as those of the GPT-2, Llama, Mistral, Qwen, Gemma and SmolLM kinds"
-            )
+    try:
+        plain = _plain(tokenizer)
+        known = [] if plain.backend is None else [text for text in optional if all(map(plain.spells, set(text)))]
+        ids_of = {text: encode_text(tokenizer, text) for text in [*required, *known]}
+        lossy = next((text for text in ids_of if not brings_back(tokenizer, text, ids_of[text])), None)
+    except MemoryError:
+        raise
+    except Exception as error:  # of the tokenizer's model, which may lack the unknown token that it needs
+        raise UserError(
+            f"the tokenizer of '{name}' fails on text that it does not know ({error}): give it an unknown token, or "
+            "take a model whose tokenizer keeps all text"
+        ) from None
+    if lossy is not None:
+        raise UserError(
+            f"the tokenizer of '{name}' does not bring back what it is given: {_loss(tokenizer, lossy, ids_of[lossy])}"
+            ". Queries could not be told apart, or not be written. Take a model whose tokenizer keeps all text, such "
+            "as those of the GPT-2, Llama, Mistral, Qwen, Gemma and SmolLM kinds"
+        )
 
 
 def _loss(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
