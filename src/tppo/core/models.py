@@ -119,12 +119,7 @@ def load_policy(
             markup=False,
         )
     refuse_adapters(model, f"'{source}'")
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
-            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
-        )
+    check_vocabulary(model, tokenizer, f"'{source}'")
     check_round_trip(tokenizer, source, _TASK_TEXTS, _SCRIPTS)
     _check_stops(model, tokenizer, source)
     if task is not None:
@@ -357,6 +352,16 @@ def load_encoder_path(name_or_path: str | Path) -> str:
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise UserError(f"the encoder folder '{folder}' has no tokenizer (tokenizer_config.json): {_WAY_OUT}")
     return folder
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens but the model only {embeddings} "
+            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
+        )
 
 
 def smollm2_folder() -> Path:
