@@ -86,6 +86,11 @@ def test_a_prompt_does_not_depend_on_the_day():
         ("{% for m in messages %}{{ m['content'] | replace('search', 'x') }}{% endfor %}", "does not leave the user's"),
         ("{{ raise_exception('not today') }}", "does not take a message .not today"),
         ("{% for m in messages %}{{ m['content'] }", "does not take a message"),
+        ("{{ 1 // 0 }}", "does not take a message .*zero"),
+        ("{{ messages.pop(7) }}", "does not take a message"),
+        ("{{ messages[0].content.encode('utf-8').hex.nothing() }}", "does not take a message"),
+        ("{{ 10.0 ** 400 }}", "does not take a message"),
+        ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "does not take a message .*recursion"),
         (CHATML.replace("'<|im_start|>' +", "eos_token + '<|im_start|>' +"), "writes the end-of-sequence token else"),
     ],
 )  # fmt: skip

@@ -118,6 +118,42 @@ def test_a_byte_that_is_written_out_is_no_byte():
     assert tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "é")) == ["<0xC3>", "<0xA9>"], "a real byte is one"
 
 
+def sentencepiece_like():
+    """Unigram, byte fallback, ▁ for spaces: what a SentencePiece model is converted to."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(0x21, 0x7F)), "▁"]
+    scores = [0.0, 0.0, *[-1.0] * (len(pieces) - 2)]
+    raw = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("text", ["東京駅 弁当", "rome 東京駅", "é", "naïve café 😀😀", "東京<0x0A>駅"])
+def test_a_run_of_characters_in_bytes_is_no_byte_that_was_written_out(text):
+    tokenizer = sentencepiece_like()
+    ids = encode_text(tokenizer, text)
+    if "<0x" not in text:
+        assert (ids, decode_text(tokenizer, ids)) == (tokenizer(text, add_special_tokens=False)["input_ids"], text)
+    newline = tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert newline not in ids
+    for hostile in (f"{text}</s>{text}", f"</s>{text}<unk>", "<</s>/s>"):
+        assert not {0, 1} & set(encode_text(tokenizer, hostile))
+
+
+@pytest.mark.parametrize("space", [None, "▁"])
+def test_what_a_model_without_an_unknown_token_drops_is_a_question_mark(space):
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", *"abc?", space or " ", "ab"])}, [("a", "b")]))
+    raw.decoder = decoders.Fuse()
+    if space:
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(split=False), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    text = "ab東京c 弁ab"
+    assert len(tokenizer(text)["input_ids"]) < len(encode_text(tokenizer, text)), "its own way leaves them out"
+    assert decode_text(tokenizer, encode_text(tokenizer, text)) == "ab??c ?ab"
+
+
 def test_a_tokenizer_written_in_python():
     tokenizer = ByT5Tokenizer()
     text = "a</s><extra_id_0> 東京"
@@ -252,3 +288,17 @@ def test_accents_that_are_stripped_and_doubled_spaces_are_losses():
 
 def test_a_script_that_is_not_known_is_no_reason_to_refuse():
     check_round_trip(get_tokenizer("characters"), "characters", ["how to\nfix a flat"], _SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"</s>": 0, "a": 1}, unk_token="<gone>"),
+        models.WordPiece({"</s>": 0, "a": 1}, unk_token="<gone>"),
+        models.Unigram([("</s>", 0.0), ("a", -1.0)]),
+    ],
+)
+def test_a_tokenizer_that_fails_on_what_it_does_not_know_is_refused(model):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
+    with pytest.raises(UserError, match="tokenizer of 'mine' fails on text that it does not know"):
+        check_round_trip(tokenizer, "mine", _TASK_TEXTS, _SCRIPTS)

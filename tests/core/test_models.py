@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
+    DbrxConfig,
     FalconConfig,
     Gemma3Config,
     Gemma3TextConfig,
@@ -17,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     MambaConfig,
+    WhisperConfig,
     XLNetConfig,
 )
 
@@ -25,6 +28,7 @@ from tppo.core.common import UserError
 from tppo.core.config import Task
 from tppo.core.encode import encode_text
 from tppo.core.models import (
+    check_positions,
     load_encoder_path,
     load_policy,
     position_limit,
@@ -118,6 +122,13 @@ def edit(folder: Path, name: str, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def make_special(folder: Path, id: int) -> None:
+    """Make an ordinary token a special one, which may end a response."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(id)]})
+    tokenizer.save_pretrained(folder)
+
+
 SAMPLING = {
     "do_sample": False, "temperature": 0.3, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.5, "min_new_tokens": 4,
     "max_new_tokens": 3, "suppress_tokens": [4], "begin_suppress_tokens": [3], "forced_eos_token_id": 2,
@@ -128,9 +139,10 @@ SAMPLING = {
 def test_a_saved_folder_samples_as_it_was_trained(tiny_policy, tmp_path):
     """`model.generate` draws from the softmax at the trained temperature and nothing else, ended by the same ids."""
     folder = copy(tiny_policy, tmp_path / "m")
-    edit(folder, "generation_config.json", **SAMPLING, eos_token_id=[0, 7])
+    make_special(folder, 5)
+    edit(folder, "generation_config.json", **SAMPLING, eos_token_id=[0, 5])
     model, tokenizer = load_policy(folder)
-    assert stop_ids(model, tokenizer) == (0, 7)
+    assert stop_ids(model, tokenizer) == (0, 5)
     model.generation_config = sampling_config(model, tokenizer, temperature=0.7, max_new_tokens=9)
     save_model(model, tokenizer, tmp_path / "saved", "")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -140,7 +152,7 @@ def test_a_saved_folder_samples_as_it_was_trained(tiny_policy, tmp_path):
     )
     assert [type(p).__name__ for p in processors] == ["TemperatureLogitsWarper"]
     assert (config.do_sample, config.temperature, config.max_new_tokens) == (True, 0.7, 9)
-    assert config.eos_token_id == [0, 7]
+    assert config.eos_token_id == [0, 5]
     torch.manual_seed(0)
     ids = torch.tensor([[5, 6, 7]] * 4000)
     first = again.generate(ids, max_new_tokens=1)[:, -1]
@@ -190,6 +202,7 @@ def test_stop_ids_that_cannot_be_read_are_refused(tiny_policy, tmp_path, text, m
 def test_stop_ids_without_a_generation_config_are_the_models(tiny_policy, tmp_path):
     folder = copy(tiny_policy, tmp_path / "m")
     (folder / "generation_config.json").unlink()
+    make_special(folder, 5)
     edit(folder, "config.json", eos_token_id=[5, 0, 99_999], repetition_penalty=1.3, max_length=20)
     model, tokenizer = load_policy(folder)
     assert stop_ids(model, tokenizer) == (0, 5), "the tokenizer's first; what the model cannot write is no stop"
@@ -197,6 +210,40 @@ def test_stop_ids_without_a_generation_config_are_the_models(tiny_policy, tmp_pa
     for name in ("config.json", "generation_config.json"):
         kept = json.loads((tmp_path / "saved" / name).read_text())
         assert not {"repetition_penalty", "max_length"} & kept.keys()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_ordinary_text_ends_no_response(tiny_policy, tmp_path, name, capsys):
+    folder = copy(tiny_policy, tmp_path / "m")
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
+    edit(folder, name, eos_token_id=[0, 3])
+    with pytest.raises(UserError, match=r"names 3, which is '#': ordinary text"):
+        load_policy(folder)
+    edit(folder, name, eos_token_id=2)  # LlamaConfig's, whatever the tokenizer
+    model, tokenizer = load_policy(folder)
+    assert stop_ids(model, tokenizer) == (0,)
+    assert model.generation_config.eos_token_id == 0
+    assert "ordinary text: not used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_that_the_configuration_does_not_have_are_named(tiny_policy, tmp_path, capsys):
+    folder = copy(tiny_policy, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors") | {"further.weight": torch.zeros(2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_policy(folder)
+    assert "(1, first: further.weight): not used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_files_that_cannot_be_read_are_named(tiny_policy, tmp_path):
+    folder = copy(tiny_policy, tmp_path / "m")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").mkdir()
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
+        load_policy(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^\S*[^_]config\.json does not load"):
+        load_policy(folder)
 
 
 def test_weights_that_would_be_random_are_named(tiny_policy, tmp_path):
@@ -337,6 +384,22 @@ def test_a_task_longer_than_the_model_reads_is_refused_at_load(tiny_policy, tmp_
             ),
             512,
         ),
+        (LlamaConfig(max_position_embeddings=128, rope_parameters={"rope_type": "dynamic", "factor": 4.0}), 128),
+        (
+            LlamaConfig(
+                max_position_embeddings=512,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                    "short_factor": [1.0] * 64,
+                    "long_factor": [2.0] * 64,
+                },
+            ),
+            128,
+        ),
+        (DbrxConfig(max_seq_len=96), 96),
+        (WhisperConfig(max_target_positions=48), 48),
         (FalconConfig(alibi=True), None),
         (BloomConfig(), None),
         (MambaConfig(), None),
@@ -346,6 +409,11 @@ def test_a_task_longer_than_the_model_reads_is_refused_at_load(tiny_policy, tmp_
 )
 def test_how_long_a_model_reads(config, limit):
     assert position_limit(config) == limit
+
+
+def test_a_model_without_a_name_is_the_model():
+    with pytest.raises(UserError, match="make 9 tokens, but the model has 8 positions"):
+        check_positions(LlamaConfig(max_position_embeddings=8), 5, 4, "a=5 and b", "")
 
 
 def test_a_chat_task_ends_with_the_turn(tiny_policy, tmp_path):

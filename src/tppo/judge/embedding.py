@@ -44,6 +44,7 @@ from transformers import AutoModel, AutoTokenizer
 from tppo.core.common import UserError, track
 from tppo.core.config import Rubric
 from tppo.core.encode import encode_padded
+from tppo.core.encoders import check_encoder
 from tppo.core.files import sha256_file, write_json
 from tppo.core.models import load_encoder_path
 from tppo.core.tables import Example
@@ -85,13 +86,18 @@ class Encoder:
         self.batch_size = batch_size
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            self.model = AutoModel.from_pretrained(
-                self.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            ).eval()
+            self.model, found = AutoModel.from_pretrained(
+                self.folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{setting} '{name_or_path}' does not load as an encoder: {error}") from None
         if not self.tokenizer.is_fast:
             raise UserError(f"{setting} '{name_or_path}' has no fast tokenizer, which word offsets need")
+        check_encoder(self.model.eval(), self.tokenizer, found["missing_keys"], f"{setting} '{name_or_path}'")
         self.legibility = Legibility(self.tokenizer)
         self.max_length = min(self.model.config.max_position_embeddings, 512)
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from tppo.core.common import UserError, track
 from tppo.core.config import GlobalAttention, Pooling
+from tppo.core.encoders import check_encoder
 from tppo.core.models import save_model
 from tppo.core.text import Event
 from tppo.reward.align import Span, pool_probabilities
@@ -103,7 +104,7 @@ class RewardModel:
         logging.set_verbosity_error()  # the report on missing head weights: a fresh head is what we want
         try:
             config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
-            model = AutoModelForTokenClassification.from_pretrained(
+            model, found = AutoModelForTokenClassification.from_pretrained(
                 encoder,
                 **({} if dropout is None else _dropout_rates(config, dropout)),
                 **first_layers(config, encoder, layers),
@@ -113,12 +114,14 @@ class RewardModel:
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"reward.encoder={encoder} holds no encoder and tokenizer that load: {error}") from None
         finally:
             logging.set_verbosity(verbosity)
+        check_encoder(model, tokenizer, found["missing_keys"], f"reward.encoder={encoder}", fresh_head=True)
         info: dict[str, Any] = {"encoder": encoder}
         if longformer_window is not None:
             model = to_longformer(model, max_length, longformer_window)
@@ -146,15 +149,20 @@ class RewardModel:
         if kind != cls.kind:
             raise UserError(f"{path} describes a reward model of kind {kind!r}, not {cls.kind!r}")
         try:
-            model = AutoModelForTokenClassification.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            model, found = AutoModelForTokenClassification.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} holds no model or tokenizer that loads: {error}") from None
         if model.config.model_type == "longformer":
             check_global_attention(info.get("global_attention"), f"{path}: global_attention")
-        reward_model = cls(model.eval(), tokenizer, max_length, info)
+        check_encoder(model.eval(), tokenizer, found["missing_keys"], str(folder))
+        reward_model = cls(model, tokenizer, max_length, info)
         if torch.cuda.is_available():
             reward_model.model.cuda()
         return reward_model
