@@ -9,6 +9,7 @@ import torch
 from tppo.core.common import UserError
 from tppo.rl.guards import GuardError
 from tppo.rl.reward_function import Scores, score
+from tppo.rl.trainer import OUR_METRICS
 
 
 def rollout_of(make_trainer):
@@ -167,6 +168,21 @@ def test_extras_that_do_not_fit_are_named(make_trainer, scores, message):
 def test_a_metric_with_our_name_does_not_steer_training(make_trainer):
     with pytest.raises(UserError, match=r"names that are ours, \['kl'\]"):
         make_trainer(lambda ss: Scores([0.0] * len(ss), {"kl": 0.0})).step()
+
+
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+def test_every_metric_of_ours_is_refused_from_a_reward_function(make_trainer, dense_reward, placement):
+    settings = {"kl_placement": placement, "kl_estimator": "k2", "batch_size": 4, "minibatch_size": 4}
+    trainer = make_trainer(dense_reward, **settings, micro_batch_size=4)
+    written = trainer.step().metrics
+    assert next(iter(written)) == "update"
+    assert OUR_METRICS - {"kl_loss"} <= written.keys()
+    assert written.keys() - OUR_METRICS == {"good"}, "each other name is the reward function's"
+    for name in sorted(OUR_METRICS):
+        trainer.reward_fn = lambda ss, name=name: Scores([0.0] * len(ss), {name: 0.75})
+        with pytest.raises(UserError, match=rf"names that are ours, \['{name}'\]"):
+            trainer.step()
+    assert trainer.update == 1
 
 
 def test_metrics_of_tensors_are_written_as_numbers(make_trainer):

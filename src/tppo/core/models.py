@@ -114,12 +114,7 @@ def load_policy(
             "be random: save it there by the class that it was trained as"
         )
     refuse_adapters(model, f"'{source}'")
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer of '{source}' has {len(tokenizer)} tokens but the model only {embeddings} "
-            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
-        )
+    check_vocabulary(model, tokenizer, f"the tokenizer of '{source}'", "save the one the model was trained with there")
     check_round_trip(tokenizer, source, _TASK_TEXTS, _SCRIPTS)
     if task is not None:
         limits = f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_response_tokens"
@@ -129,6 +124,24 @@ def load_policy(
     check_family(model.eval(), source)
     model.generation_config = sampling_config(model, tokenizer)
     return model, tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str, way_out: str) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for.
+
+    Args:
+        name: what the tokenizer is called.
+        way_out: what to do about it.
+
+    Raises:
+        UserError: gives the numbers.
+    """
+    embeddings, end = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
+    has = f"{len(tokenizer)} tokens" if len(tokenizer) > embeddings else f"the end-of-sequence token {end}"
+    if len(tokenizer) > embeddings or (end is not None and end >= embeddings):
+        raise UserError(
+            f"{name} has {has} but the model only {embeddings} embeddings: they do not belong together; {way_out}"
+        )
 
 
 def check_positions(config: Any, prompt: int, response: int, limits: str, name: str) -> None:

@@ -57,7 +57,7 @@ class Scores:
 
     rewards: Sequence[Reward]
     metrics: dict[str, float] = field(default_factory=dict)
-    """Logged as they are."""
+    """Logged as they are. An update's own names (`tppo.rl.trainer.OUR_METRICS`) are refused."""
     classes: Sequence[Sequence[int]] | None = None
     """Class of every response token, for display."""
 
