@@ -125,6 +125,30 @@ def test_rows_after_a_checkpoint_and_half_a_line_are_cut(tmp_path):
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("row", ['{"update": 0.75}', '{"loss": 1}', "[1]", '{"update": 1}'])
+def test_rows_that_are_not_ours_or_too_few_cut_nothing(tmp_path, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text := f'{{"update": 1}}\n{{"update": 2}}\n{row}\n')
+    for update in (2, 3):
+        with pytest.raises(UserError, match="after update 2 that no run has written"):
+            cut_rows_after(path, update)
+        assert path.read_text() == text
+    path.write_text(text := '{"update": 1}\n{"upda')
+    with pytest.raises(UserError, match="ends at update 1"):
+        cut_rows_after(path, 2)
+    assert path.read_text() == text
+
+
+def test_neither_file_is_cut_when_one_lacks_rows(make_trainer, tmp_path):
+    train(make_trainer(**SETTINGS | {"updates": 1}), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 2}\n')
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"samples\.jsonl ends at update 0"):
+        train(make_trainer(**SETTINGS), tmp_path)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 class Faults:
     """Counts calls that change the disk, and fails one of them with ENOSPC; a write fails half-way."""
 

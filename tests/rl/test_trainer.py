@@ -3,11 +3,12 @@
 import time
 
 import families
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BatchEncoding, BertConfig, BertLMHeadModel
 
 from tests.helpers.policy_tokenizers import llama3
 from tppo.core.common import UserError
@@ -156,6 +157,59 @@ def test_prompts_that_do_not_come_back_or_do_not_fit_are_refused(tiny_lm, tokeni
         UserError, match=r"longest prompt's 3 tokens and max_response_tokens=32 make 35 .* 34 positions"
     ):
         TokenPPOTrainer(tiny_lm(max_position_embeddings=34), dense_reward, ["a", "a b c"], config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, dict, BatchEncoding, "pt"])
+def test_token_ids_of_every_kind_are_the_same_prompt(tiny_lm, tokenizer, dense_reward, kind):
+    ids = [5, 6]
+    if kind in (dict, BatchEncoding, "pt"):
+        data = {"input_ids": ids, "attention_mask": [1, 1]}
+        prompt = dict(data) if kind is dict else BatchEncoding(data)
+        if kind == "pt":
+            prompt = BatchEncoding(data, tensor_type="pt", prepend_batch_axis=True)
+    else:
+        prompt = kind(ids)
+    config = RL(batch_size=2, minibatch_size=2, micro_batch_size=2)
+    trainer = TokenPPOTrainer(tiny_lm(), dense_reward, [prompt], config, tokenizer=tokenizer)
+    assert trainer.prompts == [ids]
+    assert all(type(token) is int for token in trainer.prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([-1], r"prompt 1 holds the token id -1, but those of the policy are 0 to 20"),
+        ([5, 21], r"prompt 1 holds the token id 21"),
+        *(
+            (bad, r"prompt 1 \(\w+\) is neither a text nor a list of token ids")
+            for bad in ([1.5], ["a"], [True], [[5, 6]], None, 5, b"ab", {5, 6}, {"ids": [5]}, torch.tensor([[5], [6]]))
+        ),
+    ],
+)
+def test_what_is_no_prompt_is_named(tiny_lm, tokenizer, dense_reward, bad, message):
+    config = RL(batch_size=2, minibatch_size=2, micro_batch_size=2)
+    with pytest.raises(UserError, match=message):
+        TokenPPOTrainer(tiny_lm(), dense_reward, ["a", bad], config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("prompts", ["red", b"red", None, {"input_ids": [[5]]}])
+def test_one_text_is_no_list_of_prompts(tiny_lm, tokenizer, dense_reward, prompts):
+    with pytest.raises(UserError, match=rf"prompts is {type(prompts).__name__}: give a list"):
+        TokenPPOTrainer(tiny_lm(), dense_reward, prompts, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_lm, tokenizer, dense_reward):
+    with pytest.raises(UserError, match="21 tokens but the model only 20 embeddings"):
+        TokenPPOTrainer(tiny_lm(vocab_size=20), dense_reward, ["a"], tokenizer=tokenizer)
+    beyond = type("Beyond", (), {"eos_token_id": 20, "__len__": lambda self: 3})()
+    with pytest.raises(UserError, match="end-of-sequence token 20 but the model only 20 embeddings"):
+        TokenPPOTrainer(tiny_lm(vocab_size=20), dense_reward, ["a"], tokenizer=beyond)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, 8.0, True, "8", None])
+def test_the_response_limit_is_a_whole_number(tiny_lm, tokenizer, dense_reward, limit):
+    with pytest.raises(UserError, match=r"max_response_tokens=.* must be a whole number \(int\) of at least 1"):
+        TokenPPOTrainer(tiny_lm(), dense_reward, ["a"], tokenizer=tokenizer, max_response_tokens=limit)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def check_encoder(model: Any, tokenizer: Any, missing: Iterable[str], name: str,
             f"{name} lacks weights of an encoder ({len(lacking)}, first: {lacking[0]}), which would be random: save it "
             "there by the class that it was trained as"
         )
-    check_vocabulary(model, tokenizer, name)
+    check_vocabulary(model, tokenizer, f"the tokenizer of {name}")
     ids = torch.tensor([tokenizer("a")["input_ids"]], device=model.device)
     try:
         hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]

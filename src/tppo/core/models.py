@@ -119,7 +119,7 @@ def load_policy(
             markup=False,
         )
     refuse_adapters(model, f"'{source}'")
-    check_vocabulary(model, tokenizer, f"'{source}'")
+    check_vocabulary(model, tokenizer, f"the tokenizer of '{source}'")
     check_round_trip(tokenizer, source, _TASK_TEXTS, _SCRIPTS)
     _check_stops(model, tokenizer, source)
     if task is not None:
@@ -130,6 +130,27 @@ def load_policy(
     check_family(model.eval(), source)
     model.generation_config = sampling_config(model, tokenizer)
     return model, tokenizer
+
+
+_OWN_TOKENIZER = "save the tokenizer the model was trained with there"
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str, way_out: str = _OWN_TOKENIZER) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for.
+
+    Args:
+        name: what the tokenizer is called.
+        way_out: what to do about it.
+
+    Raises:
+        UserError: gives the numbers.
+    """
+    embeddings, end = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
+    has = f"{len(tokenizer)} tokens" if len(tokenizer) > embeddings else f"the end-of-sequence token {end}"
+    if len(tokenizer) > embeddings or (end is not None and end >= embeddings):
+        raise UserError(
+            f"{name} has {has} but the model only {embeddings} embeddings: they do not belong together; {way_out}"
+        )
 
 
 def check_positions(config: Any, prompt: int, response: int, limits: str, name: str) -> None:
@@ -352,16 +373,6 @@ def load_encoder_path(name_or_path: str | Path) -> str:
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise UserError(f"the encoder folder '{folder}' has no tokenizer (tokenizer_config.json): {_WAY_OUT}")
     return folder
-
-
-def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise UserError for a tokenizer with more tokens than the model has embeddings."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens but the model only {embeddings} "
-            "embeddings: they do not belong together; save the tokenizer the model was trained with there"
-        )
 
 
 def smollm2_folder() -> Path:

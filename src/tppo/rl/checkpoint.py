@@ -88,30 +88,43 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
+def size_until(path: Path, update: int) -> int:
+    """Bytes of the rows of the first `update` updates in a jsonl file; a line that a kill cut off is not one of them.
+
+    Raises:
+        UserError: rows that the checkpoint counts on are missing, or a row is none of ours.
+    """
+    last, size = 0, 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else {"update": update + 1}
+        except ValueError:  # no JSON, or no UTF-8
+            break
+        row_update = row.get("update") if isinstance(row, dict) else None
+        if type(row_update) is not int or row_update < last:
+            raise UserError(f"{path} holds a row after update {last} that no run has written: move the file elsewhere")
+        if row_update > update:
+            break
+        last, size = row_update, size + len(line)
+    if last != update:
+        raise UserError(
+            f"{path} ends at update {last}, but the checkpoint beside it is of update {update}: "
+            f"delete {path.parent} to train anew"
+        )
+    return size
+
+
 def cut_rows_after(path: Path, update: int) -> None:
     """Cut a jsonl file back to the rows of the first `update` updates: those after a checkpoint are made again.
 
     A line that a kill cut off is dropped with them. The file is shortened in place, so a kill here does no harm.
 
     Raises:
-        UserError: rows that the checkpoint counts on are missing.
+        UserError: as `size_until`; nothing is cut then.
     """
-    last, size = 0, 0
+    size = size_until(path, update)
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                row_update = json.loads(line)["update"] if line.endswith(b"\n") else update + 1
-            except ValueError:  # no JSON, or no UTF-8
-                break
-            if row_update > update:
-                break
-            last, size = row_update, size + len(line)
         os.truncate(path, size)
-    if last != update:
-        raise UserError(
-            f"{path} ends at update {last}, but the checkpoint beside it is of update {update}: "
-            f"delete {path.parent} to train anew"
-        )
 
 
 def claim(trainer: TokenPPOTrainer, folder: Path) -> None:

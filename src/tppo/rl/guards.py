@@ -10,8 +10,9 @@ Shapes: B responses, T response tokens.
 from __future__ import annotations
 
 import math
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,6 +36,10 @@ _MIN_RESPONSES = 8
 _ROUNDING = 0.02
 """Nats by which a bf16 rollout copy may differ from the policy, per token or per response."""
 _WAY_OUT = "A smaller rl.learning_rate or rl.precision=fp32 may keep it finite; the last checkpoint is whole"
+
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or the `BatchEncoding` that holds them."""
 
 
 class GuardError(UserError):
@@ -63,6 +68,9 @@ def check_config(config: RL, max_response_tokens: int) -> None:
             f"rl.batch_size={config.batch_size} must be a multiple of rl.minibatch_size={config.minibatch_size}, "
             f"and that of rl.micro_batch_size={config.micro_batch_size}"
         )
+    limit: Any = max_response_tokens  # from anybody's Python
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise UserError(f"max_response_tokens={limit!r} must be a whole number (int) of at least 1")
     buffer_fits = not config.overlong_penalty or 0 < config.overlong_buffer < max_response_tokens
     for fits, setting, must_be in (
         (config.batch_size >= 2, "batch_size", "at least 2: advantages are compared"),
@@ -80,25 +88,32 @@ def check_config(config: RL, max_response_tokens: int) -> None:
             raise UserError(f"rl.{setting}={getattr(config, setting)} must be {must_be}")
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of every prompt. Text begins as the tokenizer begins a text (BOS, where it adds one), does not end as
-    it ends one, and no part of it becomes a control token: those of a chat template are given as ids.
-
-    Raises:
-        UserError: no tokenizer or none with an end-of-sequence token, no prompt, an empty one, or a text that the
-            tokenizer does not bring back.
-    """
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise UserError when there is no tokenizer, or none with an end-of-sequence token."""
     if tokenizer is None:
         raise UserError("TokenPPOTrainer needs the policy's tokenizer: TokenPPOTrainer(..., tokenizer=tokenizer)")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so a response could never end: set eos_token")
-    if not prompts:
-        raise UserError("there is no prompt to roll out from")
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], embeddings: int) -> list[list[int]]:
+    """Token ids of every prompt. Text begins as the tokenizer begins a text (BOS, where it adds one), does not end as
+    it ends one, and no part of it becomes a control token: those of a chat template are given as ids.
+
+    Args:
+        embeddings: of the model; token ids are below it.
+
+    Raises:
+        UserError: no list of prompts, no prompt, an empty one, one that is neither text nor token ids of the model, or
+            a text that the tokenizer does not bring back.
+    """
+    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {type(prompts).__name__}: give a list with an entry for each prompt")
     encoded = []
     for index, prompt in enumerate(prompts):
-        ids = encode_text(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        ids = encode_text(tokenizer, prompt) if isinstance(prompt, str) else _token_ids(prompt, index, embeddings)
         if not ids:
-            raise UserError(f"prompt {index} ({prompt[:0]!r}) is empty: give it at least one token")
+            raise UserError(f"prompt {index} ({type(prompt).__name__}) is empty: give it at least one token")
         if isinstance(prompt, str):
             if not brings_back(tokenizer, prompt, ids):
                 raise UserError(
@@ -107,7 +122,35 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[l
                 )
             ids = [*start_ids(tokenizer), *ids]
         encoded.append(ids)
+    if not encoded:
+        raise UserError("there is no prompt to roll out from")
     return encoded
+
+
+def _token_ids(prompt: Any, index: int, embeddings: int) -> list[int]:
+    """The ids of a prompt that is no text: any sequence of integers, or a mapping (`BatchEncoding`) with `input_ids`,
+    (T,) or, as `return_tensors` makes them, (1, T)."""
+    ids: Any = prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(prompt, Mapping) and isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+        ids = ids[0]
+    try:
+        if isinstance(ids, bytes | bytearray | Mapping | Set):
+            raise TypeError
+        ids = list(ids)
+        found = [operator.index(token) for token in ids]
+        if any(isinstance(token, bool) for token in ids):  # a mask, not ids
+            raise TypeError
+    except (TypeError, ValueError):
+        raise UserError(
+            f"prompt {index} ({type(prompt).__name__}) is neither a text nor a list of token ids, which are integers"
+        ) from None
+    if wrong := [token for token in found if not 0 <= token < embeddings]:
+        raise UserError(
+            f"prompt {index} holds the token id {wrong[0]}, but those of the policy are 0 to {embeddings - 1}: encode "
+            "it with the policy's tokenizer"
+        )
+    return found
 
 
 def check_finite(name: str, tensor: Tensor, update: int, samples: Sequence[Sample]) -> None:

@@ -41,6 +41,7 @@ from tppo.rl.checkpoint import (
     load_newest_checkpoint,
     remove_leftovers,
     save_checkpoint,
+    size_until,
 )
 from tppo.rl.guards import MaxKLExceeded
 from tppo.rl.trainer import StepResult, TokenPPOTrainer
@@ -73,8 +74,9 @@ def train(
     remove_leftovers(folder)
     if load_newest_checkpoint(trainer, folder):
         console.print(f"resuming {folder.name} after update {trainer.update}")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_rows_after(folder / name, trainer.update)
+    for step in (size_until, cut_rows_after):  # both files are looked through before either is cut
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            step(folder / name, trainer.update)
     with open_trackers(config, folder) as track, progress_bar(lines=False) as bar:
         task = bar.add_task(folder.name, total=config.updates, completed=trainer.update)
         while trainer.update < config.updates:

@@ -2,15 +2,16 @@
 
 A reward function is a plain callable: `reward_fn(samples)` gets the responses of a rollout and returns, for each
 of them, a list of floats (one per response token) or one float (paid at the last token). NumPy arrays, tensors (whose
-gradient is cut), tuples, generators and booleans do as well; what is no number, or does not fit a sample, is an error
-that names the sample.
+gradient is cut), other sequences, generators and booleans do as well; what is no number, hides one (a masked array) or
+does not fit a sample is an error that names the sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import islice
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from tppo.generate.engine import Generation
 from tppo.reward.align import Span, response_spans
 
 _SHOWN_PROMPT = 60
+_EXACT = 2.0**53
+"""Below it a float64 is every integer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Scores:
 
     rewards: Sequence[Reward]
     metrics: dict[str, float] = field(default_factory=dict)
-    """Logged as they are."""
+    """Logged as they are. An update's own names (`tppo.rl.trainer.OUR_METRICS`) are refused."""
     classes: Sequence[Sequence[int]] | None = None
     """Class of every response token, for display."""
 
@@ -94,9 +97,9 @@ def score(reward_fn: RewardFunction, samples: list[Sample], response_mask_BT: Te
     """Ask the reward function and place its rewards, (B, T). Tensors lose their gradient: rewards are constants.
 
     Raises:
-        UserError: not one reward per sample, not one float per response token, something that is no number, or extras
-            that do not fit. NaN and infinity are let through: the caller's guard names them as it does for every
-            tensor.
+        UserError: not one reward per sample, not one float per response token, something that is no number or cannot
+            be read as one, classes that are no integers, or other extras that do not fit. NaN and infinity are let
+            through: the caller's guard names them as it does for every tensor.
     """
     answer = reward_fn(samples)
     scores = answer if isinstance(answer, Scores) else Scores(answer)
@@ -104,7 +107,8 @@ def score(reward_fn: RewardFunction, samples: list[Sample], response_mask_BT: Te
     rewards_BT = torch.zeros_like(response_mask_BT, dtype=torch.float32)
     for row, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
         length = len(sample.response_ids)
-        values_T = _numbers(reward, f"for {name_sample(samples, row)}", f"one float, or a list of {length} floats")
+        where, wanted = f"for {name_sample(samples, row)}", f"one float, or a list of {length} floats"
+        values_T = _numbers(reward, where, wanted, length)
         if values_T.ndim == 0:
             rewards_BT[row, length - 1] = float(values_T)
         elif values_T.shape == (length,):
@@ -125,41 +129,54 @@ def _per_sample(what: str, values: Any, samples: Sequence[Sample]) -> list[Any]:
             f"reward_fn returned {type(values).__name__} as {what}: return a list with an entry for each of the "
             f"{len(samples)} samples, in their order (or `Scores` with one)"
         )
-    entries = list(values)
+    entries = list(islice(values, len(samples) + 1))  # an iterator may have no end
     if len(entries) != len(samples):
-        raise UserError(f"reward_fn returned {len(entries)} {what} for {len(samples)} samples")
+        more = len(values) if isinstance(values, Sized) else f"more than {len(samples)}"
+        count = more if len(entries) > len(samples) else len(entries)
+        raise UserError(f"reward_fn returned {count} {what} for {len(samples)} samples")
     return entries
 
 
-def _numbers(value: Any, where: str, wanted: str) -> np.ndarray:
-    """A number, or any sequence of numbers, as float32."""
+def _numbers(value: Any, where: str, wanted: str, most: int, dtype: Any = np.float32) -> np.ndarray:
+    """A number, or any sequence of numbers, as `dtype`; of an iterator no more than `most` and one are taken."""
     try:
-        array = np.asarray(_without_torch(value))
+        array = np.asarray(_without_torch(value, most))
         if array.dtype.kind == "O" and not all(isinstance(item, Real | Decimal) for item in array.flat):
             other = next(item for item in array.flat if not isinstance(item, Real | Decimal))
             raise TypeError(f"{type(other).__name__} among them" if array.ndim else type(other).__name__)
         if array.dtype.kind not in "biufO":
             raise TypeError(str(array.dtype))
         with np.errstate(over="ignore"):  # beyond float32 is infinity, which the guard names
-            return array.astype(np.float32)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"reward_fn returned no numbers {where}: {error}. Return {wanted}") from None
+            return array.astype(dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what tensors, containers and generators of others raise has no common base
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"reward_fn returned no numbers {where}: {reason}. Return {wanted}") from error
 
 
-def _without_torch(value: Any) -> Any:
+def _without_torch(value: Any, most: int) -> Any:
     """The same values without tensors (on any device, with or without a gradient, of any precision) or iterators."""
     if isinstance(value, Tensor):
         return value.detach().cpu().double().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
-    if isinstance(value, list | tuple | Iterator):
-        return [_without_torch(item) for item in value]
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a masked array hides values: fill them")
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_without_torch(item, most) for item in islice(value, len(value))]
+    if isinstance(value, Iterator):
+        return [_without_torch(item, most) for item in islice(value, most + 1)]
     return value
 
 
-def _metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(metrics: Any) -> dict[str, float]:
     """Metrics as they can be written: name -> float."""
-    found = {}
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"reward_fn returned {type(metrics).__name__} as metrics: return a dict, name -> float")
+    found: dict[str, float] = {}
     for name, value in metrics.items():
-        number = _numbers(value, f"as the metric {name!r}", "one float")
+        if str(name) in found:
+            raise UserError(f"reward_fn returned two metrics that are written {str(name)!r}: rename one")
+        number = _numbers(value, f"as the metric {name!r}", "one float", most=1)
         if number.ndim:
             raise UserError(f"reward_fn returned the metric {name!r} of shape {number.shape}: return one float")
         found[str(name)] = value if isinstance(value, float | int) else float(number)
@@ -173,8 +190,10 @@ def _classes(classes: Any, samples: Sequence[Sample]) -> list[list[int]] | None:
     found = []
     for row, (sample, entry) in enumerate(zip(samples, _per_sample("classes", classes, samples), strict=True)):
         length, where = len(sample.response_ids), f"as classes of {name_sample(samples, row)}"
-        values_T = _numbers(entry, where, f"a list of {length} integers")
+        values_T = _numbers(entry, where, f"a list of {length} integers", length, np.float64)
         if values_T.shape != (length,):
             raise UserError(f"reward_fn returned shape {values_T.shape} {where}: return {length}, one for each token")
+        if not ((values_T == np.trunc(values_T)) & (abs(values_T) < _EXACT)).all():  # NaN equals nothing
+            raise UserError(f"reward_fn returned numbers that are no integers {where}: return {length} integers")
         found.append(values_T.astype(int).tolist())
     return found

@@ -41,10 +41,10 @@ from tppo.core.causal import check_family
 from tppo.core.common import UserError, rng, stream_seed
 from tppo.core.config import RL
 from tppo.core.device import resolved
-from tppo.core.models import check_positions, load_policy, refuse_adapters, sampling_config
+from tppo.core.models import check_positions, check_vocabulary, load_policy, refuse_adapters, sampling_config
 from tppo.generate.engine import generate
 from tppo.rl import guards
-from tppo.rl.guards import KeptPolicy
+from tppo.rl.guards import KeptPolicy, Prompt
 from tppo.rl.losses import kl_estimate, next_kl_coef, policy_loss, value_loss
 from tppo.rl.policy import (
     PolicyOutput,
@@ -61,6 +61,17 @@ from tppo.rl.rewards import gae, length_penalty_rewards, masked_mean, whiten
 
 Minibatch = tuple[Tensor, ...]
 """The micro-batches of an optimiser step: rows of the rollout, each (B_micro,)."""
+
+
+OUR_METRICS = frozenset(
+    {
+        *("update", "reward_mean", "reward_std", "token_reward_mean", "kl", "kl_coef", "entropy", "response_length"),
+        *("value_mean", "advantage_std", "explained_variance", "policy_loss", "value_loss", "kl_loss", "loss"),
+        *("clip_fraction", "approx_kl", "grad_norm", "learning_rate", "tokens_per_second"),
+        *("seconds", "seconds_rollout", "seconds_score", "seconds_reward", "seconds_update"),
+    }
+)
+"""Metrics of an update that no reward function may return: one of two numbers of a name would be lost."""
 
 
 class Rollout(NamedTuple):
@@ -114,14 +125,15 @@ class TokenPPOTrainer:
         reward_fn: rewards of a rollout: list of samples in, list of floats (or one float) per sample out; see
             `tppo.rl.reward_function`.
         prompts: every training prompt, as text, which is begun as the tokenizer begins a text and holds no control
-            token, or as token ids (those of `apply_chat_template`, for a chat).
+            token, or as token ids (what `apply_chat_template` returns, for a chat).
         config: settings; those about query rewards (`algorithm`, `reward_values` and so on) are not read here.
         tokenizer: the policy's, when `policy` is a model.
         max_response_tokens: limit of a response, end-of-sequence included.
         seed: prompts, rollouts and minibatches of update u depend on (seed, u) only, so any update can be redone.
 
     Raises:
-        UserError: settings that do not fit together, an empty prompt, one that the tokenizer does not bring back or
+        UserError: settings that do not fit together, a tokenizer with more tokens than the policy has embeddings, an
+            empty prompt, one that is no text and no token ids of the policy, that the tokenizer does not bring back or
             that is too long for the policy, weights that are not float32, adapters, a model of a family that cannot be
             sampled and trained.
     """
@@ -130,7 +142,7 @@ class TokenPPOTrainer:
         self,
         policy: Any,
         reward_fn: RewardFunction,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[Prompt],
         config: RL | None = None,
         *,
         tokenizer: Any = None,
@@ -146,7 +158,9 @@ class TokenPPOTrainer:
             refuse_adapters(policy, "the policy")
             check_family(policy, "the policy")
         self.tokenizer = tokenizer
-        self.prompts = guards.encode_prompts(tokenizer, prompts)
+        guards.check_tokenizer(tokenizer)
+        check_vocabulary(policy, tokenizer, "the tokenizer", "take the one the model was trained with")
+        self.prompts = guards.encode_prompts(tokenizer, prompts, policy.get_input_embeddings().weight.shape[0])
         longest_prompt = max(map(len, self.prompts))
         limits = f"the longest prompt's {longest_prompt} tokens and max_response_tokens"
         check_positions(policy.config, longest_prompt, max_response_tokens, limits, policy.config.name_or_path)
@@ -188,10 +202,7 @@ class TokenPPOTrainer:
             experience = Experience(rollout, old.logprobs, ref_logprobs_BT, old.values, advantages_BT, returns_BT)
             # Before anything is trained: what the rollout says of the old policy, and the fit of its values.
             metrics = rollout_metrics(rewards.rewards, old.entropy, experience)
-            metrics |= {"kl_coef": self.kl_coef}
-            if taken := metrics.keys() & rewards.metrics.keys():
-                raise UserError(f"reward_fn returned metrics with names that are ours, {sorted(taken)}: rename them")
-            metrics |= rewards.metrics
+            metrics |= {"kl_coef": self.kl_coef} | rewards.metrics
             if self.probe is not None:
                 next_probe = self.probe.fitted(old.hidden[mask_BT], returns_BT[mask_BT])
             if config.whiten_advantages:
@@ -210,7 +221,8 @@ class TokenPPOTrainer:
         metrics |= zip(("seconds_rollout", "seconds_score", "seconds_update"), seconds.values(), strict=True)
         metrics |= {"seconds": sum(seconds.values())}
         metrics |= {"tokens_per_second": mask_BT.sum().item() / metrics["seconds"]}
-        return StepResult({"update": self.update, **metrics}, rollout, rewards)
+        number = {"update": self.update}  # the first column, which nothing overwrites
+        return StepResult(number | metrics | number, rollout, rewards)
 
     def policy_to_save(self, halted: bool = False) -> tuple[Any, int]:
         """The language model the run ends with, in the rollout's precision and LoRA merged, and its number of updates.
@@ -258,6 +270,8 @@ class TokenPPOTrainer:
         """The reward function's rewards and the penalties for length, (B, T)."""
         start, mask_BT = time.perf_counter(), rollout.batch.response_mask
         rewards = score(self.reward_fn, rollout.samples, mask_BT)
+        if taken := OUR_METRICS & rewards.metrics.keys():
+            raise UserError(f"reward_fn returned metrics with names that are ours, {sorted(taken)}: rename them")
         self._check("reward", rewards.rewards, rollout.samples)
         assert not rewards.rewards[~mask_BT].any(), "a reward outside the response"
         finished_B = torch.tensor([sample.finished for sample in rollout.samples], device=mask_BT.device)
