@@ -12,19 +12,17 @@ from tppo.core.models import check_vocabulary
 
 
 @torch.inference_mode()
-def check_encoder(model: Any, tokenizer: Any, missing: Iterable[str], name: str, *, fresh_head: bool = False) -> None:
+def check_encoder(model: Any, tokenizer: Any, missing: Iterable[str], name: str) -> None:
     """Refuse an encoder that would answer with random or no numbers; one forward of a word shows it.
 
     Args:
         missing: names of the weights that its files did not have (`output_loading_info`); nobody reads a pooler's.
         name: of the encoder, for the message.
-        fresh_head: what is not of the encoder itself is to be random.
 
     Raises:
         UserError: weights are missing or not finite, or the tokenizer has more tokens than the model.
     """
-    own = f"{model.base_model_prefix}." if fresh_head else ""
-    if lacking := sorted(key for key in missing if key.startswith(own) and "pooler" not in key):
+    if lacking := sorted(key for key in missing if "pooler" not in key):
         raise UserError(
             f"{name} lacks weights of an encoder ({len(lacking)}, first: {lacking[0]}), which would be random: save it "
             "there by the class that it was trained as"

@@ -121,7 +121,8 @@ class RewardModel:
             raise UserError(f"reward.encoder={encoder} holds no encoder and tokenizer that load: {error}") from None
         finally:
             logging.set_verbosity(verbosity)
-        check_encoder(model, tokenizer, found["missing_keys"], f"reward.encoder={encoder}", fresh_head=True)
+        # Not those of the head, which is a fresh one.
+        missing = [key for key in found["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")]
         info: dict[str, Any] = {"encoder": encoder}
         if longformer_window is not None:
             model = to_longformer(model, max_length, longformer_window)
@@ -129,7 +130,9 @@ class RewardModel:
         if model.config.model_type == "longformer":
             check_global_attention(global_attention, "reward.global_attention")
             info["global_attention"] = global_attention
-        return cls(model, _checked(tokenizer, model, encoder, max_length), max_length, info)
+        tokenizer = _checked(tokenizer, model, encoder, max_length)
+        check_encoder(model, tokenizer, missing, f"reward.encoder={encoder}")
+        return cls(model, tokenizer, max_length, info)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
