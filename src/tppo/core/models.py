@@ -272,23 +272,19 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _check_stops(model: Any, tokenizer: Any, source: str) -> None:
-    """See that no ordinary text ends a response (a line break, "#"). A single id that stands for text here is taken for
-    a family's default made for another tokenizer (LlamaConfig has 2): it is no stop. A list was written on purpose.
-
-    Raises:
-        UserError: a list of ids has such a one.
-    """
+    """Say when ordinary text ends a response (a line break, "#"). A list of ids was written on purpose and is kept. A
+    single id that is the configuration's, too, is taken for a family's default made for another tokenizer (LlamaConfig
+    has 2): it is no stop."""
     stops, controls = stop_ids(model, tokenizer), {tokenizer.eos_token_id, *control_tokens(tokenizer).values()}
     plain = [i for i in stops if i not in controls and i < len(tokenizer) and decode_text(tokenizer, [i])]
     if not plain:
         return
     token = tokenizer.convert_ids_to_tokens(plain[0])
     named = f"eos_token_id of '{source}' (generation_config.json or config.json) names {plain[0]}, which is {token!r}"
-    if isinstance(model.generation_config.eos_token_id, list) and len(model.generation_config.eos_token_id) > 1:
-        raise UserError(
-            f"{named}: ordinary text, which would end a response wherever it is written. Leave it out, or make it a "
-            "special token of the tokenizer"
-        )
+    default = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if model.generation_config.eos_token_id not in (default, [default]) or isinstance(default, list):
+        console.print(f"{named}, ordinary text: it ends a response wherever it is written", markup=False)
+        return
     console.print(f"{named}, ordinary text: not used, {tokenizer.eos_token!r} ends a response", markup=False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
 
