@@ -226,7 +226,7 @@ CHANGES: dict[str, tuple[Callable[[World], None], tuple[str, ...], str]] = {
     "model: weights, times kept": (lambda w: edit(w.model / "model.safetensors", True), only("sft"), "has changed"),
     "model: config": (lambda w: edit(w.model / "config.json"), only("sft"), "config.json has changed"),
     "model: tokenizer added": (lambda w: put(w.model / "tokenizer.json"), only("sft"), "tokenizer.json is new"),
-    "model: a file less": (lambda w: (w.model / "model.safetensors").unlink(), only("sft"), "model.safetensors is gone"),
+    "model: a file less": (lambda w: (w.model / "model.safetensors").unlink(), only("sft"), "safetensors is gone"),
     "model: card": (lambda w: edit(w.model / "README.md"), ("run", "sft"), ""),
     "key": (lambda w: os.environ.__setitem__("TPPO_HASH_KEY", "x" * 16), ("run", *MADE, "redo prepare"),
             "TPPO_HASH_KEY"),
