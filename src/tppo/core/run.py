@@ -177,20 +177,22 @@ class RunFolder:
 
     def require_for_task(self, stage: str) -> Path:
         """Folder of a finished stage that is as the stage wrote it, and was made for the task of this recipe: what
-        commands that are no stages may use.
+        stages taken from elsewhere, and commands that are no stages, may be used by.
 
         Raises:
             UserError: not finished, changed since, or made for another task.
         """
         folder = self.require(stage)
-        manifest = self.manifest(stage) or {}
-        changed = [words for words in changed_settings(stage, manifest["config"], self.recipe) if words[:5] == "task."]
-        if changed:
-            raise UserError(
-                f"{folder} was made for another task ({'; '.join(changed)}): give the recipe of the run, "
-                f"--config {self.root / 'recipe.yaml'}"
-            )
         folders.check_outputs(folder, stage, self._way_out(stage))
+        manifest = self.manifest(stage) or {}
+        self._check_names_in(stage, manifest, "config")
+        changed = changed_settings(stage, manifest["config"], self.recipe)
+        if task := [words for words in changed if words.startswith("task")]:
+            taken = stage in self.recipe.stage_dirs
+            raise UserError(
+                f"{'stage_dirs: ' if taken else ''}{folder} was made with other settings ({'; '.join(task)}): give the "
+                f"same task here, or {'make that stage anew there' if taken else 'the recipe of the run'}"
+            )
         return folder
 
     def _same_inputs(self, stage: str, record: dict[str, Any]) -> bool:
@@ -209,18 +211,6 @@ class RunFolder:
                 markup=False,
             )
         return changed_settings(stage, record["config"], self.recipe, used) + outside.changes(read, noted)
-
-    def _check_task(self, stage: str) -> None:
-        """Refuse a stage taken from another run whose task is another one."""
-        if (manifest := self.manifest(stage)) is None:
-            return
-        self._check_names_in(stage, manifest, "config")
-        changed = changed_settings(stage, manifest["config"], self.recipe)
-        if task := [words for words in changed if words.startswith("task")]:
-            raise UserError(
-                f"stage_dirs: {self.path(stage)} was made with other settings ({'; '.join(task)}): give the same task "
-                "here, or make that stage anew there"
-            )
 
     def _check_names_in(self, stage: str, record: dict[str, Any], *names: str) -> None:
         """Refuse a manifest or started.json that lacks what every version wrote."""
@@ -307,8 +297,8 @@ class RunFolder:
                 self.input_hashes(stage)  # says what is missing
         for stage in (name for name in all_stages(self.recipe) if name in left and name not in stages):
             if stage in self.recipe.stage_dirs:
-                folders.check_outputs(self.path(stage), stage, self._way_out(stage))
-                self._check_task(stage)
+                if self.manifest(stage) is not None:
+                    self.require_for_task(stage)
             elif (manifest := self.manifest(stage)) is not None:
                 self._check_made(stage, manifest)
                 if stage in direct and not self.missing_inputs(stage):
