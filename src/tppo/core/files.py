@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number} is not valid JSON ({error}): redo the stage that wrote it"
             ) from None
     return rows
+
+
+def walk_data(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Every folder of a data set (links followed, each folder once), all names in it, and those of its data files: what
+    has `_` or `.` first is no data, and nothing below it is."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        names = [*folders, *files]
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder around it would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] not in "_.")
+        yield Path(parent), names, [name for name in files if name[0] not in "_."]

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from tppo.core.files import cache_dir, file_mark, has_mark
+from tppo.core.files import cache_dir, file_mark, has_mark, walk_data
 
 Note = dict[str, Any]
 """What is kept of something outside, as JSON; empty: it was not here."""
@@ -91,7 +91,8 @@ class Log:
         for source in self.sources:
             matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
             for match in map(Path, matches):
-                found |= {str(path): path for path in (_data_files(match) if match.is_dir() else [match])}
+                inside = (path / name for path, _, files in walk_data(match) for name in files)
+                found |= {str(path): path for path in (sorted(inside) if match.is_dir() else [match])}
         return {name: path for name, path in found.items() if path.is_file()}
 
 
@@ -114,11 +115,8 @@ class Model:
     def changed(self, old: Note) -> list[str]:
         if "files" in old:
             found = self._found()
-            return (
-                [f"{self.name}: {words}" for words in _changed_files(found, old["files"], Path(self.name))]
-                if found
-                else []
-            )
+            changed = _changed_files(found, old["files"], Path(self.name)) if found else []
+            return [f"{self.name}: {words}" for words in changed]
         now = self.note()
         return [
             f"{self.name}: {kind} {old[kind]} -> {now[kind]}"
@@ -137,21 +135,6 @@ class Model:
 
     def _found(self) -> dict[str, Path]:
         return {path.name: path for pattern in MODEL_FILES for path in sorted(Path(self.name).glob(pattern))}
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The files of a data set in a folder, links followed, in order; those below a name with `_` or `.` first are no
-    data, as in `tppo.logs.readers`."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:  # a link to a folder around it would go round for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] not in "_.")
-        found += [Path(parent, name) for name in names if name[0] not in "_."]
-    return sorted(found)
 
 
 def notes(outside: Mapping[str, Outside]) -> dict[str, Note]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import takewhile
@@ -38,6 +37,7 @@ import pyarrow as pa
 
 from tppo.core.common import UserError
 from tppo.core.config import Columns
+from tppo.core.files import walk_data
 from tppo.logs import parquet
 from tppo.logs.formats import ROWS, check_line_ends, csv_whole_records, text_lines
 from tppo.logs.rows import REASONS, BadRow, Layout, RawRow, Rows, columns_of
@@ -93,20 +93,15 @@ def list_files(sources: list[str], format: str = "") -> dict[Path, Path]:
 
 
 def _parquet_files(folder: Path, format: str) -> list[Path]:
-    """The files of a partitioned data set in the order of their paths, links followed; names with `_` or `.` first are
-    no data."""
+    """The files of a partitioned data set in the order of their paths."""
     data: list[Path] = []
-    seen: set[str] = set()
-    for name, folders, files in os.walk(folder, followlinks=True):
-        if managers := _TABLES & {*folders, *files}:
+    for path, names, files in walk_data(folder):
+        if managers := _TABLES.intersection(names):
             raise UserError(
-                f"prepare.source: {name} is a table with a log of its own ({managers.pop()}), whose folder may hold "
+                f"prepare.source: {path} is a table with a log of its own ({managers.pop()}), whose folder may hold "
                 f"rows that were deleted: write the table's present rows as plain Parquet, and give that folder"
             )
-        seen.add(os.path.realpath(name))
-        # Each folder once, however many links lead to it, perhaps from within.
-        folders[:] = sorted(f for f in folders if f[0] not in "_." and os.path.realpath(Path(name, f)) not in seen)
-        data += [Path(name, file) for file in files if file[0] not in "_."]
+        data += [path / file for file in files]
     if format not in ("parquet", "ubi", "ga4") or not data:
         raise UserError(f"prepare.source: {folder} is a folder: give files or a pattern such as {folder}/*.gz")
     others = sorted(path for path in data if path.suffix not in PARQUET_ENDINGS)
