@@ -11,8 +11,8 @@ import json
 from dataclasses import asdict
 from typing import Any, cast
 
-from tppo.core.config import ADDED, REPLACED, RESOURCES, RETIRED, WITHOUT_EFFECT, Evaluate, Reader, Reading, Recipe
-from tppo.core.stages import split_stage, stage_config
+from tppo.core.config import ADDED, REPLACED, RETIRED, WITHOUT_EFFECT, Evaluate, Reader, Reading, Recipe
+from tppo.core.stages import split_stage, stage_config, without_settings
 
 
 def changed_settings(stage: str, old: dict[str, Any], recipe: Recipe, used: str | None = None) -> list[str]:
@@ -43,18 +43,14 @@ def of_before(stage: str) -> dict[str, Any]:
 
 def without_retired(config: dict[str, Any]) -> dict[str, Any]:
     """Settings by section, as files of before hold them, without those that are constants today, where they had that
-    value, and without what changes no result (`RESOURCES`, `WITHOUT_EFFECT`)."""
-    return {
-        section: {
-            name: value
-            for name, value in values.items()
-            if (f"{section}.{name}" not in RETIRED or value != RETIRED[f"{section}.{name}"])
-            and f"{section}.{name}" not in (*RESOURCES, *WITHOUT_EFFECT)
-        }
-        if isinstance(values, dict)
-        else values
-        for section, values in config.items()
+    value, and without what changes no result."""
+    gone = {
+        place
+        for place, constant in RETIRED.items()
+        for section, _, name in [place.partition(".")]
+        if isinstance(values := config.get(section), dict) and name in values and values[name] == constant
     }
+    return without_settings(config, {*gone, *WITHOUT_EFFECT})
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -697,8 +697,6 @@ class Recipe:
         return self.seed if self.shared_seed is None else self.shared_seed
 
 
-RESOURCES = ("prepare.memory_limit", "prepare.threads")
-"""Settings that change what a stage takes, not what it makes: none of its results is stale for them."""
 RETIRED: dict[str, Any] = {
     "synthetic.events_per_user": 60,
     "sft.warmup_share": 0.05, "dpo.warmup_share": 0.05,
@@ -720,8 +718,9 @@ ADDED: dict[str, Any] = {
 was any. What was made without it is compared as if it had been made with that value. A setting without an entry here is
 compared by its default, so one whose default changes what a stage does needs its entry; `tests/core/settings.txt` lists
 those that are not newer, and a test holds every other one against this table."""
-WITHOUT_EFFECT = ("evaluate.bootstrap_samples",)
-"""Settings that nothing depends on any more: no value of theirs makes anything stale."""
+WITHOUT_EFFECT = ("prepare.memory_limit", "prepare.threads", "evaluate.bootstrap_samples")
+"""Settings that change nothing of what a stage makes: only what it takes, or nothing any more. No value of theirs makes
+anything stale."""
 REPLACED = {
     **dict.fromkeys(
         ("evaluate.second_judge", "evaluate.second_judge_examples", "evaluate.vote", "evaluate.vote_examples"),

@@ -7,12 +7,12 @@ variant in its name: `rl_tppo`, `rl_dpo` (the algorithm), `read_vote` (the reade
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast, get_args
 
 from tppo.core.common import UserError
-from tppo.core.config import Algorithm, Reader, Recipe, TuningAlgorithm, judge_identity, rl_identity
+from tppo.core.config import WITHOUT_EFFECT, Algorithm, Reader, Recipe, TuningAlgorithm, judge_identity, rl_identity
 from tppo.core.files import UNFINISHED
 from tppo.core.outside import Log, Model, Outside
 
@@ -92,7 +92,7 @@ def _dpo(recipe: Recipe) -> dict[str, Any]:
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     """The readings change no answer and no verdict of the first judge. `shared_seed` chooses the examples; `seed` draws
     the answers."""
-    own = _without(recipe.evaluate, "readings", "answers", "bootstrap_samples")
+    own = _without(recipe.evaluate, "readings", "answers")
     models = evaluated_models(recipe)
     return {
         "evaluate": own | {"batch_size": recipe.sample.batch_size},
@@ -152,7 +152,6 @@ STAGES = {
             "tppo.logs.prepare",
             "interaction log -> examples (history, next queries), with every rejected row accounted for",
             inputs=lambda recipe: ["synthetic"] if recipe.prepare.source == ["synthetic"] else [],
-            settings=lambda recipe: {"prepare": _without(recipe.prepare, "memory_limit", "threads")},  # RESOURCES
             outside=lambda recipe: (
                 {} if recipe.prepare.source == ["synthetic"] else {"prepare.source": Log(tuple(recipe.prepare.source))}
             ),
@@ -390,7 +389,23 @@ def stage_config(stage: str, recipe: Recipe) -> dict[str, Any]:
     name, _ = split_stage(stage)
     recipe = of_variant(stage, recipe)
     section = {name: asdict(getattr(recipe, name))} if hasattr(recipe, name) else {}
-    return {"seed": stage_seed(stage, recipe), "task": asdict(recipe.task), **section, **STAGES[name].settings(recipe)}
+    config = {
+        "seed": stage_seed(stage, recipe),
+        "task": asdict(recipe.task),
+        **section,
+        **STAGES[name].settings(recipe),
+    }
+    return without_settings(config, WITHOUT_EFFECT)
+
+
+def without_settings(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Settings by section without some, given as `section.name`."""
+    return {
+        section: {name: value for name, value in values.items() if f"{section}.{name}" not in names}
+        if isinstance(values, dict)
+        else values
+        for section, values in config.items()
+    }
 
 
 def uses_llm_judge(stage: str, recipe: Recipe) -> bool:

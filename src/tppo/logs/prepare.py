@@ -16,7 +16,6 @@ import math
 import shutil
 import time
 from collections import Counter
-from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,10 @@ from typing import Any
 from rich.table import Table
 
 from tppo.core.common import UserError, console, track
-from tppo.core.config import RESOURCES, Columns, Prepare, Recipe
+from tppo.core.config import Columns, Prepare, Recipe
 from tppo.core.files import write_json
 from tppo.core.run import RunFolder
+from tppo.core.stages import stage_config
 from tppo.core.tables import SPLITS
 from tppo.core.text import EVENT_KINDS
 from tppo.logs import examples, readers
@@ -168,16 +168,11 @@ def _check_files(files: dict[Path, Path], format: str, columns: Columns, encodin
 
 def _plan(recipe: Recipe, files: dict[Path, Path], cleaning: Cleaning) -> dict[str, Any]:
     """What the files of the scratch folder depend on."""
-    settings = asdict(recipe.prepare)
-    for name in RESOURCES:
-        settings.pop(name.removeprefix("prepare."), None)
     stats = [path.stat() for path in files]
     plan = {
         "version": _VERSION,
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)],
-        "prepare": settings,
-        "task": asdict(recipe.task),
-        "seed": cleaning.seed,
+        "config": stage_config("prepare", recipe),
         "buckets": cleaning.buckets,
         "key": hmac.new(cleaning.key, b"scratch", hashlib.sha256).hexdigest()[:16],
     }
