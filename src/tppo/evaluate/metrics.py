@@ -36,28 +36,34 @@ _NEXT, _HISTORY = "what the user searched next", "the history"
 _BY_RUBRIC: tuple[tuple[Rubric, str, str], ...] = (
     ("targets", _NEXT, "the true next queries"), ("history", _HISTORY, "the user's history"),
 )  # fmt: skip
-ASKED = tuple(
-    metric
-    for rubric, against, what in _BY_RUBRIC
-    for metric in (
-        Metric(f"asked_words_{rubric}", f"Words relevant to {against} per query asked for", "rate", "higher",
-               f"share of a query's words judged relevant to {what}, mean over the queries asked for: one that is "
-               "missing, copied from the history or repeated is 0, and so is a word's second time in its query"),
-        Metric(f"asked_relevant_{rubric}", f"Responses relevant to {against} per query asked for", "rate",
-               "higher", f"the judge's verdict on the response against {what} (0 or 1) times the share of the queries "
-               "asked for that are there and new, mean"),
-    )
+
+
+def _by_rubric(*metrics: Metric) -> tuple[Metric, ...]:
+    """The measures of each rubric, from texts with {rubric}, {against} and {what}."""
+    return tuple(
+        metric._replace(**{
+            field: getattr(metric, field).format(rubric=rubric, against=against, what=what)
+            for field in ("name", "label", "doc")
+        })
+        for rubric, against, what in _BY_RUBRIC
+        for metric in metrics
+    )  # fmt: skip
+
+
+ASKED = _by_rubric(
+    Metric("asked_words_{rubric}", "Words relevant to {against} per query asked for", "rate", "higher",
+           "share of a query's words judged relevant to {what}, mean over the queries asked for: one that is missing, "
+           "copied from the history or repeated is 0, and so is a word's second time in its query"),
+    Metric("asked_relevant_{rubric}", "Responses relevant to {against} per query asked for", "rate", "higher",
+           "the judge's verdict on the response against {what} (0 or 1) times the share of the queries asked for that "
+           "are there and new, mean"),
 )  # fmt: skip
 """What counts all that was asked for (`tppo.core.asked`); the first that a judge gives is its headline."""
-AS_THE_PAPER = tuple(
-    metric
-    for rubric, against, what in _BY_RUBRIC
-    for metric in (
-        Metric(f"relevant_{rubric}", f"Responses relevant to {against} (as the paper counts)", "rate", "higher",
-               f"share of responses the judge calls relevant to {what} (sentence template); writing less is free"),
-        Metric(f"words_{rubric}", f"Words relevant to {against} (as the paper counts)", "rate", "higher",
-               f"share of the words written judged relevant to {what} (token template), mean; writing less is free"),
-    )
+AS_THE_PAPER = _by_rubric(
+    Metric("relevant_{rubric}", "Responses relevant to {against} (as the paper counts)", "rate", "higher",
+           "share of responses the judge calls relevant to {what} (sentence template); writing less is free"),
+    Metric("words_{rubric}", "Words relevant to {against} (as the paper counts)", "rate", "higher",
+           "share of the words written judged relevant to {what} (token template), mean; writing less is free"),
 )  # fmt: skip
 """The paper's relevance rates: of what was written."""
 RELEVANCE = (*ASKED, *AS_THE_PAPER)
@@ -103,10 +109,9 @@ CORPUS = (
     Metric("distinct_2", "Distinct word pairs", "rate", "higher", "different neighbouring words / pairs, over all"),
     Metric("distinct_queries", "Distinct queries", "rate", "higher", "different queries / queries, over all"),
 )
-SCORES = tuple(
-    Metric(f"sentence_score_{rubric}", f"Score, against {against}", "number", "higher",
-           f"the judge's own score of the response against {what}, mean (an LLM judge's: judge.score)")
-    for rubric, against, what in _BY_RUBRIC
+SCORES = _by_rubric(
+    Metric("sentence_score_{rubric}", "Score, against {against}", "number", "higher",
+           "the judge's own score of the response against {what}, mean (an LLM judge's: judge.score)"),
 )  # fmt: skip
 """Shown of a second judge only."""
 KL = Metric(
