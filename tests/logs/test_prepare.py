@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.logs.conftest import KEY
 from tppo.core.common import UserError
 from tppo.core.config import Prepare, Recipe, Synthetic, Task
 from tppo.core.run import RunFolder, run_stage
@@ -19,23 +20,13 @@ from tppo.logs import prepare, synthetic
 from tppo.logs.clean import hash_user, user_draw
 from tppo.logs.readers import REASONS, RawRow
 
-KEY = "a key for the tests only"
 AOL = "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n"
 TSV = "user_id\ttime\tkind\ttext\n"
 
 
-@pytest.fixture(autouse=True)
-def key(monkeypatch) -> None:
-    monkeypatch.setenv("TPPO_HASH_KEY", KEY)
-
-
 @pytest.fixture(scope="module")
-def small_log(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("log") / "log.tsv"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "EVENTS_PER_USER", 40)
-        synthetic.write_log(Synthetic(users=40), 3, path)
-    return path
+def small_log(make_log) -> Path:
+    return make_log(40, 40)
 
 
 def recipe_for(folder: Path, *sources: Path, task: Task | None = None, **options: Any) -> Recipe:

@@ -7,26 +7,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.logs.test_prepare import KEY, TSV, oracle, recipe_for, run_rows
+from tests.logs.conftest import KEY
+from tests.logs.test_prepare import TSV, oracle, recipe_for, run_rows
 from tppo.core.common import UserError
-from tppo.core.config import Prepare, Recipe, Synthetic, Task
+from tppo.core.config import Prepare, Recipe, Task
 from tppo.core.run import RunFolder
 from tppo.core.tables import load_examples
-from tppo.logs import examples, prepare, staging, synthetic
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch) -> None:
-    monkeypatch.setenv("TPPO_HASH_KEY", KEY)
+from tppo.logs import examples, prepare, staging
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("log") / "log.tsv"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "EVENTS_PER_USER", 24)
-        synthetic.write_log(Synthetic(users=30), 3, path)
-    return path
+def log(make_log) -> Path:
+    return make_log(30, 24)
 
 
 @pytest.fixture
