@@ -84,8 +84,8 @@ def load_policy(
     Raises:
         UserError: unknown name, unreachable hub, folder without model or tokenizer or with weights missing, tokenizer
             without end-of-sequence token, with more tokens than the model has embeddings, or that loses line breaks,
-            spaces or characters; a generation_config.json that cannot be read or that ends a response by ordinary
-            text, adapters, a family that cannot be sampled and trained (`check_family`); a task that does not fit.
+            spaces or characters; a generation_config.json that cannot be read, adapters, a family that cannot be
+            sampled and trained (`check_family`); a task that does not fit.
     """
     if str(name_or_path) == SCRATCH:
         raise UserError(f"'{SCRATCH}' is made of the training examples by the sft stage: load its folder `sft/model`")

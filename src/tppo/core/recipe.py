@@ -262,7 +262,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
         *("dpo.epochs", "dpo.beta", "rl.learning_rate", "rl.value_learning_rate", "rl.value_coef", "rl.kl_coef"),
         *("rl.clip_range", "rl.value_clip_range", "rl.warmup_updates", "rl.critic_warmup", "rl.length_penalty_alpha"),
         *("rl.gamma", "rl.gae_lambda", "sample.train_examples", "sample.reward_eval_examples", "sample.temperature"),
-        *("label.null_quantile", "serve.temperature"),
+        *("sample.seen_examples", "label.null_quantile", "serve.temperature"),
     ),
 }
 _AT_MOST: dict[float, tuple[str, ...]] = {1: ("rl.gamma", "rl.gae_lambda", "label.null_quantile")}
@@ -302,14 +302,11 @@ def check_samples(recipe: Recipe) -> None:
     """Refuse, before anything runs, a recipe whose draws or judged pairs could never be made.
 
     Raises:
-        UserError: shares of users that cannot be, a count below 0, or judged pairs are asked for, but one response per
-            prompt is sampled.
+        UserError: shares of users that cannot be; judged pairs are asked for, but one response per prompt is sampled.
     """
     from tppo.core.parts import check_parts  # here: a command's help need not wait for Arrow
 
     check_parts(recipe.parts)
-    if recipe.sample.seen_examples < 0:
-        raise UserError(f"sample.seen_examples={recipe.sample.seen_examples}: give at least 0")
     if "dpo" in recipe.algorithms and recipe.dpo.pairs == "judged" and recipe.sample.samples_per_example < 2:
         raise UserError(
             "dpo.pairs=judged compares several responses to one prompt, but sample.samples_per_example="
