@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,8 +99,3 @@ def _read_parts(folder: Path, schema: pa.Schema, mark: str) -> dict[int, tuple[l
 def chunks(count: int, size: int) -> list[range]:
     """Row numbers 0 to count - 1 in units of `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def slices(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """A sequence in pieces of `size`."""
-    return (rows[part.start : part.stop] for part in chunks(len(rows), size))
