@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tppo.core.common import UserError
-from tppo.core.encode import control_tokens, encode_text
+from tppo.core.encode import control_tokens, encode_text, made_once
 
 _USER, _ANSWER = "\ue000user\ue001", "\ue000answer\ue001"
 _TRIAL = "search: cheap flights to rome 2024\nsearch: rome hotels\nnext searches:"
@@ -58,10 +58,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
         UserError: there is none, or it cannot be followed token by token.
     """
     state = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token)
-    known = _made.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _made[tokenizer] = (state, _take_apart(tokenizer))
-    return known[1]
+    return made_once(_made, tokenizer, state, _take_apart)
 
 
 def end_with_turn(tokenizer: Any) -> None:

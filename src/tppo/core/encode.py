@@ -20,10 +20,10 @@ import json
 import secrets
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -262,16 +262,25 @@ def _encode_slowly(tokenizer: Any, control: Collection[int], text: str) -> list[
     return [id for character in text for id in without_control(ids_of(character)) or stand_in]
 
 
+Made = TypeVar("Made")
+
+
+def made_once(
+    made: WeakKeyDictionary[Any, tuple[Any, Made]], tokenizer: Any, state: Any, make: Callable[[Any], Made]
+) -> Made:
+    """What `make` makes of a tokenizer, kept in `made`, and made again when its `state` is another one."""
+    known = made.get(tokenizer)
+    if known is None or known[0] != state:
+        known = made[tokenizer] = (state, make(tokenizer))
+    return known[1]
+
+
 _made: WeakKeyDictionary[Any, tuple[Any, _Plain]] = WeakKeyDictionary()
 
 
 def _plain(tokenizer: Any) -> _Plain:
-    """Made once for a tokenizer, and again when its control tokens have changed."""
     state = (len(tokenizer), tuple(tokenizer.all_special_ids), getattr(tokenizer, "add_bos_token", None))
-    known = _made.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _made[tokenizer] = (state, _make_plain(tokenizer))
-    return known[1]
+    return made_once(_made, tokenizer, state, _make_plain)
 
 
 def _make_plain(tokenizer: Any) -> _Plain:
