@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from tppo.core.common import UserError, console, track
@@ -214,12 +215,7 @@ def _sequences(work: Work, buckets: int, run: Map) -> tuple[dict[str, Any], Coun
 
 def _heavy_users(rows_of_users: Counter[int]) -> dict[str, int]:
     """Users with more than HEAVY times the rows of the median user, and their rows."""
-    median, seen = 0, 0
-    for rows in sorted(rows_of_users):
-        seen += rows_of_users[rows]
-        if 2 * seen >= rows_of_users.total():
-            median = rows
-            break
+    median, _ = _middle(rows_of_users)
     heavy = {rows: users for rows, users in rows_of_users.items() if rows > HEAVY * median}
     return {"users": sum(heavy.values()), "rows": sum(rows * users for rows, users in heavy.items())}
 
@@ -285,13 +281,18 @@ def _examples(work: Work, buckets: int, cut: datetime, path: Path, run: Map) -> 
 
 def _median(counts: Counter[int]) -> float:
     """Median of values, given how often each occurs; 0 of none."""
-    total, seen = counts.total(), 0
-    middle: list[int] = []
-    for value in sorted(counts):
-        seen += counts[value]
-        # The values at the (0-based) places (total - 1) // 2 and total // 2.
-        middle += [value] * sum(seen - counts[value] <= place < seen for place in ((total - 1) // 2, total // 2))
-    return sum(middle) / 2 if middle else 0
+    return sum(_middle(counts)) / 2
+
+
+def _middle(counts: Counter[int]) -> tuple[int, int]:
+    """The two values in the middle, one and the same of an odd number; zeros of none."""
+    values = sorted(counts)
+    if not values:
+        return 0, 0
+    ends = np.cumsum([counts[value] for value in values])
+    # The values at the (0-based) places (total - 1) // 2 and total // 2.
+    lower, upper = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
+    return values[lower], values[upper]
 
 
 def _check_splits(facts: dict[str, Any], prepare: Prepare) -> None:

@@ -132,7 +132,6 @@ def _rejected(reason: str) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1 << 10)  # a user's rows mostly follow each other; an id can be 64 KiB long
-@lru_cache(maxsize=1 << 10)
 def _folded(user: str) -> str:
     """An id as it is compared with those that are none: without case, width and what cannot be seen."""
     # A normal form has a space for U+200B, which ends a word; an id is no words.
